@@ -1,0 +1,152 @@
+//! One bit a page, in words of 64, with its runs.
+//!
+//! Owns no meaning: callers say what a set bit stands for. Memory is 1/8 byte a page and comes zeroed, so a bitmap over
+//! a large sparse image costs only what was touched.
+
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+/// A set of page indices below a fixed length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageBitmap {
+    words: Vec<u64>,
+    len: u64,
+    ones: u64,
+}
+
+impl PageBitmap {
+    /// An empty set over indices `0..len`.
+    pub fn new(len: u64) -> Self {
+        let words = usize::try_from(len.div_ceil(64)).unwrap_or(usize::MAX);
+        Self { words: vec![0; words], len, ones: 0 }
+    }
+
+    /// One more than the largest index.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there is no index at all.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// How many bits are set.
+    pub fn count(&self) -> u64 {
+        self.ones
+    }
+
+    /// Whether `index` is set; false beyond the end.
+    pub fn contains(&self, index: u64) -> bool {
+        self.word(index).is_some_and(|word| word & bit(index) != 0)
+    }
+
+    /// Sets `index`; says whether it was clear. Beyond the end nothing happens.
+    pub fn insert(&mut self, index: u64) -> bool {
+        self.change(index, true)
+    }
+
+    /// Clears `index`; says whether it was set.
+    pub fn remove(&mut self, index: u64) -> bool {
+        self.change(index, false)
+    }
+
+    /// Sets every index of `range` that lies below the end.
+    pub fn insert_range(&mut self, range: Range<u64>) {
+        for index in range.start..range.end.min(self.len) {
+            self.insert(index);
+        }
+    }
+
+    /// The runs of set bits inside `within`, in order.
+    pub fn runs(&self, within: Range<u64>) -> Runs<'_> {
+        Runs { bitmap: self, next: within.start, end: within.end.min(self.len) }
+    }
+
+    fn word(&self, index: u64) -> Option<u64> {
+        if index >= self.len {
+            return None;
+        }
+        self.words.get(usize::try_from(index / 64).ok()?).copied()
+    }
+
+    fn change(&mut self, index: u64, on: bool) -> bool {
+        if index >= self.len {
+            return false;
+        }
+        let Some(word) = usize::try_from(index / 64).ok().and_then(|at| self.words.get_mut(at)) else { return false };
+        let was = *word & bit(index) != 0;
+        if was == on {
+            return false;
+        }
+        *word ^= bit(index);
+        self.ones = if on { self.ones.saturating_add(1) } else { self.ones.saturating_sub(1) };
+        true
+    }
+
+    /// The first index at or after `from` and before `end` whose bit is `on`, or `end`.
+    fn find(&self, from: u64, end: u64, on: bool) -> u64 {
+        let mut index = from;
+        while index < end {
+            let word = self.word(index).unwrap_or(0);
+            let word = (if on { word } else { !word }) >> (index % 64);
+            if word != 0 {
+                return end.min(index.saturating_add(u64::from(word.trailing_zeros())));
+            }
+            index = (index / 64).saturating_add(1).saturating_mul(64);
+        }
+        end
+    }
+}
+
+const fn bit(index: u64) -> u64 {
+    1 << (index % 64)
+}
+
+/// Iterator over runs of set bits; see [`PageBitmap::runs`].
+#[derive(Debug)]
+pub struct Runs<'a> {
+    bitmap: &'a PageBitmap,
+    next: u64,
+    end: u64,
+}
+
+impl Iterator for Runs<'_> {
+    type Item = Range<u64>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let start = self.bitmap.find(self.next, self.end, true);
+        if start >= self.end {
+            return None;
+        }
+        let stop = self.bitmap.find(start, self.end, false);
+        self.next = stop;
+        Some(start..stop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    proptest! {
+        /// The slow twin is a set of numbers.
+        #[test]
+        fn agrees_with_a_set_of_numbers(len in 1u64..400, ops in proptest::collection::vec((any::<bool>(), 0u64..450), 0..300), from in 0u64..400) {
+            let mut bitmap = PageBitmap::new(len);
+            let mut twin = BTreeSet::new();
+            for (on, index) in ops {
+                let changed = if on { index < len && twin.insert(index) } else { twin.remove(&index) };
+                let got = if on { bitmap.insert(index) } else { bitmap.remove(index) };
+                prop_assert_eq!(got, changed);
+            }
+            prop_assert_eq!(bitmap.count(), twin.len() as u64);
+            let from_runs: Vec<u64> = bitmap.runs(from..len + 9).flatten().collect();
+            let from_twin: Vec<u64> = twin.range(from..).copied().collect();
+            prop_assert_eq!(from_runs, from_twin);
+        }
+    }
+}

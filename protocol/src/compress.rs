@@ -1,0 +1,144 @@
+//! zstd for the inline pages of a batch: one independent frame a batch, output of an exact known size.
+//!
+//! The size of what comes out is fixed by the PAGES frame before anything is decompressed and the buffer is exactly
+//! that large, so a bomb is a clean error. One context a worker, reused.
+
+use crate::error::DecodeError;
+use alloc::string::ToString;
+use alloc::vec::Vec;
+
+/// Largest window a peer's zstd frame may ask for: that of the largest batch.
+const WINDOW_LOG_MAX: u32 = 21;
+
+/// Compresses batches; keeps its context.
+pub struct Compressor {
+    context: zstd::bulk::Compressor<'static>,
+    level: i32,
+}
+
+impl Compressor {
+    /// A compressor with nothing compressed yet.
+    ///
+    /// # Errors
+    /// zstd cannot allocate its context.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self { context: zstd::bulk::Compressor::new(1)?, level: 1 })
+    }
+
+    /// Appends the zstd frame of `pages` to `out`; false, with `out` as it was, if it would not be smaller.
+    pub fn compress(&mut self, pages: &[u8], level: i32, out: &mut Vec<u8>) -> bool {
+        if self.level != level && self.context.set_compression_level(level).is_err() {
+            return false;
+        }
+        self.level = level;
+        let start = out.len();
+        out.resize(start.saturating_add(pages.len()), 0);
+        let Some(space) = out.get_mut(start..) else { return false };
+        // A destination smaller than the source makes zstd stop as soon as it does not pay.
+        let written = self.context.compress_to_buffer(pages, space).ok().filter(|&written| written < pages.len());
+        out.truncate(start.saturating_add(written.unwrap_or(0)));
+        written.is_some()
+    }
+}
+
+impl core::fmt::Debug for Compressor {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Compressor").field("level", &self.level).finish_non_exhaustive()
+    }
+}
+
+/// Decompresses batches; keeps its context.
+pub struct Decompressor {
+    context: zstd::bulk::Decompressor<'static>,
+}
+
+impl Decompressor {
+    /// A decompressor with its window limited to the largest batch.
+    ///
+    /// # Errors
+    /// zstd cannot allocate its context.
+    pub fn new() -> std::io::Result<Self> {
+        let mut context = zstd::bulk::Decompressor::new()?;
+        context.set_parameter(zstd::zstd_safe::DParameter::WindowLogMax(WINDOW_LOG_MAX))?;
+        Ok(Self { context })
+    }
+
+    /// Fills `out` exactly from one zstd frame.
+    ///
+    /// # Errors
+    /// Not one zstd frame, or not of exactly that size, or with too large a window.
+    pub fn decompress(&mut self, payload: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
+        let whole = zstd::zstd_safe::find_frame_compressed_size(payload).ok();
+        if whole != Some(payload.len()) {
+            return Err(DecodeError::Compressed("not one whole zstd frame".to_string()));
+        }
+        let expected = out.len();
+        let written = self
+            .context
+            .decompress_to_buffer(payload, out)
+            .map_err(|error| DecodeError::Compressed(error.to_string()))?;
+        if written != expected {
+            let (value, expected) = (written as u64, expected as u64);
+            return Err(DecodeError::Mismatch { field: "decompressed bytes", value, expected });
+        }
+        Ok(())
+    }
+}
+
+impl core::fmt::Debug for Decompressor {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("Decompressor(..)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn compressed(bytes: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        assert!(Compressor::new().unwrap().compress(bytes, 1, &mut out));
+        out
+    }
+
+    #[test]
+    fn rejects_outputs_of_any_other_size() {
+        let payload = compressed(&[5; 8192]);
+        let mut decompressor = Decompressor::new().unwrap();
+        for size in [0, 1, 4096, 8191, 8193, 16384] {
+            assert!(decompressor.decompress(&payload, &mut alloc::vec![0; size]).is_err(), "{size}");
+        }
+        let mut out = [0; 8192];
+        assert_eq!(decompressor.decompress(&payload, &mut out), Ok(()));
+        assert_eq!(out, [5; 8192]);
+    }
+
+    #[test]
+    fn rejects_bombs_trailing_bytes_and_large_windows() {
+        let mut decompressor = Decompressor::new().unwrap();
+        let bomb = compressed(&alloc::vec![0; 64 << 20]);
+        assert!(decompressor.decompress(&bomb, &mut [0; 4096]).is_err());
+        let mut trailing = compressed(&[5; 4096]);
+        trailing.push(0);
+        assert!(decompressor.decompress(&trailing, &mut [0; 4096]).is_err());
+        let twice = [compressed(&[5; 4096]), compressed(&[5; 4096])].concat();
+        assert!(decompressor.decompress(&twice, &mut [0; 8192]).is_err());
+        // Magic, a header without single segment, and a window descriptor of 2^31.
+        let wide = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xa8, 0x01, 0x00, 0x00];
+        assert!(decompressor.decompress(&wide, &mut [0; 4096]).is_err());
+    }
+
+    #[test]
+    fn leaves_noise_alone() {
+        let mut state = 1u64;
+        let noise: Vec<u8> = (0..4096)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                state.to_le_bytes()[7]
+            })
+            .collect();
+        let mut out = alloc::vec![9];
+        assert!(!Compressor::new().unwrap().compress(&noise, 1, &mut out));
+        assert_eq!(out, [9]);
+    }
+}

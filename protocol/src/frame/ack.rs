@@ -1,0 +1,73 @@
+//! ACK: how much of a lane the receiver has applied, and which pages it wants. Travels on the lane it speaks of.
+//!
+//! | bytes | field | |
+//! |---|---|---|
+//! | 0..8 | frames | PAGES frames of this lane applied so far; never goes back |
+//! | 8.. | wants | 16 bytes each, at most 1024: region u16, reserved u16, count u32, first u64 |
+
+use crate::coding::{Reader, Writer};
+use crate::error::DecodeError;
+use crate::limits::WANTS_MAX;
+use alloc::vec::Vec;
+
+/// Neighbouring pages whose bytes the receiver asks for. Held against the image's layout by the sender.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// The region.
+    pub region: u16,
+    /// The first page.
+    pub first: u64,
+    /// How many.
+    pub count: u32,
+}
+
+/// Progress of a lane.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ack {
+    /// PAGES frames applied on this lane.
+    pub frames: u64,
+    /// Pages whose bytes are asked for.
+    pub wants: Vec<Want>,
+}
+
+const WANT_BYTES: usize = 16;
+
+impl Ack {
+    /// Most bytes of a body.
+    pub const SIZE_MAX: u32 = 8 + (WANT_BYTES * WANTS_MAX) as u32;
+
+    /// Judges a body.
+    ///
+    /// # Errors
+    /// A cut want, too many, an empty one, or reserved bytes.
+    pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
+        let mut reader = Reader::new(body);
+        let frames = reader.u64("frames")?;
+        let (wants, tail) = reader.rest().as_chunks::<WANT_BYTES>();
+        if !tail.is_empty() {
+            return Err(DecodeError::Trailing(tail.len()));
+        }
+        if wants.len() > WANTS_MAX {
+            return Err(DecodeError::limit("wants", wants.len() as u64, WANTS_MAX as u64));
+        }
+        let wants = wants.iter().map(|bytes| {
+            let mut reader = Reader::new(bytes);
+            let (region, reserved) = (reader.u16("region")?, reader.u16("reserved")?);
+            let want = Want { region, count: reader.u32("count")?, first: reader.u64("first")? };
+            if reserved != 0 || want.count == 0 {
+                return Err(DecodeError::Unknown { field: "want's reserved bytes or count", value: u64::from(reserved) });
+            }
+            Ok(want)
+        });
+        Ok(Self { frames, wants: wants.collect::<Result<_, _>>()? })
+    }
+
+    /// Appends the body.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let mut writer = Writer(out);
+        writer.u64(self.frames);
+        for want in &self.wants {
+            writer.u16(want.region).u16(0).u32(want.count).u64(want.first);
+        }
+    }
+}

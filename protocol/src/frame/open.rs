@@ -1,0 +1,138 @@
+//! OPEN: what the sender wants to send. bincode: transcript, session, name, flags, lanes, domain key, regions.
+//!
+//! The name is the only text of a peer that ever becomes part of a path, so it is a type of its own.
+
+use crate::coding::{decode_body, encode_body};
+use crate::error::DecodeError;
+use crate::limits::{BULK_LANES_MAX, NAME_BYTES_MAX};
+use crate::page::{InstallSize, Layout, Region};
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+/// The name of an image: 1 to 64 of `A-Z a-z 0-9 . _ -`, and neither `.` nor `..`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ImageName(String);
+
+impl ImageName {
+    /// Judges a name.
+    ///
+    /// # Errors
+    /// Anything else; the message carries it escaped and cut.
+    pub fn new(name: &str) -> Result<Self, DecodeError> {
+        let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+        let fits = (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(legal) && name != "." && name != "..";
+        if !fits {
+            let shown = name.chars().take(NAME_BYTES_MAX).flat_map(char::escape_default).collect();
+            return Err(DecodeError::Name(shown));
+        }
+        Ok(Self(name.to_string()))
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl core::fmt::Display for ImageName {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A region as OPEN carries it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bincode::Encode, bincode::Decode)]
+pub struct RegionSpec {
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Bytes installed at once: 4096, 65536 or 2097152.
+    pub install_size: u32,
+}
+
+#[derive(bincode::Encode, bincode::Decode)]
+struct Body {
+    transcript: [u8; 32],
+    session: [u8; 16],
+    name: String,
+    fresh: bool,
+    single_stream: bool,
+    lanes: u8,
+    domain_key: [u8; 32],
+    regions: Vec<RegionSpec>,
+}
+
+/// What the sender wants to send, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Open {
+    /// The transcript digest over both hellos.
+    pub transcript: [u8; 32],
+    /// The session's id, random.
+    pub session: [u8; 16],
+    /// The image's name at the receiver.
+    pub name: ImageName,
+    /// Ignore what is at the destination.
+    pub fresh: bool,
+    /// All lanes travel on the control connection.
+    pub single_stream: bool,
+    /// Bulk lanes asked for, 1 to 8.
+    pub lanes: u8,
+    /// The key of the dedup domain; zeros for the public one.
+    pub domain_key: [u8; 32],
+    /// The image's regions.
+    pub layout: Layout,
+}
+
+impl Open {
+    /// Judges a body.
+    ///
+    /// # Errors
+    /// A name, a count of lanes or a layout outside its limits, or an unknown install size.
+    pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
+        let Body { transcript, session, name, fresh, single_stream, lanes, domain_key, regions } = decode_body(body)?;
+        if lanes == 0 || lanes > BULK_LANES_MAX {
+            return Err(DecodeError::limit("lanes (from 1)", u64::from(lanes), u64::from(BULK_LANES_MAX)));
+        }
+        let regions = regions.into_iter().map(|spec| {
+            let unknown = DecodeError::Unknown { field: "install size", value: u64::from(spec.install_size) };
+            let install_size = InstallSize::from_bytes(spec.install_size).ok_or(unknown)?;
+            Ok(Region { bytes: spec.bytes, install_size })
+        });
+        let layout = Layout::new(regions.collect::<Result<_, DecodeError>>()?)?;
+        let name = ImageName::new(&name)?;
+        Ok(Self { transcript, session, name, fresh, single_stream, lanes, domain_key, layout })
+    }
+
+    /// Appends the body.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let spec = |region: &Region| RegionSpec { bytes: region.bytes, install_size: region.install_size.bytes() };
+        let body = Body {
+            transcript: self.transcript,
+            session: self.session,
+            name: self.name.as_str().to_string(),
+            fresh: self.fresh,
+            single_stream: self.single_stream,
+            lanes: self.lanes,
+            domain_key: self.domain_key,
+            regions: self.layout.regions().iter().map(spec).collect(),
+        };
+        encode_body(&body, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rejects_names_that_could_leave_their_folder() {
+        let long = "x".repeat(65);
+        let bad = ["", ".", "..", "../x", "/x", "a/../../b", "a\0b", "a\nb", "\u{1b}[31m", "ä", "a b", long.as_str()];
+        for name in bad {
+            let error = ImageName::new(name).unwrap_err().to_string();
+            assert!(error.bytes().all(|byte| (b' '..=b'~').contains(&byte)), "escaped: {error:?}");
+        }
+        for name in ["a", "vm-1.img", "...", "_", &"x".repeat(64)] {
+            assert_eq!(ImageName::new(name).unwrap().as_str(), name);
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! PAGES: the statement of neighbouring pages of one region in one round, and the proof of it.
+//!
+//! | bytes | field | |
+//! |---|---|---|
+//! | 0..4 | round | |
+//! | 4..6 | region | |
+//! | 6 | codec | 0 none, 1 zstd; 0 unless there is an inline page |
+//! | 7 | reserved | zero |
+//! | 8..16 | first | the first page |
+//! | 16..20 | count | pages covered, 1 to 16384, of which at most 512 reference or inline |
+//! | 20..22 | runs | 1 to 1025 |
+//! | 22..24 | reserved | zero |
+//! | 24..56 | digest | the batch digest: over the digests of all pages covered, resolved as meant |
+//! | 56.. | runs | 4 bytes each: entry kind u8 (1 zero, 2 base, 3 reference, 4 inline), reserved u8, count u16 |
+//! | .. | references | 32 bytes for each reference page, in page order |
+//! | .. | payload | the inline pages in page order, 4096 bytes each, under the codec |
+
+use crate::coding::{Reader, Writer};
+use crate::digest::Digest;
+use crate::error::DecodeError;
+use crate::limits::{BATCH_PAGES_MAX, COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX};
+use alloc::vec::Vec;
+
+/// How the payload is encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Codec(u8);
+
+impl Codec {
+    /// As it is.
+    pub const NONE: Self = Self(0);
+    /// One zstd frame.
+    pub const ZSTD: Self = Self(1);
+    /// The bits of HELLO for all of them.
+    pub const ALL_BITS: u32 = 0b11;
+
+    /// The bit of HELLO.
+    pub const fn bit(self) -> u32 {
+        1 << self.0
+    }
+}
+
+/// The ways to state a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct EntryKind(u8);
+
+impl EntryKind {
+    /// All bytes zero.
+    pub const ZERO: Self = Self(1);
+    /// As in the base at the same page.
+    pub const BASE: Self = Self(2);
+    /// Whatever has this digest.
+    pub const REFERENCE: Self = Self(3);
+    /// The bytes come along.
+    pub const INLINE: Self = Self(4);
+}
+
+/// Neighbouring pages stated alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// How.
+    pub kind: EntryKind,
+    /// How many.
+    pub count: u16,
+}
+
+/// The fixed part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PagesHead {
+    /// The round.
+    pub round: u32,
+    /// The region.
+    pub region: u16,
+    /// How the payload is encoded.
+    pub codec: Codec,
+    /// The first page.
+    pub first: u64,
+    /// Pages covered.
+    pub count: u32,
+    /// The batch digest.
+    pub digest: Digest,
+}
+
+impl PagesHead {
+    /// Appends everything before the payload: fixed part, runs, references.
+    pub fn encode(&self, runs: &[Run], references: &[Digest], out: &mut Vec<u8>) {
+        let count = u16::try_from(runs.len()).unwrap_or(u16::MAX);
+        let mut writer = Writer(out);
+        writer.u32(self.round).u16(self.region).u8(self.codec.0).u8(0);
+        writer.u64(self.first).u32(self.count).u16(count).u16(0).bytes(&self.digest.0);
+        for run in runs {
+            writer.u8(run.kind.0).u8(0).u16(run.count);
+        }
+        for reference in references {
+            writer.bytes(&reference.0);
+        }
+    }
+}
+
+/// A judged PAGES frame that borrows the receive buffer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pages<'a> {
+    /// The fixed part.
+    pub head: PagesHead,
+    runs: &'a [[u8; 4]],
+    references: &'a [[u8; 32]],
+    inline: usize,
+    /// The inline pages under the codec.
+    pub payload: &'a [u8],
+}
+
+impl<'a> Pages<'a> {
+    /// Judges a body: every count agrees with every other and with the bytes there are.
+    ///
+    /// # Errors
+    /// The first thing that does not.
+    pub fn decode(body: &'a [u8]) -> Result<Self, DecodeError> {
+        let mut reader = Reader::new(body);
+        let (round, region) = (reader.u32("round")?, reader.u16("region")?);
+        let codec = match reader.u8("codec")? {
+            value @ 0..=1 => Codec(value),
+            value => return Err(DecodeError::Unknown { field: "codec", value: u64::from(value) }),
+        };
+        reserved(u16::from(reader.u8("reserved")?))?;
+        let (first, count) = (reader.u64("first")?, reader.u32("count")?);
+        bounded("count (from 1)", u64::from(count), u64::from(COVER_PAGES_MAX))?;
+        let run_count = reader.u16("run count")?;
+        reserved(reader.u16("reserved")?)?;
+        bounded("runs (from 1)", u64::from(run_count), RUNS_MAX as u64)?;
+        let digest = Digest(reader.array("digest")?);
+        let runs = reader.bytes("runs", usize::from(run_count).saturating_mul(4))?.as_chunks().0;
+        let (references, inline) = tally(runs, count)?;
+        let references = reader.bytes("references", references.saturating_mul(32))?.as_chunks().0;
+        let payload = reader.rest();
+        check_payload(codec, inline, payload.len())?;
+        let head = PagesHead { round, region, codec, first, count, digest };
+        Ok(Self { head, runs, references, inline, payload })
+    }
+
+    /// Appends the body.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let runs: Vec<Run> = self.runs().collect();
+        let references: Vec<Digest> = self.references().collect();
+        self.head.encode(&runs, &references, out);
+        Writer(out).bytes(self.payload);
+    }
+
+    /// The runs in page order.
+    pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
+        self.runs.iter().map(|&[kind, _, low, high]| Run { kind: EntryKind(kind), count: u16::from_le_bytes([low, high]) })
+    }
+
+    /// The referenced digests in page order.
+    pub fn references(&self) -> impl Iterator<Item = Digest> + '_ {
+        self.references.iter().copied().map(Digest)
+    }
+
+    /// How many pages come inline.
+    pub fn inline_pages(&self) -> usize {
+        self.inline
+    }
+}
+
+/// Counts reference and inline pages while it judges the runs.
+fn tally(runs: &[[u8; 4]], count: u32) -> Result<(usize, usize), DecodeError> {
+    let (mut covered, mut references, mut inline) = (0u64, 0usize, 0usize);
+    for &[kind, zero, low, high] in runs {
+        let pages = u16::from_le_bytes([low, high]);
+        reserved(u16::from(zero))?;
+        bounded("run pages (from 1)", u64::from(pages), u64::from(u16::MAX))?;
+        covered = covered.saturating_add(u64::from(pages));
+        match EntryKind(kind) {
+            EntryKind::ZERO | EntryKind::BASE => {}
+            EntryKind::REFERENCE => references = references.saturating_add(usize::from(pages)),
+            EntryKind::INLINE => inline = inline.saturating_add(usize::from(pages)),
+            EntryKind(value) => return Err(DecodeError::Unknown { field: "entry kind", value: u64::from(value) }),
+        }
+    }
+    if covered != u64::from(count) {
+        return Err(DecodeError::Mismatch { field: "pages in runs", value: covered, expected: u64::from(count) });
+    }
+    let looked_at = references.saturating_add(inline);
+    if looked_at > BATCH_PAGES_MAX {
+        return Err(DecodeError::limit("reference and inline pages", looked_at as u64, BATCH_PAGES_MAX as u64));
+    }
+    Ok((references, inline))
+}
+
+fn check_payload(codec: Codec, inline: usize, length: usize) -> Result<(), DecodeError> {
+    let raw = inline.saturating_mul(PAGE_BYTES);
+    let fits = match codec {
+        Codec::NONE => length == raw,
+        _ => length > 0 && length < raw,
+    };
+    if fits {
+        return Ok(());
+    }
+    Err(DecodeError::Mismatch { field: "payload bytes", value: length as u64, expected: raw as u64 })
+}
+
+fn reserved(value: u16) -> Result<(), DecodeError> {
+    if value == 0 { Ok(()) } else { Err(DecodeError::Unknown { field: "reserved bytes of PAGES", value: u64::from(value) }) }
+}
+
+fn bounded(field: &'static str, value: u64, limit: u64) -> Result<(), DecodeError> {
+    if value == 0 || value > limit { Err(DecodeError::limit(field, value, limit)) } else { Ok(()) }
+}

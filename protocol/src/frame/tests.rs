@@ -1,0 +1,270 @@
+//! What holds for every frame: round trip, cut at every byte, one byte too many, each limit plus one.
+
+use super::*;
+use crate::digest::Digest;
+use crate::error::CloseCode;
+use crate::limits::*;
+use crate::page::{InstallSize, Layout, Region};
+use alloc::string::ToString;
+use alloc::vec;
+
+/// The body of a PAGES frame with one page of each kind: zero, base, reference, inline.
+fn pages_body() -> Vec<u8> {
+    let head = PagesHead { round: 3, region: 0, codec: Codec::NONE, first: 7, count: 4, digest: Digest([8; 32]) };
+    let kinds = [EntryKind::ZERO, EntryKind::BASE, EntryKind::REFERENCE, EntryKind::INLINE];
+    let mut body = Vec::new();
+    head.encode(&kinds.map(|kind| Run { kind, count: 1 }), &[Digest([9; 32])], &mut body);
+    body.extend_from_slice(&[1; PAGE_BYTES]);
+    body
+}
+
+fn hello() -> Hello {
+    let body = hello::HelloBody {
+        features_offered: 3,
+        features_required: 1,
+        codecs: Codec::ALL_BITS,
+        install_sizes: 0b10_0001,
+        nonce: [4; 16],
+        agent: "pagewire/0.1".to_string(),
+        extensions: vec![Extension { tag: 9, required: false, data: vec![1, 2, 3] }],
+    };
+    Hello { version_min: 1, version_max: 2, role: Role::Sender, body }
+}
+
+fn open() -> Open {
+    let region = Region { bytes: 123_456, install_size: InstallSize::KIB_64 };
+    Open {
+        transcript: [1; 32],
+        session: [2; 16],
+        name: ImageName::new("vm-1.img").unwrap(),
+        fresh: true,
+        single_stream: false,
+        lanes: 2,
+        domain_key: [0; 32],
+        layout: Layout::new(vec![region, region]).unwrap(),
+    }
+}
+
+/// One sample of each kind, in the order of [`FrameKind::ALL`].
+fn samples(pages: &[u8]) -> Vec<Frame<'_>> {
+    let accept = Accept { transcript: [1; 32], secret: [2; 32], lanes: 2, window: 1 << 20, held_pages: vec![5, 0] };
+    let want = Want { region: 1, first: 9, count: 2 };
+    vec![
+        Frame::Hello(hello()),
+        Frame::Open(open()),
+        Frame::Accept(accept),
+        Frame::Join(Join { session: [2; 16], proof: Digest([3; 32]) }),
+        Frame::Have(Have { region: 1, first: 4, digests: vec![Digest([5; 32]); 2] }),
+        Frame::Pages(Pages::decode(pages).unwrap()),
+        Frame::Ack(Ack { frames: 6, wants: vec![want; 2] }),
+        Frame::Round(RoundEnd { round: 1, frames: 6 }),
+        Frame::Root(Root { round: 1, pages: 62, digest: Digest([7; 32]) }),
+        Frame::Done(Done { pages: 62, root: Digest([7; 32]) }),
+        Frame::Ping(Ping { token: 0x0102_0304_0506_0708, answer: true }),
+        Frame::Close(Close::new(CloseCode::SOURCE, "vm.img: no such file")),
+    ]
+}
+
+#[test]
+fn every_frame_round_trips_and_is_refused_when_cut_or_too_long() {
+    let pages = pages_body();
+    let samples = samples(&pages);
+    let kinds: Vec<FrameKind> = samples.iter().map(Frame::kind).collect();
+    assert_eq!(kinds, FrameKind::ALL);
+    for frame in samples {
+        let mut bytes = Vec::new();
+        frame.encode(LaneId::bulk(1), &mut bytes);
+        let header = FrameHeader::decode(bytes.first_chunk().unwrap()).unwrap();
+        assert_eq!((header.kind, header.lane, header.frame_bytes()), (frame.kind(), LaneId::bulk(1), bytes.len()));
+        let body = &bytes[HEADER_BYTES..];
+        assert_eq!(Frame::decode(header.kind, body).unwrap(), frame);
+        for cut in 0..body.len() {
+            // A whole digest or want less is a shorter legal list.
+            let shorter = match header.kind {
+                FrameKind::HAVE => cut > 16 && (cut - 16) % 32 == 0,
+                FrameKind::ACK => cut >= 8 && (cut - 8) % 16 == 0,
+                _ => false,
+            };
+            assert_eq!(Frame::decode(header.kind, &body[..cut]).is_ok(), shorter, "{} cut at {cut}", header.kind);
+        }
+        let mut longer = body.to_vec();
+        longer.push(0);
+        assert!(Frame::decode(header.kind, &longer).is_err(), "{} and a byte", header.kind);
+    }
+}
+
+#[test]
+fn golden_vectors_decode_and_encode_to_the_same_bytes() {
+    let pages = pages_body();
+    for frame in samples(&pages) {
+        let name = frame.kind().name().to_lowercase();
+        let mut bytes = Vec::new();
+        frame.encode(LaneId::bulk(1), &mut bytes);
+        let hex: alloc::string::String = bytes.iter().map(|byte| alloc::format!("{byte:02x}")).collect();
+        let path = std::format!("{}/vectors/{name}.txt", env!("CARGO_MANIFEST_DIR"));
+        let lines: Vec<&str> = hex.as_bytes().chunks(96).map(|line| core::str::from_utf8(line).unwrap()).collect();
+        let golden = std::fs::read_to_string(&path).unwrap_or_default().replace("\r\n", "\n");
+        let (stored, text) = golden.split_once("\n\n").unwrap_or(("", ""));
+        if std::env::var_os("PAGEWIRE_BLESS").is_some() {
+            let text = match &frame {
+                Frame::Pages(pages) => {
+                    let runs: Vec<Run> = pages.runs().collect();
+                    let references: Vec<Digest> = pages.references().collect();
+                    alloc::format!("{:#?}\n{runs:#?}\n{references:#?}\npayload: {} bytes", pages.head, pages.payload.len())
+                }
+                other => alloc::format!("{other:#?}"),
+            };
+            std::fs::write(&path, alloc::format!("{}\n\nlane 2\n{text}\n", lines.join("\n"))).unwrap();
+            continue;
+        }
+        assert_eq!(stored, lines.join("\n"), "{path}");
+        assert!(text.starts_with("lane 2\n"), "{path} shows what the bytes mean");
+    }
+}
+
+#[test]
+fn rejects_headers_that_are_no_frame() {
+    let good = FrameHeader { length: 16, kind: FrameKind::PING, lane: LaneId::CONTROL }.encode();
+    assert!(FrameHeader::decode(&good).is_ok());
+    let changed = |at: usize, value: u8| {
+        let mut bytes = good;
+        bytes[at] = value;
+        FrameHeader::decode(&bytes)
+    };
+    for (at, value) in [(4, 0), (4, 13), (4, 255), (5, 1), (5, 2), (6, 10), (6, 255), (7, 1), (0, 17), (3, 255)] {
+        assert!(changed(at, value).is_err(), "byte {at} = {value}");
+    }
+    let ignorable = [0, 0, 1, 0, 200, 1, 0, 0];
+    assert!(!FrameHeader::decode(&ignorable).unwrap().kind.is_known());
+    assert!(FrameHeader::decode(&[1, 0, 1, 0, 200, 1, 0, 0]).is_err(), "over the control limit");
+}
+
+#[test]
+fn accepts_lengths_up_to_each_kinds_limit_and_no_further() {
+    for &kind in FrameKind::ALL {
+        for length in [0, 1, kind.size_max() - 1, kind.size_max(), kind.size_max() + 1, i32::MAX as u32, u32::MAX] {
+            let header = FrameHeader { length, kind, lane: LaneId::CONTROL }.encode();
+            assert_eq!(FrameHeader::decode(&header).is_ok(), length <= kind.size_max(), "{kind} {length}");
+        }
+    }
+}
+
+fn pages_with(runs: &[Run], count: u32, codec: Codec, references: usize, payload: usize) -> Result<(), DecodeError> {
+    let head = PagesHead { round: 0, region: 0, codec, first: 0, count, digest: Digest([0; 32]) };
+    let mut body = Vec::new();
+    head.encode(runs, &vec![Digest([0; 32]); references], &mut body);
+    body.resize(body.len() + payload, 0);
+    Pages::decode(&body).map(drop)
+}
+
+#[test]
+fn rejects_pages_whose_counts_disagree() {
+    let run = |kind, count| Run { kind, count };
+    let zero = |count| run(EntryKind::ZERO, count);
+    let cover = COVER_PAGES_MAX as u16;
+    assert!(pages_with(&[zero(cover)], COVER_PAGES_MAX, Codec::NONE, 0, 0).is_ok());
+    assert!(pages_with(&[zero(cover + 1)], COVER_PAGES_MAX + 1, Codec::NONE, 0, 0).is_err());
+    assert!(pages_with(&[zero(2)], 3, Codec::NONE, 0, 0).is_err());
+    assert!(pages_with(&[zero(0), zero(1)], 1, Codec::NONE, 0, 0).is_err());
+    assert!(pages_with(&[], 0, Codec::NONE, 0, 0).is_err());
+    assert!(pages_with(&[zero(1)], 1, Codec::NONE, 0, 1).is_err());
+    assert!(pages_with(&[zero(1)], 1, Codec::ZSTD, 0, 0).is_err());
+    let inline = |count: u16, codec, payload| pages_with(&[run(EntryKind::INLINE, count)], u32::from(count), codec, 0, payload);
+    assert!(inline(512, Codec::NONE, 512 * PAGE_BYTES).is_ok());
+    assert!(inline(513, Codec::NONE, 513 * PAGE_BYTES).is_err());
+    assert!(inline(1, Codec::NONE, PAGE_BYTES - 1).is_err());
+    assert!(inline(1, Codec::ZSTD, PAGE_BYTES - 1).is_ok());
+    assert!(inline(1, Codec::ZSTD, PAGE_BYTES).is_err());
+    assert!(inline(1, Codec::ZSTD, 0).is_err());
+    assert!(pages_with(&[run(EntryKind::REFERENCE, 2)], 2, Codec::NONE, 1, 0).is_err());
+    assert!(pages_with(&[run(EntryKind::REFERENCE, 513)], 513, Codec::NONE, 513, 0).is_err());
+    let alternating: Vec<Run> = (0..1026).map(|at| if at % 2 == 0 { zero(1) } else { run(EntryKind::BASE, 1) }).collect();
+    assert!(pages_with(&alternating[..1025], 1025, Codec::NONE, 0, 0).is_ok());
+    assert!(pages_with(&alternating, 1026, Codec::NONE, 0, 0).is_err());
+}
+
+#[test]
+fn rejects_pages_with_unknown_or_reserved_values() {
+    let body = pages_body();
+    for (at, value) in [(6, 2), (7, 1), (22, 1), (56, 0), (56, 5), (57, 1)] {
+        let mut bad = body.clone();
+        bad[at] = value;
+        assert!(Pages::decode(&bad).is_err(), "byte {at} = {value}");
+    }
+}
+
+#[test]
+fn rejects_hellos_of_strangers_and_over_limits() {
+    let encoded = |hello: &Hello| {
+        let mut body = Vec::new();
+        hello.encode(&mut body);
+        body
+    };
+    let judge = |change: &dyn Fn(&mut Hello)| {
+        let mut hello = hello();
+        change(&mut hello);
+        Hello::decode(&encoded(&hello))
+    };
+    assert!(judge(&|_| ()).is_ok());
+    assert!(matches!(Hello::decode(b"GET / HTTP/1.1\r\n\r\n"), Err(DecodeError::Magic(_))));
+    assert!(judge(&|hello| hello.version_min = 0).is_err());
+    assert!(judge(&|hello| hello.version_min = 3).is_err());
+    assert!(judge(&|hello| hello.body.agent = "x".repeat(64)).is_ok());
+    assert!(judge(&|hello| hello.body.agent = "x".repeat(65)).is_err());
+    assert!(judge(&|hello| hello.body.extensions[0].required = true).is_err());
+    let extension = |bytes| Extension { tag: 1, required: false, data: vec![0; bytes] };
+    assert!(judge(&|hello| hello.body.extensions = vec![extension(1024)]).is_ok());
+    assert!(judge(&|hello| hello.body.extensions = vec![extension(1025)]).is_err());
+    assert!(judge(&|hello| hello.body.extensions = vec![extension(0); 16]).is_ok());
+    assert!(judge(&|hello| hello.body.extensions = vec![extension(0); 17]).is_err());
+    let mut role = encoded(&hello());
+    role[12] = 3;
+    assert!(Hello::decode(&role).is_err());
+    role[12] = 1;
+    role[15] = 1;
+    assert!(Hello::decode(&role).is_err());
+}
+
+#[test]
+fn rejects_lists_and_numbers_at_each_limit_plus_one() {
+    let have = |count| {
+        let mut body = Vec::new();
+        Have { region: 0, first: 0, digests: vec![Digest([0; 32]); count] }.encode(&mut body);
+        Have::decode(&body).is_ok()
+    };
+    assert_eq!([0, 1, 64, 65].map(have), [false, true, true, false]);
+    let ack = |count| {
+        let mut body = Vec::new();
+        Ack { frames: 0, wants: vec![Want { region: 0, first: 0, count: 1 }; count] }.encode(&mut body);
+        Ack::decode(&body).is_ok()
+    };
+    assert_eq!([0, 1, WANTS_MAX, WANTS_MAX + 1].map(ack), [true, true, true, false]);
+    let accept = |lanes, window, regions| {
+        let accept = Accept { transcript: [0; 32], secret: [0; 32], lanes, window, held_pages: vec![0; regions] };
+        let mut body = Vec::new();
+        accept.encode(&mut body);
+        Accept::decode(&body).is_ok()
+    };
+    assert!(accept(8, WINDOW_BYTES, 64));
+    assert!(!accept(0, 1, 1) && !accept(9, 1, 1) && !accept(1, 0, 1) && !accept(1, WINDOW_BYTES + 1, 1) && !accept(1, 1, 65));
+    let open = |lanes| {
+        let mut body = Vec::new();
+        Open { lanes, ..open() }.encode(&mut body);
+        Open::decode(&body).is_ok()
+    };
+    assert_eq!([0, 1, 8, 9].map(open), [false, true, true, false]);
+}
+
+#[test]
+fn close_reasons_are_escaped_and_cut() {
+    let close = Close::new(CloseCode::SOURCE, "a\u{1b}[31mb\nc\u{e4}");
+    assert_eq!(close.reason, "a\\u{1b}[31mb\\nc\\u{e4}");
+    let mut body = Vec::new();
+    Close { code: CloseCode(500), retry: true, reason: "x\ny".to_string() }.encode(&mut body);
+    let decoded = Close::decode(&body).unwrap();
+    assert_eq!((decoded.code.name(), decoded.retry, decoded.reason.as_str()), ("unknown", true, "x\\ny"));
+    assert_eq!(Close::new(CloseCode::SOURCE, &"x".repeat(5000)).reason.len(), REASON_BYTES_MAX);
+    let mut long = Vec::new();
+    Close { code: CloseCode(0), retry: true, reason: "x".to_string() }.encode(&mut long);
+    assert!(Close::decode(&long).is_err());
+}

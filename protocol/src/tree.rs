@@ -1,0 +1,203 @@
+//! The Merkle tree over the page digests of one region.
+//!
+//! Leaves are page digests; every node covers 256 children, so a lowest node covers 1 MiB. A tree begins as the tree of
+//! an all-zero region: zero subtrees are precomputed and take no memory, so a sparse terabyte costs eight bytes a MiB.
+//! Changing a leaf only marks its lowest node; nodes are hashed when somebody asks, batch by batch while leaves are hot.
+
+use crate::digest::{Digest, PageHasher, batch_digest};
+use crate::domain::DedupDomain;
+use crate::limits::SUBTREE_PAGES;
+use crate::page::Layout;
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+type Leaves = [Digest; SUBTREE_PAGES];
+
+/// Stored in place of the digest of the zero page, and of a node not computed. No page has it, short of a broken BLAKE3.
+const UNSET: Digest = Digest([0; 32]);
+
+/// The digests of one region's pages and the nodes above them.
+#[derive(Debug)]
+pub struct DigestTree {
+    domain: DedupDomain,
+    zero: Digest,
+    pages: u64,
+    leaves: Vec<Option<Box<Leaves>>>,
+    nodes: Vec<Digest>,
+}
+
+impl DigestTree {
+    /// The tree of a region of `pages` zero pages.
+    pub fn new(hasher: &PageHasher, pages: u64) -> Self {
+        let subtrees = usize::try_from(pages.div_ceil(SUBTREE_PAGES as u64)).unwrap_or(usize::MAX);
+        Self {
+            domain: hasher.domain().clone(),
+            zero: hasher.zero(),
+            pages,
+            leaves: vec![None; subtrees],
+            nodes: vec![UNSET; subtrees],
+        }
+    }
+
+    /// Pages of the region.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The digest of `page`; that of the zero page for one beyond the end.
+    pub fn leaf(&self, page: u64) -> Digest {
+        let (subtree, at) = split(page);
+        let found = self.leaves.get(subtree).and_then(Option::as_ref).and_then(|leaves| leaves.get(at));
+        found.copied().filter(|digest| *digest != UNSET).unwrap_or(self.zero)
+    }
+
+    /// Whether `page` is known to be zero.
+    pub fn is_zero(&self, page: u64) -> bool {
+        self.leaf(page) == self.zero
+    }
+
+    /// Sets the digest of `page`. A page beyond the end is ignored.
+    pub fn set(&mut self, page: u64, digest: Digest) {
+        let (subtree, at) = split(page);
+        let stored = if digest == self.zero { UNSET } else { digest };
+        let Some(leaves) = self.leaves.get_mut(subtree).filter(|_| page < self.pages) else { return };
+        if stored == UNSET && leaves.is_none() {
+            return;
+        }
+        let leaves = leaves.get_or_insert_with(|| Box::new([UNSET; SUBTREE_PAGES]));
+        if let (Some(leaf), Some(node)) = (leaves.get_mut(at), self.nodes.get_mut(subtree))
+            && *leaf != stored
+        {
+            *leaf = stored;
+            *node = UNSET;
+        }
+    }
+
+    /// Lowest nodes of the region: one for each started MiB.
+    pub fn subtrees(&self) -> u64 {
+        self.nodes.len() as u64
+    }
+
+    /// The pages below lowest node `index`.
+    pub fn subtree_pages(&self, index: u64) -> Range<u64> {
+        let first = index.saturating_mul(SUBTREE_PAGES as u64).min(self.pages);
+        first..first.saturating_add(SUBTREE_PAGES as u64).min(self.pages)
+    }
+
+    /// The digest of lowest node `index`.
+    pub fn subtree(&mut self, index: u64) -> Digest {
+        let at = usize::try_from(index).unwrap_or(usize::MAX);
+        let known = self.nodes.get(at).copied().unwrap_or(UNSET);
+        if known != UNSET {
+            return known;
+        }
+        let mut leaves = [UNSET; SUBTREE_PAGES];
+        let count = self.copy_leaves(self.subtree_pages(index), &mut leaves);
+        let node = node_digest(&self.domain, 0, leaves.get(..count).unwrap_or(&[]));
+        if let Some(slot) = self.nodes.get_mut(at) {
+            *slot = node;
+        }
+        node
+    }
+
+    /// The root over the whole region; for an empty region the node of no children.
+    pub fn root(&mut self) -> Digest {
+        let mut level: Vec<Digest> = (0..self.subtrees()).map(|index| self.subtree(index)).collect();
+        let mut height: u8 = 1;
+        while level.len() > 1 {
+            level = level.chunks(SUBTREE_PAGES).map(|children| node_digest(&self.domain, height, children)).collect();
+            height = height.saturating_add(1);
+        }
+        level.first().copied().unwrap_or_else(|| node_digest(&self.domain, 0, &[]))
+    }
+
+    /// The batch digest of `count` pages from `first` as they stand in the tree.
+    pub fn batch(&self, first: u64, count: u32) -> Digest {
+        let end = first.saturating_add(u64::from(count)).min(self.pages);
+        let mut buffers = Vec::new();
+        let mut at = first;
+        while at < end {
+            let stop = end.min((at / SUBTREE_PAGES as u64).saturating_add(1).saturating_mul(SUBTREE_PAGES as u64));
+            let mut leaves = vec![UNSET; SUBTREE_PAGES];
+            let count = self.copy_leaves(at..stop, &mut leaves);
+            leaves.truncate(count);
+            buffers.push(leaves);
+            at = stop;
+        }
+        batch_digest(&self.domain, first, buffers.iter().map(Vec::as_slice))
+    }
+
+    fn copy_leaves(&self, pages: Range<u64>, out: &mut [Digest]) -> usize {
+        let mut count = 0;
+        for (slot, page) in out.iter_mut().zip(pages) {
+            *slot = self.leaf(page);
+            count += 1;
+        }
+        count
+    }
+}
+
+/// The root of an image: over its regions' sizes, install sizes and roots, in order.
+pub fn image_root(domain: &DedupDomain, layout: &Layout, trees: &mut [DigestTree]) -> Digest {
+    let mut bytes = Vec::new();
+    for (region, tree) in layout.regions().iter().zip(trees) {
+        bytes.extend_from_slice(&region.bytes.to_le_bytes());
+        bytes.extend_from_slice(&region.install_size.bytes().to_le_bytes());
+        bytes.extend_from_slice(&tree.root().0);
+    }
+    domain.root.hash([bytes.as_slice()])
+}
+
+fn node_digest(domain: &DedupDomain, height: u8, children: &[Digest]) -> Digest {
+    let mut bytes = [0; 32 * SUBTREE_PAGES];
+    let (slots, _) = bytes.as_chunks_mut::<32>();
+    for (slot, child) in slots.iter_mut().zip(children) {
+        *slot = child.0;
+    }
+    let used = children.len().saturating_mul(32);
+    domain.node.hash([&[height][..], bytes.get(..used).unwrap_or(&bytes)])
+}
+
+fn split(page: u64) -> (usize, usize) {
+    let subtree = usize::try_from(page / SUBTREE_PAGES as u64).unwrap_or(usize::MAX);
+    (subtree, usize::try_from(page % SUBTREE_PAGES as u64).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::page_digest;
+    use proptest::prelude::*;
+
+    fn hasher() -> PageHasher {
+        PageHasher::new(&DedupDomain::public())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        /// The slow twin: a plain list of digests, hashed level by level from nothing.
+        #[test]
+        fn root_equals_a_tree_built_from_nothing(pages in 0u64..1500, changes in proptest::collection::vec((0u64..1500, 0u8..4), 0..60)) {
+            let hasher = hasher();
+            let mut tree = DigestTree::new(&hasher, pages);
+            let mut twin = vec![hasher.zero(); pages as usize];
+            for (step, (page, byte)) in changes.into_iter().enumerate() {
+                let digest = page_digest(hasher.domain(), &[byte; 4096]);
+                tree.set(page, digest);
+                if let Some(slot) = twin.get_mut(page as usize) { *slot = digest; }
+                if step % 7 == 0 { tree.root(); }
+            }
+            let mut level: Vec<Digest> = twin.chunks(256).map(|leaves| node_digest(hasher.domain(), 0, leaves)).collect();
+            let mut height = 1;
+            while level.len() > 1 {
+                level = level.chunks(256).map(|children| node_digest(hasher.domain(), height, children)).collect();
+                height += 1;
+            }
+            let expected = level.first().copied().unwrap_or_else(|| node_digest(hasher.domain(), 0, &[]));
+            prop_assert_eq!(tree.root(), expected);
+            prop_assert_eq!(tree.batch(0, pages as u32), batch_digest(hasher.domain(), 0, [twin.as_slice()]));
+        }
+    }
+}
