@@ -54,8 +54,18 @@ impl PageBitmap {
 
     /// Sets every index of `range` that lies below the end.
     pub fn insert_range(&mut self, range: Range<u64>) {
-        for index in range.start..range.end.min(self.len) {
-            self.insert(index);
+        let (mut index, end) = (range.start, range.end.min(self.len));
+        while index < end {
+            let whole = index % 64 == 0 && end.saturating_sub(index) >= 64;
+            let word = usize::try_from(index / 64).ok().and_then(|at| self.words.get_mut(at)).filter(|_| whole);
+            if let Some(word) = word {
+                self.ones = self.ones.saturating_add(u64::from(word.count_zeros()));
+                *word = u64::MAX;
+                index = index.saturating_add(64);
+            } else {
+                self.insert(index);
+                index = index.saturating_add(1);
+            }
         }
     }
 
@@ -135,7 +145,7 @@ mod tests {
     proptest! {
         /// The slow twin is a set of numbers.
         #[test]
-        fn agrees_with_a_set_of_numbers(len in 1u64..400, ops in proptest::collection::vec((any::<bool>(), 0u64..450), 0..300), from in 0u64..400) {
+        fn agrees_with_a_set_of_numbers(len in 1u64..400, ops in proptest::collection::vec((any::<bool>(), 0u64..450), 0..300), from in 0u64..400, fill in (0u64..400, 0u64..200)) {
             let mut bitmap = PageBitmap::new(len);
             let mut twin = BTreeSet::new();
             for (on, index) in ops {
@@ -143,6 +153,8 @@ mod tests {
                 let got = if on { bitmap.insert(index) } else { bitmap.remove(index) };
                 prop_assert_eq!(got, changed);
             }
+            bitmap.insert_range(fill.0..fill.0 + fill.1);
+            twin.extend((fill.0..fill.0 + fill.1).filter(|&index| index < len));
             prop_assert_eq!(bitmap.count(), twin.len() as u64);
             let from_runs: Vec<u64> = bitmap.runs(from..len + 9).flatten().collect();
             let from_twin: Vec<u64> = twin.range(from..).copied().collect();

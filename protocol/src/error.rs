@@ -336,6 +336,14 @@ pub enum PeerError {
         /// Which lane.
         lane: u8,
     },
+    /// The transport under a lane broke.
+    #[error("the connection of lane {lane} broke: {reason}")]
+    Broken {
+        /// Which lane.
+        lane: u8,
+        /// What the operating system said.
+        reason: String,
+    },
     /// It said nothing, or too little, for too long.
     #[error("the peer is too slow: {0}")]
     Timeout(&'static str),
@@ -351,8 +359,27 @@ impl PeerError {
             Self::Violation(_) => CloseCode::VIOLATION,
             Self::Incompatible(_) => CloseCode::INCOMPATIBLE,
             Self::Closed { code, .. } => *code,
-            Self::EndOfStream { .. } => CloseCode::VIOLATION,
+            Self::EndOfStream { .. } | Self::Broken { .. } => CloseCode::VIOLATION,
             Self::Timeout(_) => CloseCode::TIMEOUT,
+        }
+    }
+}
+
+/// Where the guest is when a session has ended: what every top-level error must say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GuestAt {
+    /// At the sender, unharmed; the transfer can be tried again.
+    Sender,
+    /// At the receiver, complete.
+    Receiver,
+}
+
+impl GuestAt {
+    /// `sender` or `receiver`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sender => "sender",
+            Self::Receiver => "receiver",
         }
     }
 }

@@ -5,8 +5,11 @@
 //! Numbers from a peer become these types through checked constructors; once they exist they are inside their region.
 
 use crate::error::DecodeError;
-use crate::limits::{IMAGE_PAGES_MAX, PAGE_BYTES, REGIONS_MAX, SUBTREE_PAGES};
+use crate::limits::{BATCH_PAGES_MAX, IMAGE_PAGES_MAX, PAGE_BYTES, REGIONS_MAX, SUBTREE_PAGES};
 use alloc::vec::Vec;
+
+/// Pages of a group: what a frame with references or inline pages never crosses, and what selects the lane.
+pub const GROUP_PAGES: u64 = BATCH_PAGES_MAX as u64;
 
 /// The index of a region in its image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -160,6 +163,13 @@ impl Layout {
         let start = self.starts.get(index).copied().unwrap_or(0);
         let region = RegionId(u16::try_from(index).unwrap_or(u16::MAX));
         (region, PageNumber(u64::from(place.0.saturating_sub(start))))
+    }
+
+    /// The index of the 2 MiB group that holds a page, over all regions in order. It selects the page's lane.
+    pub fn group(&self, region: RegionId, page: u64) -> u64 {
+        let before = self.regions.iter().take(usize::from(region.0));
+        let groups = before.fold(0u64, |sum, region| sum.saturating_add(region.pages().div_ceil(GROUP_PAGES)));
+        groups.saturating_add(page / GROUP_PAGES)
     }
 
     /// A range that lies inside its region and covers whole install pages.

@@ -4,16 +4,19 @@
 //! blocks and never asks the time. Whoever drives it (the tokio pump, the simulator, a fuzzer) moves bytes, runs jobs
 //! and tells the time.
 
+mod endpoint;
 mod liveness;
 mod negotiate;
 mod table;
 
+pub use endpoint::{Endpoint, Greeted};
 pub use liveness::Liveness;
-pub use negotiate::{Agreement, Policy, negotiate};
+pub use negotiate::{Agreement, Policy, VERSION, negotiate};
 pub use table::{Phase, check};
 
-use crate::frame::{Frame, FrameKind, LaneId};
-use crate::time::Time;
+use crate::error::{PeerError, Violation};
+use crate::frame::{Frame, FrameKind, Join, LaneId};
+use crate::time::{Span, Time};
 use alloc::vec::Vec;
 use core::ops::Range;
 
@@ -91,14 +94,23 @@ pub trait Machine {
     /// A whole frame arrived. A machine that cannot go on says so by [`is_over`](Self::is_over).
     fn handle_frame(&mut self, lane: LaneId, kind: FrameKind, body: &[u8], now: Time);
 
-    /// A lane's connection ended: by its end of stream, or with the error that `why` names.
-    fn handle_lane_end(&mut self, lane: LaneId, why: Option<&str>, now: Time);
+    /// The transport cannot go on: a connection ended or broke, or bytes on it are no frame.
+    fn handle_peer_error(&mut self, error: PeerError, now: Time);
 
     /// The time that [`poll_timeout`](Self::poll_timeout) named has come.
     fn handle_timeout(&mut self, now: Time);
 
-    /// A job is finished; jobs come back in the order they went out.
-    fn handle_job(&mut self, output: <Self::Job as Job>::Output, now: Time);
+    /// A job is finished, which took `spent` of one processor; jobs come back in the order they went out.
+    fn handle_job(&mut self, output: <Self::Job as Job>::Output, spent: Span, now: Time);
+
+    /// A connection asks to carry `lane`; `join` is the first frame it sent.
+    ///
+    /// # Errors
+    /// It may not; the session goes on without it.
+    fn handle_join(&mut self, lane: LaneId, join: &Join, now: Time) -> Result<(), Violation>;
+
+    /// A connection that this side opened carries `lane` from now on.
+    fn handle_lane_open(&mut self, lane: LaneId, now: Time);
 
     /// Takes one bounded step of its own, reading or writing memory; false if there is nothing to do now.
     fn work(&mut self, now: Time) -> bool;

@@ -1,0 +1,475 @@
+//! The receiver as a machine: what it does with each frame, and when the image is complete.
+//!
+//! ```text
+//! Greeting ─HELLO→ Waiting ─OPEN→ Deciding ─accept()→ Receiving ─all pages, root equal→ (finish job) ─DONE→ Parting → Over
+//! ```
+//! One invariant carries the rest: DONE goes out only after every page is present, the root over them equals the
+//! sender's, and the sink has made them last.
+
+use crate::error::{ErrorKind, ReceiverError};
+use crate::memory::GuestSink;
+use crate::page_map::PageMap;
+use crate::report::Counts;
+use crate::resolve::{Resolved, Resolver, Target};
+use crate::scan::Scan;
+use crate::wants::Wants;
+use pagewire_protocol::digest::{Digest, PageHasher, join_proof, proofs_equal};
+use pagewire_protocol::domain::DedupDomain;
+use pagewire_protocol::error::{CloseCode, DecodeError, GuestAt, PeerError, Violation};
+use pagewire_protocol::frame::{Accept, Ack, Done, EntryKind, Frame, FrameKind, Join, LaneId, Open, Pages, Role, Root, RoundEnd};
+use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX};
+use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId};
+use pagewire_protocol::session::{Endpoint, Job, Machine, Outgoing, Phase, Policy};
+use pagewire_protocol::time::{Span, Time};
+use std::collections::VecDeque;
+use std::io;
+
+/// What a sender asks to send, for whoever embeds the engine to decide on.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// Name, regions and wishes, judged.
+    pub open: Open,
+}
+
+/// On which terms an offer is accepted.
+#[derive(Debug)]
+pub struct Terms<S> {
+    /// Where pages go.
+    pub sink: S,
+    /// Bulk lanes granted at most.
+    pub lanes: u8,
+    /// Unacknowledged bytes a lane may have, 1 to [`WINDOW_BYTES`](pagewire_protocol::limits::WINDOW_BYTES).
+    pub window: u64,
+    /// Random: the secret that further connections prove.
+    pub secret: [u8; 32],
+    /// Random: the seed of the digest index.
+    pub seed: u64,
+}
+
+/// What the engine tells whoever embeds it.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Decide: [`ReceiverEngine::accept`] or [`ReceiverEngine::refuse`].
+    Offered(Offer),
+    /// Every page is present and the root is equal; now it is made to last.
+    Verified,
+    /// It lasts, and the sender knows or will.
+    Finished,
+}
+
+/// Makes the image last, possibly on another thread.
+#[derive(Debug)]
+pub struct FinishJob<S>(S);
+
+/// What came of a [`FinishJob`].
+#[derive(Debug)]
+pub struct FinishOutput<S> {
+    sink: S,
+    result: io::Result<()>,
+}
+
+impl<S: GuestSink> Job for FinishJob<S> {
+    type Output = FinishOutput<S>;
+
+    fn run(mut self) -> FinishOutput<S> {
+        let result = self.0.finish();
+        FinishOutput { sink: self.0, result }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Lane {
+    joined: bool,
+    ended: bool,
+    frames: u64,
+    acked: u64,
+    unacked_bytes: u64,
+    ack_due: Option<Time>,
+}
+
+/// What is true while an image is received.
+#[derive(Debug)]
+struct Receiving<S> {
+    open: Open,
+    secret: [u8; 32],
+    hasher: PageHasher,
+    map: PageMap,
+    scan: Scan,
+    wants: Wants,
+    resolver: Resolver,
+    lanes: [Lane; LaneId::COUNT],
+    bulk_lanes: u8,
+    round: u32,
+    root: Option<Root>,
+    /// Gone while the finish job has it.
+    sink: Option<S>,
+    finish: Option<FinishJob<S>>,
+}
+
+/// The receiving side of one session.
+#[derive(Debug)]
+pub struct ReceiverEngine<S> {
+    endpoint: Endpoint,
+    offer: Option<Open>,
+    receiving: Option<Box<Receiving<S>>>,
+    counts: Counts,
+    events: VecDeque<Event>,
+    outcome: Option<Result<(), ReceiverError>>,
+}
+
+impl<S: GuestSink> ReceiverEngine<S> {
+    /// A session that greets; `nonce` must be random.
+    pub fn new(policy: &Policy, nonce: [u8; 16], now: Time) -> Self {
+        Self {
+            endpoint: Endpoint::new(Role::Receiver, policy, nonce, now),
+            offer: None,
+            receiving: None,
+            counts: Counts::default(),
+            events: VecDeque::new(),
+            outcome: None,
+        }
+    }
+
+    /// Takes the offered image.
+    pub fn accept(&mut self, terms: Terms<S>, now: Time) {
+        let (Some(open), Some(greeted)) = (self.offer.take(), self.endpoint.greeted()) else { return };
+        let Terms { sink, lanes, window, secret, seed } = terms;
+        let resolver = match Resolver::new() {
+            Ok(resolver) => resolver,
+            Err(source) => return self.fail(ErrorKind::Destination { what: "zstd cannot start", source }),
+        };
+        let regions = (0..).map(RegionId).take(open.layout.regions().len());
+        let base: Vec<u64> = regions.map(|region| sink.base_pages(region)).collect();
+        let held: Vec<u64> = base.iter().map(|&pages| if open.fresh { 0 } else { pages }).collect();
+        let bulk_lanes = lanes.clamp(1, open.lanes);
+        let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
+        let mut receiving = Box::new(Receiving {
+            secret,
+            map: PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero()),
+            hasher,
+            scan: Scan::new(held.clone()),
+            wants: Wants::new(&open.layout),
+            resolver,
+            lanes: Default::default(),
+            bulk_lanes,
+            round: 0,
+            root: None,
+            sink: Some(sink),
+            finish: None,
+            open,
+        });
+        for (region, pages) in (0..).map(RegionId).zip(base) {
+            // What is there is unknown until it is read, even if all beyond it is zero.
+            (0..pages).for_each(|page| receiving.map.forget(region, page));
+        }
+        self.endpoint.enter(Phase::Receiving);
+        if receiving.open.single_stream {
+            for lane in (0..bulk_lanes).map(LaneId::bulk) {
+                receiving.open_lane(lane);
+                self.endpoint.open_lane(lane, now);
+            }
+        }
+        let accept = Accept { transcript: greeted.transcript, secret, lanes: bulk_lanes, window, held_pages: held };
+        self.endpoint.push_frame(LaneId::CONTROL, &Frame::Accept(accept));
+        self.receiving = Some(receiving);
+    }
+
+    /// Refuses the offered image and ends the session.
+    pub fn refuse(&mut self, code: CloseCode, reason: &str) {
+        self.close(ErrorKind::Refused(reason.to_owned()), code);
+    }
+
+    /// Stops the session.
+    pub fn cancel(&mut self) {
+        self.fail(ErrorKind::Cancelled);
+    }
+
+    /// What was done so far.
+    pub fn counts(&self) -> Counts {
+        let wants = self.receiving.as_ref().map_or(0, |receiving| receiving.wants.asked());
+        Counts { wants, ..self.counts }
+    }
+
+    /// Pages that are as the sender means them, and pages of the image; for progress.
+    pub fn progress(&self) -> (u64, u64) {
+        let receiving = self.receiving.as_ref();
+        receiving.map_or((0, 0), |receiving| (receiving.map.present_pages(), receiving.open.layout.pages()))
+    }
+
+    /// How the session ended, once it has.
+    pub fn outcome(&mut self) -> Option<Result<(), ReceiverError>> {
+        self.outcome.take()
+    }
+
+    fn fail(&mut self, kind: ErrorKind) {
+        let code = kind.close_code();
+        self.close(kind, code);
+    }
+
+    fn close(&mut self, kind: ErrorKind, code: CloseCode) {
+        if self.endpoint.phase() == Phase::Over {
+            return;
+        }
+        if self.endpoint.phase() == Phase::Parting {
+            // The image lasts; that the sender does not say that it knows changes nothing here.
+            self.endpoint.finish();
+            self.outcome = Some(Ok(()));
+            self.events.push_back(Event::Finished);
+            return;
+        }
+        self.endpoint.close(code, &kind.to_string(), kind.tells_peer());
+        self.outcome = Some(Err(ReceiverError { kind, guest_at: GuestAt::Sender }));
+        self.receiving = None;
+    }
+
+    fn handle(&mut self, lane: LaneId, kind: FrameKind, body: &[u8], now: Time) -> Result<(), ErrorKind> {
+        let Some(frame) = self.endpoint.judge(lane, kind, body, now)? else { return Ok(()) };
+        match frame {
+            Frame::Open(open) => self.handle_open(open),
+            Frame::Done(_) => {
+                self.endpoint.finish();
+                self.outcome = Some(Ok(()));
+                self.events.push_back(Event::Finished);
+                Ok(())
+            }
+            frame => {
+                let Some(receiving) = self.receiving.as_mut() else { return Ok(()) };
+                match frame {
+                    Frame::Pages(pages) => receiving.handle_pages(lane, &pages, body.len() as u64, &mut self.counts, now)?,
+                    Frame::Round(end) => receiving.handle_round(lane, end, now)?,
+                    Frame::Root(root) => receiving.handle_root(root)?,
+                    _ => {}
+                }
+                if receiving.check_complete()? {
+                    self.events.push_back(Event::Verified);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn handle_open(&mut self, open: Open) -> Result<(), ErrorKind> {
+        let greeted = self.endpoint.greeted();
+        if greeted.is_none_or(|greeted| greeted.transcript != open.transcript) {
+            return Err(Violation::Transcript.into());
+        }
+        self.endpoint.enter(Phase::Deciding);
+        self.events.push_back(Event::Offered(Offer { open: open.clone() }));
+        self.offer = Some(open);
+        Ok(())
+    }
+}
+
+impl<S: GuestSink> Receiving<S> {
+    fn open_lane(&mut self, lane: LaneId) {
+        if let Some(lane) = self.lanes.get_mut(lane.index()) {
+            lane.joined = true;
+        }
+    }
+
+    fn handle_pages(&mut self, lane: LaneId, pages: &Pages<'_>, bytes: u64, counts: &mut Counts, now: Time) -> Result<(), ErrorKind> {
+        let range = self.judge_range(lane, pages)?;
+        let Some(sink) = self.sink.as_mut() else {
+            return Err(Violation::Entry { what: "pages after the image was complete", region: range.region.0, first: range.first.0 }.into());
+        };
+        let mut to = Target { map: &mut self.map, sink, scan: &self.scan, hasher: &self.hasher, counts };
+        match self.resolver.apply(range, pages, &mut to)? {
+            Resolved::Missing(missing) => {
+                range.numbers().for_each(|page| self.wants.settle(&self.open.layout, range.region, page));
+                missing.iter().for_each(|&page| self.wants.ask(&self.open.layout, lane, range.region, page, 1));
+            }
+            Resolved::Disbelieved => {
+                self.wants.ask(&self.open.layout, lane, range.region, range.first.0, u64::from(range.count));
+            }
+        }
+        self.wants.check(&self.open.layout)?;
+        if let Some(state) = self.lanes.get_mut(lane.index()) {
+            state.frames = state.frames.saturating_add(1);
+            state.unacked_bytes = state.unacked_bytes.saturating_add(bytes);
+            state.ack_due.get_or_insert(now + ACK_DELAY_MAX);
+        }
+        Ok(())
+    }
+
+    /// Where the frame's pages lie, if they may be stated here and now.
+    fn judge_range(&self, lane: LaneId, pages: &Pages<'_>) -> Result<PageRange, ErrorKind> {
+        let head = pages.head;
+        let malformed = |source: DecodeError| PeerError::Decode { kind: FrameKind::PAGES, source };
+        let range = self.open.layout.range(head.region, head.first, head.count).map_err(malformed)?;
+        let (region, first) = (head.region, head.first);
+        if head.round != self.round {
+            return Err(Violation::Round { got: head.round, expected: self.round }.into());
+        }
+        let group = self.open.layout.group(range.region, first);
+        if lane.bulk_index().map(u64::from) != group.checked_rem(u64::from(self.bulk_lanes)) {
+            return Err(Violation::PageLane { region, first, lane: lane.number() }.into());
+        }
+        let looks = pages.runs().any(|run| matches!(run.kind, EntryKind::REFERENCE | EntryKind::INLINE));
+        let last = range.numbers().end.saturating_sub(1);
+        if looks && first / GROUP_PAGES != last / GROUP_PAGES {
+            return Err(Violation::Entry { what: "a batch that crosses a group", region, first }.into());
+        }
+        if !self.scan.has_announced(range.region, first, head.count) {
+            return Err(Violation::Entry { what: "pages stated before their holdings", region, first }.into());
+        }
+        Ok(range)
+    }
+
+    fn handle_round(&mut self, lane: LaneId, end: RoundEnd, now: Time) -> Result<(), ErrorKind> {
+        let Some(state) = self.lanes.get_mut(lane.index()) else { return Ok(()) };
+        if end.round != self.round || state.ended {
+            return Err(Violation::Round { got: end.round, expected: self.round }.into());
+        }
+        if end.frames != state.frames {
+            return Err(Violation::Ack { got: end.frames, sent: state.frames }.into());
+        }
+        state.ended = true;
+        state.ack_due = Some(now);
+        Ok(())
+    }
+
+    fn handle_root(&mut self, root: Root) -> Result<(), ErrorKind> {
+        if self.root.is_some() || root.round != self.round {
+            return Err(Violation::Round { got: root.round, expected: self.round }.into());
+        }
+        self.root = Some(root);
+        Ok(())
+    }
+
+    /// Whether everything has come; if so the finish job is ready.
+    fn check_complete(&mut self) -> Result<bool, ErrorKind> {
+        let rounds_end = (0..self.bulk_lanes).map(LaneId::bulk).all(|lane| self.lanes.get(lane.index()).is_some_and(|lane| lane.ended));
+        let Some(root) = self.root.filter(|_| rounds_end && self.sink.is_some()) else { return Ok(false) };
+        let (pages, present, wanted) = (self.open.layout.pages(), self.map.present_pages(), self.wants.outstanding());
+        if present < pages && wanted > 0 {
+            return Ok(false);
+        }
+        let ours = if present == pages { self.map.root(&self.hasher) } else { Digest::default() };
+        if present != pages || root.pages != pages || root.digest != ours {
+            let mismatch = Violation::Root { theirs: root.digest, their_pages: root.pages, ours, our_pages: present };
+            return Err(mismatch.into());
+        }
+        self.finish = self.sink.take().map(FinishJob);
+        Ok(true)
+    }
+
+    fn poll_ack(&mut self, lane: LaneId, now: Time) -> Option<Outgoing> {
+        let waiting = self.wants.is_waiting(lane);
+        let state = self.lanes.get_mut(lane.index())?;
+        let due = state.ack_due.is_some_and(|due| now >= due) || state.unacked_bytes >= ACK_BYTES;
+        if !state.joined || !(waiting || due) {
+            return None;
+        }
+        (state.acked, state.unacked_bytes, state.ack_due) = (state.frames, 0, None);
+        let ack = Ack { frames: state.frames, wants: self.wants.take(lane) };
+        Some(Outgoing::frame(&Frame::Ack(ack), lane))
+    }
+}
+
+impl<S: GuestSink> Machine for ReceiverEngine<S> {
+    type Job = FinishJob<S>;
+    type Event = Event;
+
+    fn handle_frame(&mut self, lane: LaneId, kind: FrameKind, body: &[u8], now: Time) {
+        if self.is_over() {
+            return;
+        }
+        if let Err(kind) = self.handle(lane, kind, body, now) {
+            self.fail(kind);
+        }
+    }
+
+    fn handle_peer_error(&mut self, error: PeerError, _now: Time) {
+        self.fail(error.into());
+    }
+
+    fn handle_timeout(&mut self, now: Time) {
+        if let Err(error) = self.endpoint.handle_timeout(now) {
+            self.fail(error.into());
+        }
+    }
+
+    fn handle_job(&mut self, output: FinishOutput<S>, _spent: Span, _now: Time) {
+        let Some(receiving) = self.receiving.as_mut() else { return };
+        let FinishOutput { sink, result } = output;
+        receiving.sink = Some(sink);
+        match result {
+            Ok(()) => {
+                let root = receiving.root.map(|root| root.digest).unwrap_or_default();
+                let done = Done { pages: receiving.open.layout.pages(), root };
+                self.endpoint.push_frame(LaneId::CONTROL, &Frame::Done(done));
+                self.endpoint.enter(Phase::Parting);
+            }
+            Err(source) => self.fail(ErrorKind::Destination { what: "cannot be finished", source }),
+        }
+    }
+
+    fn handle_join(&mut self, lane: LaneId, join: &Join, now: Time) -> Result<(), Violation> {
+        let refuse = |why| Violation::Join { lane: lane.number(), why };
+        let Some(receiving) = self.receiving.as_mut() else { return Err(refuse("no image is being received")) };
+        let granted = lane.bulk_index().is_some_and(|index| index < receiving.bulk_lanes);
+        if receiving.open.single_stream || !granted {
+            return Err(refuse("it was not granted"));
+        }
+        if receiving.lanes.get(lane.index()).is_none_or(|lane| lane.joined) {
+            return Err(refuse("it is joined already"));
+        }
+        let proof = join_proof(&receiving.secret, &receiving.open.session, lane.number());
+        if join.session != receiving.open.session || !proofs_equal(&proof, &join.proof) {
+            return Err(refuse("the proof is wrong"));
+        }
+        receiving.open_lane(lane);
+        self.endpoint.open_lane(lane, now);
+        Ok(())
+    }
+
+    fn handle_lane_open(&mut self, _lane: LaneId, _now: Time) {}
+
+    fn work(&mut self, _now: Time) -> bool {
+        if self.endpoint.phase() != Phase::Receiving {
+            return false;
+        }
+        let Some(receiving) = self.receiving.as_mut() else { return false };
+        let Receiving { scan, map, sink: Some(sink), hasher, .. } = receiving.as_mut() else { return false };
+        if scan.is_finished() {
+            return false;
+        }
+        match scan.step(map, sink, hasher) {
+            Ok(have) => {
+                self.counts.scanned = self.counts.scanned.saturating_add(pagewire_protocol::limits::SUBTREE_PAGES as u64);
+                if let Some(have) = have {
+                    self.endpoint.push_frame(LaneId::CONTROL, &Frame::Have(have));
+                }
+            }
+            Err(source) => self.fail(ErrorKind::Destination { what: "base cannot be read", source }),
+        }
+        true
+    }
+
+    fn poll_frame(&mut self, lane: LaneId, now: Time) -> Option<Outgoing> {
+        let queued = self.endpoint.poll_frame(lane, now);
+        if queued.is_some() || self.endpoint.phase() != Phase::Receiving {
+            return queued;
+        }
+        self.receiving.as_mut()?.poll_ack(lane, now)
+    }
+
+    fn poll_job(&mut self) -> Option<FinishJob<S>> {
+        self.receiving.as_mut()?.finish.take()
+    }
+
+    fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    fn poll_timeout(&self) -> Option<Time> {
+        let acks = self.receiving.iter().flat_map(|receiving| receiving.lanes.iter().filter_map(|lane| lane.ack_due));
+        acks.chain(self.endpoint.poll_timeout()).min()
+    }
+
+    fn recycle(&mut self, _buffer: Vec<u8>) {}
+
+    fn is_over(&self) -> bool {
+        self.endpoint.phase() == Phase::Over
+    }
+}

@@ -1,0 +1,60 @@
+//! Why a session failed at the receiver. The guest is at the sender after each of them.
+
+use pagewire_protocol::error::{CloseCode, GuestAt, PeerError};
+use std::io;
+use thiserror::Error;
+
+/// A failed session.
+#[derive(Debug, Error)]
+#[error("{kind}")]
+pub struct ReceiverError {
+    /// What happened.
+    #[source]
+    pub kind: ErrorKind,
+    /// Where the guest is.
+    pub guest_at: GuestAt,
+}
+
+/// What happened.
+#[derive(Debug, Error)]
+pub enum ErrorKind {
+    /// The peer did.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// Whoever embeds the engine refused the image.
+    #[error("refused: {0}")]
+    Refused(String),
+    /// The destination could not be read or written.
+    #[error("destination: {what}: {source}")]
+    Destination {
+        /// What was tried.
+        what: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// It was stopped here.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl ErrorKind {
+    pub(crate) fn close_code(&self) -> CloseCode {
+        match self {
+            Self::Peer(error) => error.close_code(),
+            Self::Refused(_) => CloseCode::REFUSED,
+            Self::Destination { .. } => CloseCode::DESTINATION,
+            Self::Cancelled => CloseCode::CANCELLED,
+        }
+    }
+
+    /// Whether the peer needs to be told: not if it said so itself, or is not there any more.
+    pub(crate) fn tells_peer(&self) -> bool {
+        !matches!(self, Self::Peer(PeerError::Closed { .. } | PeerError::Broken { .. }))
+    }
+}
+
+impl From<pagewire_protocol::error::Violation> for ErrorKind {
+    fn from(violation: pagewire_protocol::error::Violation) -> Self {
+        Self::Peer(violation.into())
+    }
+}

@@ -1,0 +1,23 @@
+//! The receiving side of a session.
+//!
+//! [`ReceiverEngine`] decides; it has no senses of its own and runs under any driver. It owns what the receiver knows
+//! of the image ([`PageMap`]) and checks every page against its digest before it is used. Memory is reached through
+//! [`GuestSink`]. The `driver` feature adds tokio and nothing else.
+#![forbid(unsafe_code)]
+
+#[cfg(feature = "driver")]
+pub mod driver;
+mod engine;
+mod error;
+pub mod memory;
+mod page_map;
+mod report;
+mod resolve;
+mod scan;
+mod wants;
+
+pub use engine::{Event, FinishJob, FinishOutput, Offer, ReceiverEngine, Terms};
+pub use error::{ErrorKind, ReceiverError};
+pub use memory::GuestSink;
+pub use page_map::PageMap;
+pub use report::Counts;

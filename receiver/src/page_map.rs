@@ -1,0 +1,119 @@
+//! What the receiver knows of the image: the digest of every page, which are present, and where a digest lies.
+//!
+//! A page is *known* when its digest is that of the bytes in memory now, *present* when the sender has stated it and
+//! the statement holds. The index is built when the first reference needs it: an image without duplicates pays nothing.
+
+use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::digest::{Digest, PageHasher};
+use pagewire_protocol::page::{Layout, Place, RegionId};
+use pagewire_protocol::tree::{DigestTree, image_root};
+use pagewire_store::DigestIndex;
+
+/// Digests and states of all pages of an image.
+#[derive(Debug)]
+pub struct PageMap {
+    layout: Layout,
+    trees: Vec<DigestTree>,
+    known: PageBitmap,
+    present: PageBitmap,
+    index: Option<DigestIndex>,
+    seed: u64,
+}
+
+impl PageMap {
+    /// The map of an image of which nothing is known, or, if `zero`, that all of it is zero.
+    pub fn new(layout: Layout, hasher: &PageHasher, seed: u64, zero: bool) -> Self {
+        let trees = layout.regions().iter().map(|region| DigestTree::new(hasher, region.pages())).collect();
+        let (mut known, present) = (PageBitmap::new(layout.pages()), PageBitmap::new(layout.pages()));
+        if zero {
+            known.insert_range(0..layout.pages());
+        }
+        Self { layout, trees, known, present, index: None, seed }
+    }
+
+    /// The regions.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The digest of a page as far as it is known.
+    pub fn digest(&self, region: RegionId, page: u64) -> Option<Digest> {
+        let known = self.known.contains(u64::from(self.layout.place(region, page).0));
+        known.then(|| self.tree(region).map(|tree| tree.leaf(page))).flatten()
+    }
+
+    /// The bytes of a page in memory have `digest` from now on.
+    pub fn set(&mut self, region: RegionId, page: u64, digest: Digest) {
+        let place = self.layout.place(region, page);
+        if let Some(index) = &mut self.index {
+            if self.known.contains(u64::from(place.0)) {
+                index.remove(&digest_at(&self.layout, &self.trees, place), place);
+            }
+            if let Some(tree) = self.trees.get_mut(usize::from(region.0)) {
+                tree.set(page, digest);
+            }
+            index.insert(&digest, place, |place| digest_at(&self.layout, &self.trees, place));
+        } else if let Some(tree) = self.trees.get_mut(usize::from(region.0)) {
+            tree.set(page, digest);
+        }
+        self.known.insert(u64::from(place.0));
+    }
+
+    /// What is in memory at a page is not known any more.
+    pub fn forget(&mut self, region: RegionId, page: u64) {
+        let place = self.layout.place(region, page);
+        if let Some(index) = &mut self.index {
+            index.remove(&digest_at(&self.layout, &self.trees, place), place);
+        }
+        self.known.remove(u64::from(place.0));
+    }
+
+    /// The page is as the sender means it.
+    pub fn mark_present(&mut self, region: RegionId, page: u64) {
+        self.present.insert(u64::from(self.layout.place(region, page).0));
+    }
+
+    /// A known page whose content has `digest`.
+    pub fn find(&mut self, digest: &Digest) -> Option<(RegionId, u64)> {
+        let (layout, trees) = (&self.layout, &self.trees);
+        let of = |place| digest_at(layout, trees, place);
+        let index = self.index.get_or_insert_with(|| {
+            let mut index = DigestIndex::new(self.seed);
+            index.reserve(usize::try_from(self.known.count()).unwrap_or(0).min(INDEX_START_MAX), of);
+            for place in self.known.runs(0..layout.pages()).flatten() {
+                let place = Place(u32::try_from(place).unwrap_or(u32::MAX));
+                index.insert(&of(place), place, of);
+            }
+            index
+        });
+        let (region, page) = layout.locate(index.find(digest, of)?);
+        Some((region, page.0))
+    }
+
+    /// The digest over the first pages of a subtree as they are known.
+    pub fn subtree(&mut self, region: RegionId, index: u64) -> Digest {
+        self.trees.get_mut(usize::from(region.0)).map(|tree| tree.subtree(index)).unwrap_or_default()
+    }
+
+    /// Pages that are as the sender means them.
+    pub fn present_pages(&self) -> u64 {
+        self.present.count()
+    }
+
+    /// The root over the whole image.
+    pub fn root(&mut self, hasher: &PageHasher) -> Digest {
+        image_root(hasher.domain(), &self.layout, &mut self.trees)
+    }
+
+    fn tree(&self, region: RegionId) -> Option<&DigestTree> {
+        self.trees.get(usize::from(region.0))
+    }
+}
+
+/// Entries the index starts with at most (64 MiB of them): a sparse image must not cost what a full one does.
+const INDEX_START_MAX: usize = 16 << 20;
+
+fn digest_at(layout: &Layout, trees: &[DigestTree], place: Place) -> Digest {
+    let (region, page) = layout.locate(place);
+    trees.get(usize::from(region.0)).map(|tree| tree.leaf(page.0)).unwrap_or_default()
+}

@@ -1,0 +1,18 @@
+//! What a session did, counted.
+
+/// Pages by the way they came, and what it took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Stated as zero.
+    pub zero: u64,
+    /// Unchanged since the base.
+    pub base: u64,
+    /// Found here by their digest.
+    pub reference: u64,
+    /// Came with their bytes.
+    pub inline: u64,
+    /// Asked for, because what was referred to is not here.
+    pub wants: u64,
+    /// Pages of the base that were read and digested.
+    pub scanned: u64,
+}

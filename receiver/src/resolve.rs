@@ -1,0 +1,248 @@
+//! A PAGES frame becomes verified bytes in memory.
+//!
+//! First every page of the frame is given the digest it would have if all the sender's beliefs hold; the batch digest
+//! then proves beliefs and bytes at once, and only after that anything is written. A reference is hashed again when its
+//! bytes are copied: a digest in the map says what was there, not what a disk returns.
+
+use crate::error::ErrorKind;
+use crate::memory::GuestSink;
+use crate::page_map::PageMap;
+use crate::report::Counts;
+use crate::scan::Scan;
+use pagewire_protocol::compress::Decompressor;
+use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest, is_zero, page_digest};
+use pagewire_protocol::error::{DecodeError, PeerError, Violation};
+use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages};
+use pagewire_protocol::limits::PAGE_BYTES;
+use pagewire_protocol::page::{Layout, PageRange, RegionId};
+use std::ops::Range;
+
+/// What a frame left to ask for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Resolved {
+    /// Every page of it is present but these.
+    Missing(Vec<u64>),
+    /// A belief of the sender is wrong: nothing of the frame was used.
+    Disbelieved,
+}
+
+/// Turns frames into pages; keeps its buffers.
+#[derive(Debug)]
+pub(crate) struct Resolver {
+    decompressor: Decompressor,
+    payload: Vec<u8>,
+    digests: Vec<Digest>,
+}
+
+/// Everything a frame is resolved against.
+pub(crate) struct Target<'a, S> {
+    pub(crate) map: &'a mut PageMap,
+    pub(crate) sink: &'a mut S,
+    pub(crate) scan: &'a Scan,
+    pub(crate) hasher: &'a PageHasher,
+    pub(crate) counts: &'a mut Counts,
+}
+
+fn failed(what: &'static str) -> impl Fn(std::io::Error) -> ErrorKind {
+    move |source| ErrorKind::Destination { what, source }
+}
+
+impl Resolver {
+    pub(crate) fn new() -> std::io::Result<Self> {
+        Ok(Self { decompressor: Decompressor::new()?, payload: Vec::new(), digests: Vec::new() })
+    }
+
+    /// Applies a frame whose range lies in the image.
+    pub(crate) fn apply<S: GuestSink>(
+        &mut self,
+        range: PageRange,
+        pages: &Pages<'_>,
+        to: &mut Target<'_, S>,
+    ) -> Result<Resolved, ErrorKind> {
+        let mut payload = std::mem::take(&mut self.payload);
+        let result = self.unpack(pages, &mut payload).and_then(|bytes| {
+            check_padding(range, pages, bytes, to)?;
+            let believes = self.digest_entries(range, pages, bytes, to)?;
+            if batch_digest(to.hasher.domain(), range.first.0, [self.digests.as_slice()]) != pages.head.digest {
+                if believes {
+                    return Ok(Resolved::Disbelieved);
+                }
+                let (region, first, count) = (range.region.0, range.first.0, range.count);
+                return Err(Violation::PageDigest { region, first, count }.into());
+            }
+            self.place(range, pages, bytes, to)
+        });
+        self.payload = payload;
+        result
+    }
+
+    /// The inline pages of a frame, decompressed into `buffer` if need be.
+    fn unpack<'b>(&mut self, pages: &Pages<'b>, buffer: &'b mut Vec<u8>) -> Result<&'b [PageBytes], ErrorKind> {
+        if pages.head.codec == Codec::NONE {
+            return Ok(pages.payload.as_chunks().0);
+        }
+        let size = pages.inline_pages().saturating_mul(PAGE_BYTES);
+        if buffer.len() < size {
+            buffer.resize(size, 0);
+        }
+        let space = buffer.get_mut(..size).unwrap_or_default();
+        let malformed = |source| PeerError::Decode { kind: FrameKind::PAGES, source };
+        self.decompressor.decompress(pages.payload, space).map_err(malformed)?;
+        Ok(space.as_chunks().0)
+    }
+
+    /// Fills `digests` with what each page would have; says whether any of it rests on the base.
+    fn digest_entries<S: GuestSink>(
+        &mut self,
+        range: PageRange,
+        pages: &Pages<'_>,
+        inline: &[PageBytes],
+        to: &Target<'_, S>,
+    ) -> Result<bool, ErrorKind> {
+        let entry = |what| Violation::Entry { what, region: range.region.0, first: range.first.0 };
+        self.digests.clear();
+        let (mut next, mut used, mut believes) = (range.first.0, 0usize, false);
+        let mut references = pages.references();
+        for run in pages.runs() {
+            let end = next.saturating_add(u64::from(run.count));
+            match run.kind {
+                EntryKind::BASE => {
+                    believes = true;
+                    for page in next..end {
+                        let held = to.scan.is_held(range.region, page);
+                        let digest = to.map.digest(range.region, page).filter(|_| held);
+                        self.digests.push(digest.ok_or_else(|| entry("base entry, but nothing is held"))?);
+                    }
+                }
+                EntryKind::REFERENCE => self.digests.extend(references.by_ref().take(usize::from(run.count))),
+                EntryKind::INLINE => {
+                    let stop = used.saturating_add(usize::from(run.count));
+                    to.hasher.digest_pages(inline.get(used..stop).unwrap_or_default(), |digest| self.digests.push(digest));
+                    used = stop;
+                }
+                _ => self.digests.extend((next..end).map(|_| to.hasher.zero())),
+            }
+            next = end;
+        }
+        Ok(believes)
+    }
+
+    /// Writes a proven frame: bytes that came along first, because its references may rest on them.
+    fn place<S: GuestSink>(
+        &self,
+        range: PageRange,
+        pages: &Pages<'_>,
+        inline: &[PageBytes],
+        to: &mut Target<'_, S>,
+    ) -> Result<Resolved, ErrorKind> {
+        let (region, start) = (range.region, range.first.0);
+        let mut rest = inline;
+        for (kind, run) in runs(pages, start) {
+            let count = run.end.saturating_sub(run.start);
+            match kind {
+                EntryKind::BASE => to.counts.base = to.counts.base.saturating_add(count),
+                EntryKind::INLINE => {
+                    let (bytes, after) = rest.split_at(usize::try_from(count).unwrap_or(0).min(rest.len()));
+                    rest = after;
+                    to.sink.install(region, run.start, bytes.as_flattened()).map_err(failed("cannot be written"))?;
+                    self.learn(region, start, run.clone(), to);
+                    to.counts.inline = to.counts.inline.saturating_add(count);
+                }
+                EntryKind::ZERO => {
+                    self.clear(region, run.clone(), to)?;
+                    to.counts.zero = to.counts.zero.saturating_add(count);
+                }
+                _ => continue,
+            }
+            run.for_each(|page| to.map.mark_present(region, page));
+        }
+        let mut missing = Vec::new();
+        for (_, run) in runs(pages, start).filter(|(kind, _)| *kind == EntryKind::REFERENCE) {
+            for page in run {
+                if self.fetch(region, start, page, to)? {
+                    to.map.mark_present(region, page);
+                    to.counts.reference = to.counts.reference.saturating_add(1);
+                } else {
+                    missing.push(page);
+                }
+            }
+        }
+        Ok(Resolved::Missing(missing))
+    }
+
+    fn digest_of(&self, start: u64, page: u64) -> Digest {
+        let at = usize::try_from(page.saturating_sub(start)).unwrap_or(usize::MAX);
+        self.digests.get(at).copied().unwrap_or_default()
+    }
+
+    fn learn<S>(&self, region: RegionId, start: u64, pages: Range<u64>, to: &mut Target<'_, S>) {
+        pages.for_each(|page| to.map.set(region, page, self.digest_of(start, page)));
+    }
+
+    /// Makes those pages of a run zero that are not known to be.
+    fn clear<S: GuestSink>(&self, region: RegionId, run: Range<u64>, to: &mut Target<'_, S>) -> Result<(), ErrorKind> {
+        let zero = to.hasher.zero();
+        let mut next = run.start;
+        while next < run.end {
+            let dirty = |page: &u64| to.map.digest(region, *page) != Some(zero);
+            let Some(first) = (next..run.end).find(dirty) else { return Ok(()) };
+            let end = (first..run.end).find(|page| !dirty(page)).unwrap_or(run.end);
+            to.sink.zero(region, first, end.saturating_sub(first)).map_err(failed("cannot be cleared"))?;
+            (first..end).for_each(|page| to.map.set(region, page, zero));
+            next = end;
+        }
+        Ok(())
+    }
+
+    /// Brings a referenced page to its place; false if nothing here has its digest.
+    fn fetch<S: GuestSink>(&self, region: RegionId, start: u64, page: u64, to: &mut Target<'_, S>) -> Result<bool, ErrorKind> {
+        let digest = self.digest_of(start, page);
+        if to.map.digest(region, page) == Some(digest) {
+            return Ok(true);
+        }
+        let Some((from, number)) = to.map.find(&digest) else { return Ok(false) };
+        let mut bytes: PageBytes = [0; PAGE_BYTES];
+        to.sink.read(from, number, &mut bytes).map_err(failed("cannot be read"))?;
+        if page_digest(to.hasher.domain(), &bytes) != digest {
+            // Not what was read or written there: a miss, never a wrong page.
+            to.map.forget(from, number);
+            return Ok(false);
+        }
+        let used = used_bytes(to.map.layout(), region, page);
+        if !bytes.get(used..).is_none_or(is_zero) {
+            return Ok(false);
+        }
+        to.sink.install(region, page, &bytes).map_err(failed("cannot be written"))?;
+        to.map.set(region, page, digest);
+        Ok(true)
+    }
+}
+
+/// The runs of a frame with the pages they cover.
+fn runs(pages: &Pages<'_>, start: u64) -> impl Iterator<Item = (EntryKind, Range<u64>)> {
+    let mut next = start;
+    pages.runs().map(move |run| {
+        let first = next;
+        next = next.saturating_add(u64::from(run.count));
+        (run.kind, first..next)
+    })
+}
+
+/// Bytes of a page that lie in its region: fewer than a page only for the last.
+fn used_bytes(layout: &Layout, region: RegionId, page: u64) -> usize {
+    let bytes = layout.region(region).map_or(0, |region| region.bytes_of(page, 1));
+    usize::try_from(bytes).unwrap_or(PAGE_BYTES)
+}
+
+/// Beyond the end of a region a page has nothing but zeros, or two images could share one root.
+fn check_padding<S>(range: PageRange, pages: &Pages<'_>, inline: &[PageBytes], to: &Target<'_, S>) -> Result<(), ErrorKind> {
+    let last = range.numbers().end.saturating_sub(1);
+    let used = used_bytes(to.map.layout(), range.region, last);
+    let ends_inline = pages.runs().last().is_some_and(|run| run.kind == EntryKind::INLINE);
+    let padding = inline.last().filter(|_| ends_inline).and_then(|page| page.get(used..));
+    if padding.is_none_or(is_zero) {
+        return Ok(());
+    }
+    let source = DecodeError::Unknown { field: "bytes beyond the end of the region", value: last };
+    Err(PeerError::Decode { kind: FrameKind::PAGES, source }.into())
+}

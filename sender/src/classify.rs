@@ -1,0 +1,131 @@
+//! Which way each page of a batch is stated. Looks at digests only; the bytes were read and digested before.
+//!
+//! In order: zero, then announced (where the receiver may hold it), then a reference to bytes already sent, else
+//! inline. A page whose bytes go inline becomes what later duplicates refer to.
+
+use crate::lanes::Lanes;
+use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::digest::Digest;
+use pagewire_protocol::frame::{EntryKind, LaneId, Run};
+use pagewire_protocol::limits::PAGE_BYTES;
+use pagewire_protocol::page::{Layout, PageRange, Place};
+use pagewire_protocol::session::Payload;
+use pagewire_protocol::tree::DigestTree;
+use pagewire_store::DigestIndex;
+
+/// Which bytes have gone to the receiver, and when.
+#[derive(Debug)]
+pub(crate) struct SentPages {
+    /// Places whose bytes went inline.
+    inline: PageBitmap,
+    /// For each group, the number on its lane of the last frame that carried bytes of it.
+    last_frame: Vec<u64>,
+    index: Option<DigestIndex>,
+}
+
+impl SentPages {
+    /// Nothing sent yet; with a `seed` duplicates are found.
+    pub(crate) fn new(layout: &Layout, seed: Option<u64>) -> Self {
+        let last = layout.regions().len().saturating_sub(1);
+        let region = pagewire_protocol::page::RegionId(u16::try_from(last).unwrap_or(u16::MAX));
+        let pages = layout.region(region).map_or(0, |region| region.pages());
+        let groups = usize::try_from(layout.group(region, pages).saturating_add(1)).unwrap_or(0);
+        Self { inline: PageBitmap::new(layout.pages()), last_frame: vec![0; groups], index: seed.map(DigestIndex::new) }
+    }
+
+    /// Whether the content `digest` has gone so that a frame on `lane` may refer to it; if not, it goes at `place` now.
+    pub(crate) fn has_gone(
+        &mut self,
+        digest: &Digest,
+        place: Place,
+        lane: LaneId,
+        frame: (&Layout, &[DigestTree], &Lanes),
+    ) -> bool {
+        let (layout, trees, lanes) = frame;
+        let of = |place: Place| {
+            let (region, page) = layout.locate(place);
+            trees.get(usize::from(region.0)).map(|tree| tree.leaf(page.0)).unwrap_or_default()
+        };
+        let known = self.index.as_mut().and_then(|index| index.insert(digest, place, of)).filter(|&known| known != place);
+        if let Some(known) = known.filter(|known| self.inline.contains(u64::from(known.0))) {
+            let (region, page) = layout.locate(known);
+            let group = layout.group(region, page.0);
+            let home = lanes.lane_of(group);
+            let frame = usize::try_from(group).ok().and_then(|group| self.last_frame.get(group)).copied().unwrap_or(0);
+            if home == lane || frame < lanes.acked(home) {
+                return true;
+            }
+        }
+        self.inline.insert(u64::from(place.0));
+        let (region, page) = layout.locate(place);
+        let group = usize::try_from(layout.group(region, page.0)).unwrap_or(usize::MAX);
+        if let Some(last) = self.last_frame.get_mut(group) {
+            *last = lanes.planned(lane);
+        }
+        false
+    }
+}
+
+/// The entries of one batch under construction.
+#[derive(Debug, Default)]
+pub(crate) struct Entries {
+    pub(crate) runs: Vec<Run>,
+    pub(crate) references: Vec<Digest>,
+    pub(crate) zero: u32,
+    pub(crate) inline: u32,
+    pub(crate) payload: Payload,
+}
+
+impl Entries {
+    /// Entries over the pages of `buffer`.
+    pub(crate) fn over(buffer: Vec<u8>) -> Self {
+        Self { payload: Payload { buffer, ranges: Vec::new() }, ..Self::default() }
+    }
+
+    /// States the next page, which is the `at`-th of the buffer.
+    pub(crate) fn push(&mut self, kind: EntryKind, at: usize, digest: Digest) {
+        match self.runs.last_mut() {
+            Some(run) if run.kind == kind => run.count = run.count.saturating_add(1),
+            _ => self.runs.push(Run { kind, count: 1 }),
+        }
+        match kind {
+            EntryKind::REFERENCE => self.references.push(digest),
+            EntryKind::INLINE => {
+                self.inline = self.inline.saturating_add(1);
+                let start = at.saturating_mul(PAGE_BYTES);
+                let end = start.saturating_add(PAGE_BYTES);
+                match self.payload.ranges.last_mut() {
+                    Some(range) if range.end == start => range.end = end,
+                    _ => self.payload.ranges.push(start..end),
+                }
+            }
+            _ => self.zero = self.zero.saturating_add(1),
+        }
+    }
+}
+
+/// Neighbouring pages that need no look: a run of zero and base pages that grows until something else comes.
+#[derive(Debug)]
+pub(crate) struct Cover {
+    pub(crate) range: PageRange,
+    pub(crate) runs: Vec<Run>,
+}
+
+impl Cover {
+    /// Adds pages behind the run; false if it is full, lies elsewhere or has too many changes of kind.
+    pub(crate) fn extend(&mut self, range: PageRange, runs: &[Run], pages_max: u32, runs_max: usize) -> bool {
+        let continues = range.region == self.range.region && range.first.0 == self.range.numbers().end;
+        let count = self.range.count.saturating_add(range.count);
+        if !continues || count > pages_max || self.runs.len().saturating_add(runs.len()) > runs_max {
+            return false;
+        }
+        self.range.count = count;
+        for run in runs {
+            match self.runs.last_mut() {
+                Some(last) if last.kind == run.kind => last.count = last.count.saturating_add(run.count),
+                _ => self.runs.push(*run),
+            }
+        }
+        true
+    }
+}

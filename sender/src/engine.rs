@@ -1,0 +1,327 @@
+//! The sender as a machine: the greeting, the terms, and the end. What happens between is in `sending`.
+//!
+//! ```text
+//! Greeting ─HELLO→ Opening ─ACCEPT→ Sending ─everything stated, ROOT→ Finishing ─DONE→ Over
+//! ```
+//! The sender's copy is free only after DONE with the right root: an end of stream is a failure in every phase.
+
+use crate::error::{ErrorKind, SenderError};
+use crate::lanes::{EncodeJob, EncodeOutput};
+use crate::memory::GuestMemory;
+use crate::report::{Counts, Decision};
+use crate::sending::{Sending, Step};
+use pagewire_protocol::digest::join_proof;
+use pagewire_protocol::domain::DedupDomain;
+use pagewire_protocol::error::{GuestAt, Incompatible, PeerError, Violation};
+use pagewire_protocol::frame::{Accept, Codec, Done, Frame, FrameKind, ImageName, Join, LaneId, Open, Role, Root};
+use pagewire_protocol::session::{Endpoint, Machine, Outgoing, Phase, Policy};
+use pagewire_protocol::time::{Span, Time};
+use std::collections::VecDeque;
+
+/// How to send.
+#[derive(Clone, Debug)]
+pub struct SenderConfig {
+    /// The image's name at the receiver.
+    pub name: ImageName,
+    /// Random: the session's id.
+    pub session: [u8; 16],
+    /// Random: makes the transcript unique.
+    pub nonce: [u8; 16],
+    /// Random: the seed of the digest index.
+    pub seed: u64,
+    /// The key of the dedup domain; zeros for the public one.
+    pub domain_key: [u8; 32],
+    /// Bulk lanes to ask for, 1 to 8.
+    pub lanes: u8,
+    /// All lanes travel on the control connection.
+    pub single_stream: bool,
+    /// Ask the receiver to ignore what it has.
+    pub fresh: bool,
+    /// Send what is there twice once.
+    pub dedup: bool,
+    /// Compress where it pays.
+    pub compress: bool,
+    /// Threads that may compress at once.
+    pub workers: usize,
+    /// Bytes a second at most.
+    pub bandwidth_limit: Option<u64>,
+    /// Pages read and sent at once where nothing else decides: 16 to 512, a power of two.
+    pub batch_pages: u16,
+    /// What this side speaks.
+    pub policy: Policy,
+}
+
+impl SenderConfig {
+    /// The defaults: one lane, everything that saves bytes allowed. Entropy is all zeros and must be set.
+    pub fn new(name: ImageName) -> Self {
+        Self {
+            name,
+            session: [0; 16],
+            nonce: [0; 16],
+            seed: 0,
+            domain_key: [0; 32],
+            lanes: 1,
+            single_stream: false,
+            fresh: false,
+            dedup: true,
+            compress: true,
+            workers: 1,
+            bandwidth_limit: None,
+            batch_pages: BATCH_PAGES,
+            policy: Policy::default(),
+        }
+    }
+}
+
+/// Pages of a batch: 256 KiB stay in a core's cache from the read to the write.
+const BATCH_PAGES: u16 = 64;
+
+/// What the engine tells whoever embeds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The receiver took the image: these lanes need connections, each beginning with its JOIN.
+    Accepted {
+        /// Bulk lanes granted.
+        lanes: u8,
+    },
+    /// Everything was stated once; what remains is the receiver's to ask for.
+    Stated,
+    /// The receiver has everything, verified and lasting.
+    Finished,
+}
+
+/// The sending side of one session.
+#[derive(Debug)]
+pub struct SenderEngine<M> {
+    endpoint: Endpoint,
+    config: SenderConfig,
+    memory: Option<M>,
+    secret: Option<[u8; 32]>,
+    sending: Option<Box<Sending<M>>>,
+    root: Option<Root>,
+    events: VecDeque<Event>,
+    outcome: Option<Result<(), SenderError>>,
+}
+
+impl<M: GuestMemory> SenderEngine<M> {
+    /// A session that greets.
+    pub fn new(memory: M, config: SenderConfig, now: Time) -> Self {
+        Self {
+            endpoint: Endpoint::new(Role::Sender, &config.policy, config.nonce, now),
+            config,
+            memory: Some(memory),
+            secret: None,
+            sending: None,
+            root: None,
+            events: VecDeque::new(),
+            outcome: None,
+        }
+    }
+
+    /// The first frame of the connection that is to carry `lane`; `None` before [`Event::Accepted`].
+    pub fn join(&self, lane: LaneId) -> Option<Outgoing> {
+        let proof = join_proof(self.secret.as_ref()?, &self.config.session, lane.number());
+        Some(Outgoing::frame(&Frame::Join(Join { session: self.config.session, proof }), lane))
+    }
+
+    /// Stops the session.
+    pub fn cancel(&mut self) {
+        self.fail(ErrorKind::Cancelled);
+    }
+
+    /// What was done so far.
+    pub fn counts(&self) -> Counts {
+        self.sending.as_ref().map(|sending| sending.counts).unwrap_or_default()
+    }
+
+    /// What was decided so far.
+    pub fn decisions(&self) -> &[Decision] {
+        self.sending.as_ref().map_or(&[], |sending| &sending.decisions)
+    }
+
+    /// Pages stated so far, and pages of the image; for progress.
+    pub fn progress(&self) -> (u64, u64) {
+        self.sending.as_ref().map_or((0, 0), |sending| sending.progress())
+    }
+
+    /// How the session ended, once it has.
+    pub fn outcome(&mut self) -> Option<Result<(), SenderError>> {
+        self.outcome.take()
+    }
+
+    fn fail(&mut self, kind: ErrorKind) {
+        if self.endpoint.phase() == Phase::Over {
+            return;
+        }
+        self.endpoint.close(kind.close_code(), &kind.to_string(), kind.tells_peer());
+        self.outcome = Some(Err(SenderError { kind, guest_at: GuestAt::Sender }));
+    }
+
+    fn handle(&mut self, lane: LaneId, kind: FrameKind, body: &[u8], now: Time) -> Result<(), ErrorKind> {
+        let was = self.endpoint.phase();
+        let frame = self.endpoint.judge(lane, kind, body, now)?;
+        if was == Phase::Greeting && self.endpoint.phase() == Phase::Opening {
+            return self.open();
+        }
+        match frame {
+            Some(Frame::Accept(accept)) => self.handle_accept(&accept, now),
+            Some(Frame::Done(done)) => self.handle_done(done),
+            Some(Frame::Have(have)) => self.sending.as_mut().map_or(Ok(()), |sending| sending.handle_have(&have)),
+            Some(Frame::Ack(ack)) => self.sending.as_mut().map_or(Ok(()), |sending| sending.handle_ack(lane, &ack, now)),
+            _ => Ok(()),
+        }
+    }
+
+    fn open(&mut self) -> Result<(), ErrorKind> {
+        let (Some(greeted), Some(memory)) = (self.endpoint.greeted(), self.memory.as_ref()) else { return Ok(()) };
+        let layout = memory.layout().clone();
+        for region in layout.regions() {
+            let size = region.install_size.bytes();
+            if greeted.agreement.install_sizes & (size / 4096) == 0 {
+                let unknown = Incompatible::Unsupported { what: "install size", value: u64::from(size) };
+                return Err(ErrorKind::Peer(unknown.into()));
+            }
+        }
+        let open = Open {
+            transcript: greeted.transcript,
+            session: self.config.session,
+            name: self.config.name.clone(),
+            fresh: self.config.fresh,
+            single_stream: self.config.single_stream,
+            lanes: self.config.lanes,
+            domain_key: self.config.domain_key,
+            layout,
+        };
+        self.endpoint.push_frame(LaneId::CONTROL, &Frame::Open(open));
+        Ok(())
+    }
+
+    fn handle_accept(&mut self, accept: &Accept, now: Time) -> Result<(), ErrorKind> {
+        let (Some(greeted), Some(memory)) = (self.endpoint.greeted(), self.memory.take()) else { return Ok(()) };
+        if accept.transcript != greeted.transcript {
+            return Err(Violation::Transcript.into());
+        }
+        if accept.lanes > self.config.lanes {
+            return Err(Violation::Join { lane: accept.lanes, why: "more lanes granted than asked for" }.into());
+        }
+        self.secret = Some(accept.secret);
+        let domain = DedupDomain::new(&self.config.domain_key);
+        let zstd = greeted.agreement.codecs & Codec::ZSTD.bit() != 0;
+        let mut sending = Box::new(Sending::new(memory, accept, &self.config, &domain, zstd));
+        sending.explain_start(now);
+        self.sending = Some(sending);
+        self.endpoint.enter(Phase::Sending);
+        if self.config.single_stream {
+            (0..accept.lanes).map(LaneId::bulk).for_each(|lane| self.endpoint.open_lane(lane, now));
+        }
+        self.events.push_back(Event::Accepted { lanes: accept.lanes });
+        Ok(())
+    }
+
+    fn handle_done(&mut self, done: Done) -> Result<(), ErrorKind> {
+        let Some(root) = self.root else { return Ok(()) };
+        if (done.pages, done.root) != (root.pages, root.digest) {
+            let (theirs, their_pages) = (done.root, done.pages);
+            return Err(Violation::Root { theirs, their_pages, ours: root.digest, our_pages: root.pages }.into());
+        }
+        self.endpoint.push_frame(LaneId::CONTROL, &Frame::Done(done));
+        self.endpoint.finish();
+        self.outcome = Some(Ok(()));
+        self.events.push_back(Event::Finished);
+        Ok(())
+    }
+
+    fn is_sending(&self) -> bool {
+        matches!(self.endpoint.phase(), Phase::Sending | Phase::Finishing)
+    }
+}
+
+impl<M: GuestMemory> Machine for SenderEngine<M> {
+    type Job = EncodeJob;
+    type Event = Event;
+
+    fn handle_frame(&mut self, lane: LaneId, kind: FrameKind, body: &[u8], now: Time) {
+        if self.is_over() {
+            return;
+        }
+        if let Err(kind) = self.handle(lane, kind, body, now) {
+            self.fail(kind);
+        }
+    }
+
+    fn handle_peer_error(&mut self, error: PeerError, _now: Time) {
+        self.fail(error.into());
+    }
+
+    fn handle_timeout(&mut self, now: Time) {
+        if let Err(error) = self.endpoint.handle_timeout(now) {
+            self.fail(error.into());
+        }
+    }
+
+    fn handle_job(&mut self, output: EncodeOutput, spent: Span, _now: Time) {
+        if let Some(sending) = self.sending.as_mut() {
+            sending.handle_encoded(output, spent);
+        }
+    }
+
+    fn handle_join(&mut self, lane: LaneId, _join: &Join, _now: Time) -> Result<(), Violation> {
+        Err(Violation::Join { lane: lane.number(), why: "a sender is not joined" })
+    }
+
+    fn handle_lane_open(&mut self, lane: LaneId, now: Time) {
+        self.endpoint.open_lane(lane, now);
+    }
+
+    fn work(&mut self, now: Time) -> bool {
+        if !self.is_sending() {
+            return false;
+        }
+        match self.sending.as_mut().map(|sending| sending.step(now)) {
+            Some(Ok(Step::Did)) => true,
+            Some(Ok(Step::Stated(root))) => {
+                self.root = Some(root);
+                self.endpoint.enter(Phase::Finishing);
+                self.endpoint.push_frame(LaneId::CONTROL, &Frame::Root(root));
+                self.events.push_back(Event::Stated);
+                true
+            }
+            Some(Err(kind)) => {
+                self.fail(kind);
+                true
+            }
+            Some(Ok(Step::Waits)) | None => false,
+        }
+    }
+
+    fn poll_frame(&mut self, lane: LaneId, now: Time) -> Option<Outgoing> {
+        let queued = self.endpoint.poll_frame(lane, now);
+        if queued.is_some() || !self.is_sending() {
+            return queued;
+        }
+        self.sending.as_mut()?.lanes.poll_frame(lane, now)
+    }
+
+    fn poll_job(&mut self) -> Option<EncodeJob> {
+        self.sending.as_mut()?.lanes.poll_job()
+    }
+
+    fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    fn poll_timeout(&self) -> Option<Time> {
+        let pace = self.sending.as_ref().filter(|_| self.is_sending()).and_then(|sending| sending.lanes.poll_timeout());
+        pace.into_iter().chain(self.endpoint.poll_timeout()).min()
+    }
+
+    fn recycle(&mut self, buffer: Vec<u8>) {
+        if let Some(sending) = self.sending.as_mut() {
+            sending.lanes.recycle(buffer);
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.endpoint.phase() == Phase::Over
+    }
+}

@@ -1,0 +1,60 @@
+//! Why a session failed at the sender. The guest is here, unharmed, after each of them.
+
+use pagewire_protocol::error::{CloseCode, GuestAt, PeerError};
+use std::io;
+use thiserror::Error;
+
+/// A failed session.
+#[derive(Debug, Error)]
+#[error("{kind}")]
+pub struct SenderError {
+    /// What happened.
+    #[source]
+    pub kind: ErrorKind,
+    /// Where the guest is.
+    pub guest_at: GuestAt,
+}
+
+/// What happened.
+#[derive(Debug, Error)]
+pub enum ErrorKind {
+    /// The peer did.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// The memory could not be read, or changed.
+    #[error("source: {0}")]
+    Source(io::Error),
+    /// The local machine lacks something.
+    #[error("{what}: {source}")]
+    Local {
+        /// What was tried.
+        what: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// It was stopped here.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl ErrorKind {
+    pub(crate) fn close_code(&self) -> CloseCode {
+        match self {
+            Self::Peer(error) => error.close_code(),
+            Self::Source(_) => CloseCode::SOURCE,
+            Self::Local { .. } => CloseCode::INTERNAL,
+            Self::Cancelled => CloseCode::CANCELLED,
+        }
+    }
+
+    /// Whether the peer needs to be told: not if it said so itself, or is not there any more.
+    pub(crate) fn tells_peer(&self) -> bool {
+        !matches!(self, Self::Peer(PeerError::Closed { .. } | PeerError::Broken { .. }))
+    }
+}
+
+impl From<pagewire_protocol::error::Violation> for ErrorKind {
+    fn from(violation: pagewire_protocol::error::Violation) -> Self {
+        Self::Peer(violation.into())
+    }
+}

@@ -1,0 +1,290 @@
+//! The sender's lanes: frames in order, the window, the bandwidth cap, and batches that are being compressed.
+//!
+//! A lane sends its frames in the order they were planned, so a batch that compresses holds back those behind it, and a
+//! page's number fixes its lane. All batches of a session together are few: they are its memory.
+
+use crate::pace::Pace;
+use crate::switch::Goodput;
+use pagewire_protocol::compress::Compressor;
+use pagewire_protocol::digest::Digest;
+use pagewire_protocol::error::Violation;
+use pagewire_protocol::frame::{Codec, Frame, FrameKind, HEADER_BYTES, LaneId, PagesHead, Run, seal};
+use pagewire_protocol::session::{Job, Outgoing, Payload};
+use pagewire_protocol::time::Time;
+use std::collections::VecDeque;
+
+/// Batches that may wait at once beside those being compressed: one being written, one ready, one being filled.
+const READY_BATCHES_MAX: usize = 3;
+
+/// A batch that was classified.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    pub(crate) head: PagesHead,
+    pub(crate) runs: Vec<Run>,
+    pub(crate) references: Vec<Digest>,
+    pub(crate) payload: Payload,
+    /// Pages that were announced and may be wanted.
+    pub(crate) announced: u32,
+}
+
+/// Compresses one batch, possibly on another thread.
+#[derive(Debug)]
+pub struct EncodeJob {
+    lane: LaneId,
+    batch: Batch,
+    level: i32,
+    compressor: Compressor,
+    out: Vec<u8>,
+}
+
+/// What came of an [`EncodeJob`].
+#[derive(Debug)]
+pub struct EncodeOutput {
+    pub(crate) lane: LaneId,
+    pub(crate) level: i32,
+    pub(crate) raw: usize,
+    pub(crate) compressed: usize,
+    pub(crate) compressor: Compressor,
+    pub(crate) spare: Vec<u8>,
+    planned: Planned,
+}
+
+impl Job for EncodeJob {
+    type Output = EncodeOutput;
+
+    fn run(self) -> EncodeOutput {
+        let Self { lane, mut batch, level, mut compressor, mut out } = self;
+        let raw = gather(&mut batch.payload);
+        out.clear();
+        let pages = batch.payload.buffer.get(..raw).unwrap_or_default();
+        let smaller = compressor.compress(pages, level, &mut out);
+        let compressed = if smaller { out.len() } else { raw };
+        if smaller {
+            batch.head.codec = Codec::ZSTD;
+            std::mem::swap(&mut out, &mut batch.payload.buffer);
+            batch.payload.ranges = std::iter::once(0..compressed).collect();
+        }
+        EncodeOutput { lane, level, raw, compressed, compressor, spare: out, planned: Planned::new(batch, lane) }
+    }
+}
+
+/// Moves the parts of a payload together at the front of its buffer; returns how long they are.
+fn gather(payload: &mut Payload) -> usize {
+    let mut end = 0usize;
+    for range in &payload.ranges {
+        if range.start != end {
+            payload.buffer.copy_within(range.clone(), end);
+        }
+        end = end.saturating_add(range.len());
+    }
+    payload.ranges = std::iter::once(0..end).collect();
+    end
+}
+
+/// A frame that is ready, and what its acknowledgement will say something about.
+#[derive(Debug)]
+struct Planned {
+    outgoing: Outgoing,
+    is_pages: bool,
+    region: u16,
+    announced: u32,
+}
+
+impl Planned {
+    fn new(batch: Batch, lane: LaneId) -> Self {
+        let Batch { head, runs, references, payload, announced } = batch;
+        let mut bytes = vec![0; HEADER_BYTES];
+        head.encode(&runs, &references, &mut bytes);
+        seal(FrameKind::PAGES, lane, 0, payload.len(), &mut bytes);
+        Self { outgoing: Outgoing { head: bytes, payload }, is_pages: true, region: head.region, announced }
+    }
+}
+
+/// A PAGES frame that is not acknowledged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct InFlight {
+    bytes: u64,
+    /// The region of its pages.
+    pub(crate) region: u16,
+    /// How many of them were announced.
+    pub(crate) announced: u32,
+}
+
+#[derive(Debug, Default)]
+struct Lane {
+    /// Planned frames in order; `None` is one that is being compressed.
+    slots: VecDeque<Option<Planned>>,
+    in_flight: VecDeque<InFlight>,
+    in_flight_bytes: u64,
+    planned: u64,
+    acked: u64,
+}
+
+/// All bulk lanes of a session.
+#[derive(Debug)]
+pub(crate) struct Lanes {
+    lanes: Vec<Lane>,
+    window: u64,
+    batches_max: usize,
+    pace: Option<Pace>,
+    jobs: VecDeque<EncodeJob>,
+    compressors: Vec<Compressor>,
+    buffers: Vec<Vec<u8>>,
+    pub(crate) goodput: Goodput,
+}
+
+impl Lanes {
+    /// `count` lanes; `rate` caps bytes a second, `workers` is how many batches may be compressed at once.
+    pub(crate) fn new(count: u8, window: u64, rate: Option<u64>, workers: usize) -> Self {
+        Self {
+            lanes: (0..count).map(|_| Lane::default()).collect(),
+            window,
+            batches_max: READY_BATCHES_MAX.saturating_add(workers),
+            pace: rate.map(Pace::new),
+            jobs: VecDeque::new(),
+            compressors: Vec::new(),
+            buffers: Vec::new(),
+            goodput: Goodput::default(),
+        }
+    }
+
+    /// The lane of a page group.
+    pub(crate) fn lane_of(&self, group: u64) -> LaneId {
+        LaneId::bulk(u8::try_from(group.checked_rem(self.lanes.len() as u64).unwrap_or(0)).unwrap_or(0))
+    }
+
+    /// All lanes.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = LaneId> + use<> {
+        (0..u8::try_from(self.lanes.len()).unwrap_or(0)).map(LaneId::bulk)
+    }
+
+    /// Whether another batch may be made.
+    pub(crate) fn has_room(&self) -> bool {
+        self.lanes.iter().map(|lane| lane.slots.len()).sum::<usize>() < self.batches_max
+    }
+
+    /// PAGES frames planned on a lane so far; the next one gets this number.
+    pub(crate) fn planned(&self, lane: LaneId) -> u64 {
+        self.lane(lane).map_or(0, |lane| lane.planned)
+    }
+
+    /// PAGES frames of a lane that the receiver has applied.
+    pub(crate) fn acked(&self, lane: LaneId) -> u64 {
+        self.lane(lane).map_or(0, |lane| lane.acked)
+    }
+
+    /// A buffer of `len` bytes with any content.
+    pub(crate) fn buffer(&mut self, len: usize) -> Vec<u8> {
+        let mut buffer = self.buffers.pop().unwrap_or_default();
+        if buffer.len() != len {
+            buffer.resize(len, 0);
+        }
+        buffer
+    }
+
+    /// A buffer to be used again.
+    pub(crate) fn recycle(&mut self, buffer: Vec<u8>) {
+        if self.buffers.len() < self.batches_max && buffer.capacity() > 0 {
+            self.buffers.push(buffer);
+        }
+    }
+
+    /// Sends a batch, compressed at `level` if one is given.
+    pub(crate) fn plan(&mut self, lane: LaneId, batch: Batch, level: Option<i32>) {
+        let level = level.filter(|_| !batch.payload.is_empty());
+        let compressor = level.and_then(|_| self.compressors.pop().or_else(|| Compressor::new().ok()));
+        let out = if compressor.is_some() { self.buffer(0) } else { Vec::new() };
+        let Some(state) = self.lane_mut(lane) else { return };
+        state.planned = state.planned.saturating_add(1);
+        match (level, compressor) {
+            (Some(level), Some(compressor)) => {
+                state.slots.push_back(None);
+                self.jobs.push_back(EncodeJob { lane, batch, level, compressor, out });
+            }
+            _ => state.slots.push_back(Some(Planned::new(batch, lane))),
+        }
+    }
+
+    /// Sends a frame that is not PAGES behind everything planned.
+    pub(crate) fn plan_frame(&mut self, lane: LaneId, frame: &Frame<'_>) {
+        let outgoing = Outgoing::frame(frame, lane);
+        if let Some(state) = self.lane_mut(lane) {
+            state.slots.push_back(Some(Planned { outgoing, is_pages: false, region: 0, announced: 0 }));
+        }
+    }
+
+    /// The next batch to compress.
+    pub(crate) fn poll_job(&mut self) -> Option<EncodeJob> {
+        self.jobs.pop_front()
+    }
+
+    /// A batch is compressed. Jobs end in the order they began, so it is the first of its lane that is awaited.
+    pub(crate) fn encoded(&mut self, output: EncodeOutput) {
+        let EncodeOutput { lane, compressor, spare, planned, .. } = output;
+        self.compressors.push(compressor);
+        self.recycle(spare);
+        let slot = self.lane_mut(lane).and_then(|lane| lane.slots.iter_mut().find(|slot| slot.is_none()));
+        if let Some(slot) = slot {
+            *slot = Some(planned);
+        }
+    }
+
+    /// The next frame of `lane`, if window and cap let it go.
+    pub(crate) fn poll_frame(&mut self, lane: LaneId, now: Time) -> Option<Outgoing> {
+        let (window, open) = (self.window, self.pace.as_ref().is_none_or(|pace| pace.is_open(now)));
+        let state = self.lane_mut(lane)?;
+        let bytes = state.slots.front()?.as_ref()?.outgoing.len() as u64;
+        let fits = state.in_flight.is_empty() || state.in_flight_bytes.saturating_add(bytes) <= window;
+        if !fits || !open {
+            return None;
+        }
+        let Planned { outgoing, is_pages, region, announced } = state.slots.pop_front().flatten()?;
+        if is_pages {
+            state.in_flight.push_back(InFlight { bytes, region, announced });
+            state.in_flight_bytes = state.in_flight_bytes.saturating_add(bytes);
+        }
+        if let Some(pace) = &mut self.pace {
+            pace.spend(outgoing.len(), now);
+        }
+        self.goodput.unblock(now);
+        Some(outgoing)
+    }
+
+    /// Nothing more can be made until a frame goes: the link is the brake if one is ready.
+    pub(crate) fn note_full(&mut self, now: Time) {
+        if self.lanes.iter().any(|lane| lane.slots.front().is_some_and(Option::is_some)) {
+            self.goodput.block(now);
+        }
+    }
+
+    /// The receiver has applied `frames` PAGES frames of `lane`; returns those that it had not before.
+    pub(crate) fn acknowledge(&mut self, lane: LaneId, frames: u64, now: Time) -> Result<Vec<InFlight>, Violation> {
+        let Some(state) = self.lane_mut(lane) else { return Ok(Vec::new()) };
+        let news = frames.checked_sub(state.acked).and_then(|news| usize::try_from(news).ok());
+        let sent = state.acked.saturating_add(state.in_flight.len() as u64);
+        let Some(news) = news.filter(|&news| news <= state.in_flight.len()) else {
+            return Err(Violation::Ack { got: frames, sent });
+        };
+        state.acked = frames;
+        let applied: Vec<InFlight> = state.in_flight.drain(..news).collect();
+        let bytes = applied.iter().fold(0u64, |sum, frame| sum.saturating_add(frame.bytes));
+        state.in_flight_bytes = state.in_flight_bytes.saturating_sub(bytes);
+        let more = self.lanes.iter().map(|lane| lane.in_flight_bytes).sum();
+        self.goodput.delivered(bytes, more, now);
+        Ok(applied)
+    }
+
+    /// When the bandwidth cap lets the next frame go, if one waits for it.
+    pub(crate) fn poll_timeout(&self) -> Option<Time> {
+        let waiting = self.lanes.iter().any(|lane| lane.slots.front().is_some_and(Option::is_some));
+        self.pace.as_ref().filter(|_| waiting).map(Pace::opens_at)
+    }
+
+    fn lane(&self, lane: LaneId) -> Option<&Lane> {
+        self.lanes.get(usize::from(lane.bulk_index()?))
+    }
+
+    fn lane_mut(&mut self, lane: LaneId) -> Option<&mut Lane> {
+        self.lanes.get_mut(usize::from(lane.bulk_index()?))
+    }
+}

@@ -1,0 +1,24 @@
+//! The sending side of a session.
+//!
+//! [`SenderEngine`] decides what of an image travels and how; it has no senses of its own and runs under any driver.
+//! Memory is reached through [`GuestMemory`]. The `driver` feature adds tokio and nothing else.
+#![forbid(unsafe_code)]
+
+mod classify;
+#[cfg(feature = "driver")]
+pub mod driver;
+mod engine;
+mod error;
+mod holdings;
+mod lanes;
+pub mod memory;
+mod pace;
+mod report;
+mod sending;
+mod switch;
+
+pub use engine::{Event, SenderConfig, SenderEngine};
+pub use error::{ErrorKind, SenderError};
+pub use lanes::{EncodeJob, EncodeOutput};
+pub use memory::GuestMemory;
+pub use report::{Counts, Decision};

@@ -1,0 +1,95 @@
+//! A file at rest as guest memory: one region, holes not read.
+//!
+//! Bytes are read, not mapped: a file that somebody truncates is an error here, never a SIGBUS. A change while it is
+//! read is found by size and times, and by every digest that is computed twice.
+
+use super::GuestMemory;
+use pagewire_protocol::error::DecodeError;
+use pagewire_protocol::limits::PAGE_BYTES;
+use pagewire_protocol::page::{InstallSize, Layout, Region, RegionId};
+use rustix::fs::{self, SeekFrom};
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// An image file.
+#[derive(Debug)]
+pub struct FileMemory {
+    file: File,
+    path: PathBuf,
+    layout: Layout,
+    opened_as: Metadata,
+    /// Where the hole or data that was found last ends, and whether it was a hole.
+    extent: (u64, bool),
+}
+
+impl FileMemory {
+    /// Opens an image file of one region.
+    ///
+    /// # Errors
+    /// It is no regular file, cannot be read, or is larger than an image can be.
+    pub fn open(path: &Path, install_size: InstallSize) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let opened_as = file.metadata()?;
+        if !opened_as.is_file() {
+            let what = if opened_as.is_dir() { "is a directory" } else { "is not a regular file" };
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        let region = Region { bytes: opened_as.len(), install_size };
+        let layout = Layout::new(vec![region]).map_err(|error: DecodeError| io::Error::other(error.to_string()))?;
+        Ok(Self { file, path: path.to_path_buf(), layout, opened_as, extent: (0, false) })
+    }
+
+    /// Whether all of `start..end` is a hole, by the file system's word.
+    fn is_hole(&mut self, start: u64, end: u64) -> bool {
+        if start >= self.extent.0 {
+            let data = fs::seek(&self.file, SeekFrom::Data(start));
+            self.extent = match data {
+                Ok(data) if data > start => (data, true),
+                Ok(_) => (fs::seek(&self.file, SeekFrom::Hole(start)).unwrap_or(u64::MAX), false),
+                // No data up to the end of the file.
+                Err(rustix::io::Errno::NXIO) => (self.opened_as.len(), true),
+                Err(_) => (u64::MAX, false),
+            };
+        }
+        self.extent.1 && end <= self.extent.0
+    }
+
+    fn changed(&self, what: &str) -> io::Error {
+        io::Error::other(format!("{} {what} while it was read; a file that is being written needs to be at rest", self.path.display()))
+    }
+}
+
+impl GuestMemory for FileMemory {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn read(&mut self, _region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let offset = first.saturating_mul(PAGE_BYTES as u64);
+        let left = usize::try_from(self.opened_as.len().saturating_sub(offset)).unwrap_or(usize::MAX);
+        let (real, padding) = bytes.split_at_mut(left.min(bytes.len()));
+        padding.fill(0);
+        if self.is_hole(offset, offset.saturating_add(real.len() as u64)) {
+            real.fill(0);
+            return Ok(());
+        }
+        match self.file.read_exact_at(real, offset) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(self.changed("shrank")),
+            result => result,
+        }
+    }
+
+    fn check_unchanged(&mut self) -> io::Result<()> {
+        let now = self.file.metadata()?;
+        let then = &self.opened_as;
+        match now.len().cmp(&then.len()) {
+            std::cmp::Ordering::Less => return Err(self.changed("shrank")),
+            std::cmp::Ordering::Greater => return Err(self.changed("grew")),
+            std::cmp::Ordering::Equal => {}
+        }
+        let times = |info: &Metadata| (info.mtime(), info.mtime_nsec());
+        if times(&now) != times(then) { Err(self.changed("changed")) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,337 @@
+//! What the sender does while pages travel: wants first, then the next part of the image, then the end of the round.
+//!
+//! One step reads at most one batch, digests it while it is hot, and plans at most one frame from that copy. Bytes that
+//! go out are the bytes that were digested. Memory at rest that changes between two looks at it is an error.
+
+use crate::classify::{Cover, Entries, SentPages};
+use crate::engine::SenderConfig;
+use crate::error::ErrorKind;
+use crate::holdings::{Held, Holdings};
+use crate::lanes::{Batch, EncodeOutput, Lanes};
+use crate::memory::GuestMemory;
+use crate::report::{Counts, Decision};
+use crate::switch::{AnnounceSwitch, CompressSwitch};
+use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::digest::{Digest, PageHasher, batch_digest, is_zero};
+use pagewire_protocol::domain::DedupDomain;
+use pagewire_protocol::error::{DecodeError, PeerError, Violation};
+use pagewire_protocol::frame::{Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run};
+use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES, WANTS_A_PAGE_MAX};
+use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, RegionId};
+use pagewire_protocol::session::Payload;
+use pagewire_protocol::time::Time;
+use pagewire_protocol::tree::{DigestTree, image_root};
+use std::collections::VecDeque;
+
+/// What a step did.
+#[derive(Debug)]
+pub(crate) enum Step {
+    /// Something; there may be more.
+    Did,
+    /// It waits for the receiver or the link.
+    Waits,
+    /// Everything is stated: this is the root.
+    Stated(Root),
+}
+
+/// What is true while pages travel.
+#[derive(Debug)]
+pub(crate) struct Sending<M> {
+    memory: M,
+    layout: Layout,
+    hasher: PageHasher,
+    trees: Vec<DigestTree>,
+    holdings: Holdings,
+    sent: SentPages,
+    pub(crate) lanes: Lanes,
+    compress: CompressSwitch,
+    announce: Vec<AnnounceSwitch>,
+    wants: VecDeque<PageRange>,
+    /// Places wanted before: their next answer carries the bytes, whatever was sent elsewhere.
+    wanted: PageBitmap,
+    cover: Option<Cover>,
+    region: RegionId,
+    next: u64,
+    batch_pages: u64,
+    digests: Vec<Digest>,
+    ended: bool,
+    pub(crate) counts: Counts,
+    pub(crate) decisions: Vec<Decision>,
+}
+
+impl<M: GuestMemory> Sending<M> {
+    pub(crate) fn new(memory: M, accept: &Accept, config: &SenderConfig, domain: &DedupDomain, zstd: bool) -> Self {
+        let layout = memory.layout().clone();
+        let hasher = PageHasher::new(domain);
+        Self {
+            trees: layout.regions().iter().map(|region| DigestTree::new(&hasher, region.pages())).collect(),
+            hasher,
+            holdings: Holdings::new(&layout, &accept.held_pages),
+            sent: SentPages::new(&layout, config.dedup.then_some(config.seed)),
+            lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers),
+            compress: CompressSwitch::new(config.compress && zstd, config.workers),
+            announce: layout.regions().iter().map(|_| AnnounceSwitch::default()).collect(),
+            wants: VecDeque::new(),
+            wanted: PageBitmap::new(layout.pages()),
+            cover: None,
+            region: RegionId(0),
+            next: 0,
+            batch_pages: u64::from(config.batch_pages),
+            digests: Vec::new(),
+            ended: false,
+            counts: Counts::default(),
+            decisions: Vec::new(),
+            memory,
+            layout,
+        }
+    }
+
+    pub(crate) fn handle_have(&mut self, have: &pagewire_protocol::frame::Have) -> Result<(), ErrorKind> {
+        Ok(self.holdings.handle_have(have)?)
+    }
+
+    pub(crate) fn handle_ack(&mut self, lane: LaneId, ack: &Ack, now: Time) -> Result<(), ErrorKind> {
+        let applied = self.lanes.acknowledge(lane, ack.frames, now)?;
+        for want in &ack.wants {
+            let malformed = |source: DecodeError| PeerError::Decode { kind: FrameKind::ACK, source };
+            let range = self.layout.range(want.region, want.first, want.count).map_err(malformed)?;
+            let (region, first) = (want.region, want.first);
+            if !self.is_stated(range) {
+                return Err(Violation::Entry { what: "want of a page that was not stated", region, first }.into());
+            }
+            self.counts.wants = self.counts.wants.saturating_add(u64::from(range.count));
+            self.counts.reference = self.counts.reference.saturating_sub(u64::from(range.count));
+            self.wants.push_back(range);
+        }
+        let pages = self.layout.pages();
+        if self.counts.wants > pages.saturating_mul(WANTS_A_PAGE_MAX) {
+            return Err(Violation::WantFlood { wants: self.counts.wants, pages }.into());
+        }
+        for (at, switch) in self.announce.iter_mut().enumerate() {
+            let of_region = |region: u16| usize::from(region) == at;
+            let announced = applied.iter().filter(|frame| of_region(frame.region)).map(|frame| u64::from(frame.announced)).sum();
+            let wanted = ack.wants.iter().filter(|want| of_region(want.region)).map(|want| u64::from(want.count)).sum();
+            let costs = (&self.compress, &self.lanes.goodput);
+            switch.measured(announced, wanted, u16::try_from(at).unwrap_or(0), costs, now, &mut self.decisions);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn handle_encoded(&mut self, output: EncodeOutput, spent: pagewire_protocol::time::Span) {
+        self.compress.measured(output.level, output.raw, output.compressed, spent);
+        self.counts.payload_bytes = self.counts.payload_bytes.saturating_add(output.compressed as u64);
+        self.lanes.encoded(output);
+    }
+
+    /// Whether every page of a range has been stated, in a frame that is planned.
+    fn is_stated(&self, range: PageRange) -> bool {
+        let end = if range.region < self.region { u64::MAX } else { self.next };
+        range.region <= self.region && range.numbers().end <= end
+    }
+
+    /// One bounded step.
+    pub(crate) fn step(&mut self, now: Time) -> Result<Step, ErrorKind> {
+        if !self.lanes.has_room() {
+            self.lanes.note_full(now);
+            return Ok(Step::Waits);
+        }
+        if let Some(range) = self.wants.pop_front() {
+            return self.answer(range, now).map(|()| Step::Did);
+        }
+        if let Some(range) = self.next_range() {
+            return self.state(range, now);
+        }
+        if self.ended {
+            return Ok(Step::Waits);
+        }
+        self.ended = true;
+        self.end_round().map(Step::Stated)
+    }
+
+    /// The next part of the image: whole install pages inside one group, whole subtrees where something is held.
+    fn next_range(&mut self) -> Option<PageRange> {
+        loop {
+            let region = *self.layout.region(self.region)?;
+            let left = region.pages().saturating_sub(self.next);
+            if left > 0 {
+                let held = self.holdings.look(self.region, self.next / SUBTREE_PAGES as u64) != Held::Nothing;
+                let least = u64::from(region.install_size.pages()).max(if held { SUBTREE_PAGES as u64 } else { 1 });
+                let step = self.batch_pages.max(least).min(GROUP_PAGES);
+                let count = u32::try_from(step.min(left)).unwrap_or(0);
+                return Some(PageRange { region: self.region, first: PageNumber(self.next), count });
+            }
+            self.region = RegionId(self.region.0.saturating_add(1));
+            self.next = 0;
+        }
+    }
+
+    /// Reads, digests and states the next part.
+    fn state(&mut self, range: PageRange, now: Time) -> Result<Step, ErrorKind> {
+        let subtrees = subtrees(range);
+        let held: Vec<Held> = subtrees.clone().map(|subtree| self.holdings.look(range.region, subtree)).collect();
+        if held.contains(&Held::Unknown) {
+            return Ok(Step::Waits);
+        }
+        let buffer = self.read(range)?;
+        self.next = range.numbers().end;
+        let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) else { return Ok(Step::Did) };
+        for (page, digest) in range.numbers().zip(&self.digests) {
+            tree.set(page, *digest);
+        }
+        let covers_subtrees = range.first.0.is_multiple_of(SUBTREE_PAGES as u64);
+        if covers_subtrees && subtrees.zip(&held).all(|(subtree, held)| *held == Held::Digest(tree.subtree(subtree))) {
+            self.lanes.recycle(buffer);
+            let count = u16::try_from(range.count).unwrap_or(0);
+            self.counts.base = self.counts.base.saturating_add(u64::from(count));
+            self.cover(range, &[Run { kind: EntryKind::BASE, count }]);
+            return Ok(Step::Did);
+        }
+        let announce = held.iter().any(|held| *held != Held::Nothing)
+            && self.announce.get_mut(usize::from(range.region.0)).is_some_and(AnnounceSwitch::choose);
+        self.state_pages(range, buffer, announce, now);
+        Ok(Step::Did)
+    }
+
+    /// States pages one by one.
+    fn state_pages(&mut self, range: PageRange, buffer: Vec<u8>, announce: bool, now: Time) {
+        let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
+        let mut entries = Entries::over(buffer);
+        for (at, (page, &digest)) in range.numbers().zip(&self.digests).enumerate() {
+            let place = self.layout.place(range.region, page);
+            let kind = if digest == self.hasher.zero() {
+                EntryKind::ZERO
+            } else if announce || self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes)) {
+                EntryKind::REFERENCE
+            } else {
+                EntryKind::INLINE
+            };
+            entries.push(kind, at, digest);
+        }
+        self.send(range, lane, entries, announce, now);
+    }
+
+    /// Answers a want with the bytes, or with a reference to bytes that went on this lane meanwhile.
+    fn answer(&mut self, range: PageRange, now: Time) -> Result<(), ErrorKind> {
+        let Some(region) = self.layout.region(range.region) else { return Ok(()) };
+        let step = u64::from(region.install_size.pages()).max(self.batch_pages).min(GROUP_PAGES);
+        let border = (range.first.0 / step).saturating_add(1).saturating_mul(step).min(range.numbers().end);
+        let count = u32::try_from(border.saturating_sub(range.first.0)).unwrap_or(0);
+        let now_part = PageRange { count, ..range };
+        if count < range.count {
+            let rest = PageRange { first: PageNumber(border), count: range.count.saturating_sub(count), ..range };
+            self.wants.push_front(rest);
+        }
+        let buffer = self.read(now_part)?;
+        let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
+        let mut entries = Entries::over(buffer);
+        for (at, (page, &digest)) in now_part.numbers().zip(&self.digests).enumerate() {
+            let tree = self.trees.get(usize::from(range.region.0));
+            if tree.is_none_or(|tree| tree.leaf(page) != digest) {
+                let message = format!("page {page} changed between two looks at it; memory that is being written needs to be at rest");
+                return Err(ErrorKind::Source(std::io::Error::other(message)));
+            }
+            let place = self.layout.place(range.region, page);
+            let again = !self.wanted.insert(u64::from(place.0));
+            let gone = self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes));
+            let kind = match (digest == self.hasher.zero(), gone && !again) {
+                (true, _) => EntryKind::ZERO,
+                (_, true) => EntryKind::REFERENCE,
+                _ => EntryKind::INLINE,
+            };
+            entries.push(kind, at, digest);
+        }
+        self.send(now_part, lane, entries, false, now);
+        Ok(())
+    }
+
+    /// Reads a range and digests it into `digests`.
+    fn read(&mut self, range: PageRange) -> Result<Vec<u8>, ErrorKind> {
+        let count = usize::try_from(range.count).unwrap_or(0);
+        let mut buffer = self.lanes.buffer(count.saturating_mul(PAGE_BYTES));
+        self.memory.read(range.region, range.first.0, &mut buffer).map_err(ErrorKind::Source)?;
+        self.digests.clear();
+        self.digests.resize(count, self.hasher.zero());
+        let pages = buffer.as_chunks::<PAGE_BYTES>().0;
+        let dirty: Vec<usize> = (0..count).filter(|&at| pages.get(at).is_some_and(|page| !is_zero(page))).collect();
+        let mut places = dirty.iter();
+        self.hasher.digest_pages(dirty.iter().filter_map(|&at| pages.get(at)), |digest| {
+            if let Some(slot) = places.next().and_then(|&at| self.digests.get_mut(at)) {
+                *slot = digest;
+            }
+        });
+        Ok(buffer)
+    }
+
+    fn send(&mut self, range: PageRange, lane: LaneId, entries: Entries, announced: bool, now: Time) {
+        let Entries { runs, references, zero, inline, payload } = entries;
+        self.counts.zero = self.counts.zero.saturating_add(u64::from(zero));
+        self.counts.inline = self.counts.inline.saturating_add(u64::from(inline));
+        self.counts.reference = self.counts.reference.saturating_add(references.len() as u64);
+        if inline == 0 && references.is_empty() {
+            self.lanes.recycle(payload.buffer);
+            return self.cover(range, &runs);
+        }
+        self.flush_cover();
+        let digest = batch_digest(self.hasher.domain(), range.first.0, [self.digests.as_slice()]);
+        let head = self.head(range, digest);
+        let announced = if announced { u32::try_from(references.len()).unwrap_or(0) } else { 0 };
+        let bytes = payload.len();
+        let level = if inline > 0 { self.compress.choose(&self.lanes.goodput, now, &mut self.decisions) } else { None };
+        self.counts.inline_bytes = self.counts.inline_bytes.saturating_add(bytes as u64);
+        if level.is_none() {
+            self.counts.payload_bytes = self.counts.payload_bytes.saturating_add(bytes as u64);
+        }
+        self.lanes.plan(lane, Batch { head, runs, references, payload, announced }, level);
+    }
+
+    /// Adds pages that need no look to the run of them that is under way.
+    fn cover(&mut self, range: PageRange, runs: &[Run]) {
+        if self.cover.as_mut().is_some_and(|cover| cover.extend(range, runs, COVER_PAGES_MAX, RUNS_MAX)) {
+            return;
+        }
+        self.flush_cover();
+        self.cover = Some(Cover { range, runs: runs.to_vec() });
+    }
+
+    fn flush_cover(&mut self) {
+        let Some(Cover { range, runs }) = self.cover.take() else { return };
+        let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return };
+        let head = self.head(range, tree.batch(range.first.0, range.count));
+        let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
+        let batch = Batch { head, runs, references: Vec::new(), payload: Payload::default(), announced: 0 };
+        self.lanes.plan(lane, batch, None);
+    }
+
+    fn head(&self, range: PageRange, digest: Digest) -> PagesHead {
+        PagesHead { round: 0, region: range.region.0, codec: Codec::NONE, first: range.first.0, count: range.count, digest }
+    }
+
+    fn end_round(&mut self) -> Result<Root, ErrorKind> {
+        self.flush_cover();
+        self.memory.check_unchanged().map_err(ErrorKind::Source)?;
+        for lane in self.lanes.ids() {
+            let end = RoundEnd { round: 0, frames: self.lanes.planned(lane) };
+            self.lanes.plan_frame(lane, &Frame::Round(end));
+        }
+        let digest = image_root(self.hasher.domain(), &self.layout, &mut self.trees);
+        Ok(Root { round: 0, pages: self.layout.pages(), digest })
+    }
+
+    /// Pages stated so far, and pages of the image; for progress.
+    pub(crate) fn progress(&self) -> (u64, u64) {
+        let Counts { zero, base, reference, inline, .. } = self.counts;
+        (zero.saturating_add(base).saturating_add(reference).saturating_add(inline), self.layout.pages())
+    }
+
+    /// What the session started from, for the report.
+    pub(crate) fn explain_start(&mut self, now: Time) {
+        let what = if self.holdings.any() { "compare with what the receiver holds" } else { "send everything: the receiver holds nothing" };
+        self.decisions.push(Decision { at: now, what: what.to_owned() });
+    }
+}
+
+/// The subtrees that a range touches.
+fn subtrees(range: PageRange) -> std::ops::Range<u64> {
+    let pages = range.numbers();
+    pages.start / SUBTREE_PAGES as u64..pages.end.div_ceil(SUBTREE_PAGES as u64)
+}

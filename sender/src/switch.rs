@@ -1,0 +1,293 @@
+//! Skipping and compressing must pay for themselves: two switches that throw themselves by measured rates.
+//!
+//! Both compare the time a page costs one way with the time it costs the other, from what this session has measured:
+//! goodput of the link, speed and ratio of each compression level, share of announcements that hit. Nothing here knows
+//! memory, lanes or frames; every decision is a pure function of figures that the report shows.
+
+use crate::report::Decision;
+use pagewire_protocol::limits::PAGE_BYTES;
+use pagewire_protocol::time::{Span, Time};
+
+/// zstd levels worth having: −1 for links of some Gbit/s, 1 for slower ones; 3 and more buy little over 1 on memory.
+const LEVELS: [i32; 2] = [-1, 1];
+/// Compression must promise at least this share less time than raw before it is switched on.
+const GAIN_MIN: f64 = 0.2;
+/// Every so many batches a way that is not in use is measured again.
+const PROBE_EVERY: u64 = 64;
+/// A goodput sample lasts at least this long.
+const SAMPLE_SPAN: Span = Span::from_millis(4);
+/// Weight of a new sample in an average.
+const FRESH: f64 = 0.3;
+/// What a page costs that was announced in vain: it is read and digested again (measured, 0.6–1 µs).
+const REREAD_NANOS: f64 = 1_000.0;
+/// Announcements that make a sample.
+const ANNOUNCED_MIN: u64 = 256;
+
+fn blend(old: Option<f64>, sample: f64) -> Option<f64> {
+    Some(old.map_or(sample, |old| old + FRESH * (sample - old)))
+}
+
+/// Goodput of the link as far as the link is what limits it, in bytes a nanosecond.
+#[derive(Debug, Default)]
+pub(crate) struct Goodput {
+    rate: Option<f64>,
+    since: Option<Time>,
+    bytes: u64,
+    blocked: Span,
+    blocked_since: Option<Time>,
+}
+
+impl Goodput {
+    /// Frames are ready and the link does not take them.
+    pub(crate) fn block(&mut self, now: Time) {
+        self.blocked_since.get_or_insert(now);
+    }
+
+    /// The link took a frame.
+    pub(crate) fn unblock(&mut self, now: Time) {
+        if let Some(since) = self.blocked_since.take() {
+            self.blocked = self.blocked + now.since(since);
+        }
+    }
+
+    /// The receiver has applied `bytes` more; `more` are under way.
+    pub(crate) fn delivered(&mut self, bytes: u64, more: u64, now: Time) {
+        let Some(since) = self.since else {
+            self.since = Some(now);
+            return;
+        };
+        self.bytes = self.bytes.saturating_add(bytes);
+        let span = now.since(since);
+        if span >= SAMPLE_SPAN {
+            let rate = self.bytes as f64 / span.as_nanos() as f64;
+            let blocked = self.blocked + self.blocked_since.map_or(Span::ZERO, |since| now.since(since));
+            let share = blocked.as_nanos() as f64 / span.as_nanos() as f64;
+            self.rate = if share > 0.3 {
+                blend(self.rate, rate)
+            } else {
+                // Something else is the brake: the link can do at least this, and more than was thought.
+                self.rate.map(|known| (known * 1.25).max(rate))
+            };
+            (self.since, self.bytes, self.blocked) = (Some(now), 0, Span::ZERO);
+            self.blocked_since = self.blocked_since.map(|_| now);
+        }
+        if more == 0 {
+            // Idle time is nobody's rate.
+            (self.since, self.bytes, self.blocked, self.blocked_since) = (None, 0, Span::ZERO, None);
+        }
+    }
+
+    /// Nanoseconds a byte, if the link has ever been the brake.
+    fn nanos_a_byte(&self) -> Option<f64> {
+        self.rate.filter(|&rate| rate > 0.0).map(f64::recip)
+    }
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Measured {
+    nanos_a_byte: Option<f64>,
+    ratio: Option<f64>,
+}
+
+/// Whether batches are compressed, and how hard.
+#[derive(Debug)]
+pub(crate) struct CompressSwitch {
+    allowed: bool,
+    workers: f64,
+    levels: [Measured; LEVELS.len()],
+    current: Option<usize>,
+    batches: u64,
+}
+
+impl CompressSwitch {
+    /// A switch for `workers` threads that compress; never on unless `allowed`.
+    pub(crate) fn new(allowed: bool, workers: usize) -> Self {
+        let workers = u16::try_from(workers.max(1)).unwrap_or(u16::MAX);
+        Self { allowed, workers: f64::from(workers), levels: Default::default(), current: None, batches: 0 }
+    }
+
+    /// Nanoseconds that a byte of a page costs at a level: compression and link work side by side.
+    fn cost(&self, level: usize, link: f64) -> Option<f64> {
+        let measured = self.levels.get(level)?;
+        Some((measured.nanos_a_byte? / self.workers).max(measured.ratio? * link))
+    }
+
+    /// The level for the next batch, `None` for raw.
+    pub(crate) fn choose(&mut self, goodput: &Goodput, now: Time, decisions: &mut Vec<Decision>) -> Option<i32> {
+        if !self.allowed {
+            return None;
+        }
+        self.batches = self.batches.saturating_add(1);
+        if let Some(level) = LEVELS.iter().zip(&self.levels).find(|(_, level)| level.ratio.is_none()).map(|(level, _)| *level)
+            && (self.batches <= 2 || self.current.is_some())
+        {
+            return Some(level);
+        }
+        let link = goodput.nanos_a_byte()?;
+        let candidates = (0..LEVELS.len()).filter_map(|level| self.cost(level, link).map(|cost| (level, cost)));
+        let best = candidates.min_by(|a, b| a.1.total_cmp(&b.1)).filter(|&(_, cost)| cost < link * (1.0 - GAIN_MIN));
+        self.decide(best, link, now, decisions);
+        if self.batches % PROBE_EVERY == 0 {
+            let other = self.current.map_or(0, |current| (current + 1) % LEVELS.len());
+            // Probing costs: only where the link is slow enough for compression to win if pages were compressible.
+            let hopeful = self.levels.get(other).and_then(|level| level.nanos_a_byte).is_none_or(|nanos| nanos / self.workers < link);
+            if hopeful {
+                return LEVELS.get(other).copied();
+            }
+        }
+        self.current.and_then(|current| LEVELS.get(current).copied())
+    }
+
+    fn decide(&mut self, best: Option<(usize, f64)>, link: f64, now: Time, decisions: &mut Vec<Decision>) {
+        let level = best.map(|(level, _)| level);
+        if level == self.current {
+            return;
+        }
+        self.current = level;
+        let what = match best {
+            Some((level, cost)) => format!(
+                "compress at zstd level {}: {cost:.2} ns a byte, {link:.2} raw (ratio {:.2})",
+                LEVELS.get(level).copied().unwrap_or(0),
+                self.levels.get(level).and_then(|level| level.ratio).unwrap_or(1.0)
+            ),
+            None => format!("send raw: no level beats {link:.2} ns a byte"),
+        };
+        decisions.push(Decision { at: now, what });
+    }
+
+    /// A batch of `raw` bytes became `compressed` ones at `level`.
+    pub(crate) fn measured(&mut self, level: i32, raw: usize, compressed: usize, spent: Span) {
+        let Some(slot) = LEVELS.iter().position(|&known| known == level).and_then(|at| self.levels.get_mut(at)) else { return };
+        let raw = raw.max(1) as f64;
+        slot.ratio = blend(slot.ratio, compressed as f64 / raw);
+        slot.nanos_a_byte = blend(slot.nanos_a_byte, spent.as_nanos() as f64 / raw);
+    }
+
+    /// Nanoseconds that a page with its bytes costs now.
+    fn page_nanos(&self, goodput: &Goodput) -> f64 {
+        let link = goodput.nanos_a_byte().unwrap_or(0.5);
+        let byte = self.current.and_then(|level| self.cost(level, link)).unwrap_or(link);
+        byte * PAGE_BYTES as f64
+    }
+}
+
+/// Whether changed parts of a region are announced before their bytes are sent.
+#[derive(Debug)]
+pub(crate) struct AnnounceSwitch {
+    on: bool,
+    announced: u64,
+    wanted: u64,
+    hits: Option<f64>,
+    parts: u64,
+}
+
+impl Default for AnnounceSwitch {
+    fn default() -> Self {
+        Self { on: true, announced: 0, wanted: 0, hits: None, parts: 0 }
+    }
+}
+
+impl AnnounceSwitch {
+    /// Whether the next part of the region is announced.
+    pub(crate) fn choose(&mut self) -> bool {
+        self.parts = self.parts.saturating_add(1);
+        self.on || self.parts.is_multiple_of(PROBE_EVERY)
+    }
+
+    /// Of `announced` pages the receiver lacked `wanted`.
+    pub(crate) fn measured(
+        &mut self,
+        announced: u64,
+        wanted: u64,
+        region: u16,
+        costs: (&CompressSwitch, &Goodput),
+        now: Time,
+        decisions: &mut Vec<Decision>,
+    ) {
+        self.announced = self.announced.saturating_add(announced);
+        self.wanted = self.wanted.saturating_add(wanted);
+        if self.announced < ANNOUNCED_MIN {
+            return;
+        }
+        let hits = 1.0 - (self.wanted.min(self.announced) as f64 / self.announced as f64);
+        self.hits = blend(self.hits, hits);
+        (self.announced, self.wanted) = (0, 0);
+        let (compress, goodput) = costs;
+        let share = self.hits.unwrap_or(hits);
+        let gain = share * compress.page_nanos(goodput);
+        let price = 32.0 * goodput.nanos_a_byte().unwrap_or(0.5) + (1.0 - share) * REREAD_NANOS;
+        let on = gain > price;
+        if on != self.on {
+            self.on = on;
+            let verb = if on { "announce" } else { "stop announcing" };
+            let what = format!("{verb} region {region}: {:.0} % hit, saves {gain:.0} ns a page for {price:.0}", share * 100.0);
+            decisions.push(Decision { at: now, what });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(millis: u64) -> Time {
+        Time::ZERO + Span::from_millis(millis)
+    }
+
+    /// A link that always makes the sender wait, at `mb` megabytes a second.
+    fn link(mb: u64) -> Goodput {
+        let mut goodput = Goodput::default();
+        goodput.block(at(0));
+        for step in 0..50 {
+            goodput.delivered(mb * 10_000, 1, at(step * 10));
+        }
+        goodput
+    }
+
+    fn switch(ratio: f64) -> CompressSwitch {
+        let mut switch = CompressSwitch::new(true, 1);
+        for (level, nanos) in LEVELS.into_iter().zip([1.3, 2.6]) {
+            switch.measured(level, 1_000_000, (ratio * 1e6) as usize, Span::from_nanos((nanos * 1e6) as u64));
+        }
+        switch.batches = 2;
+        switch
+    }
+
+    #[test]
+    fn compresses_on_slow_links_only_and_only_what_shrinks() {
+        let mut decisions = Vec::new();
+        assert_eq!(switch(0.25).choose(&link(50), at(1), &mut decisions), Some(1).or(Some(-1)));
+        assert!(switch(0.25).choose(&link(3000), at(1), &mut decisions).is_none());
+        assert!(switch(1.0).choose(&link(10), at(1), &mut decisions).is_none());
+        assert!(switch(0.25).choose(&Goodput::default(), at(1), &mut decisions).is_none());
+        assert!(decisions.iter().any(|decision| decision.what.contains("zstd level")));
+    }
+
+    #[test]
+    fn a_link_that_never_brakes_is_thought_faster_and_faster() {
+        let mut goodput = link(50);
+        let before = goodput.nanos_a_byte().unwrap();
+        goodput.unblock(at(500));
+        for step in 51..100 {
+            goodput.delivered(500_000, 1, at(step * 10));
+        }
+        assert!(goodput.nanos_a_byte().unwrap() < before / 10.0);
+    }
+
+    #[test]
+    fn announcing_stops_where_nothing_hits_and_comes_back_where_it_does() {
+        let (compress, goodput) = (switch(0.25), link(1000));
+        let mut announce = AnnounceSwitch::default();
+        let mut decisions = Vec::new();
+        let mut feed = |announce: &mut AnnounceSwitch, wanted| {
+            for _ in 0..20 {
+                announce.measured(300, wanted, 0, (&compress, &goodput), at(1), &mut decisions);
+            }
+        };
+        feed(&mut announce, 300);
+        assert!(!announce.on);
+        assert!((0..PROBE_EVERY).any(|_| announce.choose()), "it is tried again now and then");
+        feed(&mut announce, 0);
+        assert!(announce.on);
+    }
+}

@@ -1,0 +1,102 @@
+//! Digest to place: which page of an image has a given content.
+//!
+//! Four bytes an entry in an open-addressed table; digests themselves stay in the trees, and a hit is compared in full.
+//! Guests choose page contents, so the table's hash is seeded at random and nobody outside can aim at one bucket.
+
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
+use pagewire_protocol::digest::Digest;
+use pagewire_protocol::page::Place;
+
+/// Finds pages by content.
+#[derive(Debug)]
+pub struct DigestIndex {
+    table: HashTable<u32>,
+    seed: u64,
+}
+
+impl DigestIndex {
+    /// An empty index; `seed` must be random.
+    pub fn new(seed: u64) -> Self {
+        Self { table: HashTable::new(), seed }
+    }
+
+    /// Makes room for `pages` pages in all, so that growing does not hold two tables at once.
+    pub fn reserve(&mut self, pages: usize, digest_of: impl Fn(Place) -> Digest) {
+        let seed = self.seed;
+        let more = pages.saturating_sub(self.table.len());
+        self.table.reserve(more, |&place| hash(seed, &digest_of(Place(place))));
+    }
+
+    /// A page whose digest is `digest` now.
+    pub fn find(&self, digest: &Digest, digest_of: impl Fn(Place) -> Digest) -> Option<Place> {
+        let found = self.table.find(hash(self.seed, digest), |&place| digest_of(Place(place)) == *digest);
+        found.map(|&place| Place(place))
+    }
+
+    /// Remembers that `place` has `digest`, unless a page with it is known; returns the one that is.
+    pub fn insert(&mut self, digest: &Digest, place: Place, digest_of: impl Fn(Place) -> Digest) -> Option<Place> {
+        let seed = self.seed;
+        let same = |&known: &u32| digest_of(Place(known)) == *digest;
+        match self.table.entry(hash(seed, digest), same, |&known| hash(seed, &digest_of(Place(known)))) {
+            Entry::Occupied(known) => Some(Place(*known.get())),
+            Entry::Vacant(free) => {
+                free.insert(place.0);
+                None
+            }
+        }
+    }
+
+    /// Forgets that `place` has `digest`. Must be called before the page's digest changes.
+    pub fn remove(&mut self, digest: &Digest, place: Place) {
+        if let Ok(entry) = self.table.find_entry(hash(self.seed, digest), |&known| known == place.0) {
+            entry.remove();
+        }
+    }
+
+    /// Pages known.
+    pub fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.table.is_empty()
+    }
+}
+
+/// A digest is uniform already; the seed and one folded multiplication hide which bits pick the bucket.
+fn hash(seed: u64, digest: &Digest) -> u64 {
+    let word = |at: usize| digest.0.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    let product = u128::from(word(0) ^ seed).wrapping_mul(u128::from(word(8) | 1));
+    let [low, high] = [product, product >> 64].map(|half| half & u128::from(u64::MAX));
+    u64::try_from(low ^ high).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    proptest! {
+        /// The slow twin is a map from digest to places.
+        #[test]
+        fn agrees_with_a_map(ops in proptest::collection::vec((0u32..40, 0u8..12), 0..300)) {
+            let mut pages: HashMap<u32, Digest> = HashMap::new();
+            let mut index = DigestIndex::new(7);
+            for (place, content) in ops {
+                if let Some(old) = pages.get(&place).copied() {
+                    index.remove(&old, Place(place));
+                }
+                let digest = Digest([content; 32]);
+                pages.insert(place, digest);
+                let of = |place: Place| pages.get(&place.0).copied().unwrap_or_default();
+                index.insert(&digest, Place(place), of);
+                let found = index.find(&digest, of).unwrap();
+                prop_assert_eq!(pages.get(&found.0), Some(&digest));
+                prop_assert!(index.find(&Digest([200; 32]), of).is_none());
+            }
+        }
+    }
+}

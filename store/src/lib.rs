@@ -1,0 +1,10 @@
+//! Images on one host, for both roles: today's receiver sends tomorrow.
+//!
+//! It owns where a digest lies ([`DigestIndex`]) and how an image file comes to be ([`Landing`]): a file under its
+//! final name is always whole. It never talks to a peer, and no name reaches it that `protocol` has not judged.
+
+mod index;
+mod landing;
+
+pub use index::DigestIndex;
+pub use landing::{Landing, LandingError, LandingOptions};
