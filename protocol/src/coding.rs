@@ -133,6 +133,7 @@ const BINCODE: bincode::config::Configuration<
 /// # Errors
 /// bincode refuses it, or bytes are left over.
 pub fn decode_body<T: bincode::Decode<()>>(body: &[u8]) -> Result<T, DecodeError> {
+    // SPEC 1.4
     let (value, used) =
         bincode::decode_from_slice(body, BINCODE).map_err(|error| DecodeError::Body(format!("{error}")))?;
     match body.len().saturating_sub(used) {

@@ -68,6 +68,7 @@ impl Decompressor {
     /// # Errors
     /// Not one zstd frame, or not of exactly that size, or with too large a window.
     pub fn decompress(&mut self, payload: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
+        // SPEC 5.5
         let whole = zstd::zstd_safe::find_frame_compressed_size(payload).ok();
         if whole != Some(payload.len()) {
             return Err(DecodeError::Compressed("not one whole zstd frame".to_string()));

@@ -210,6 +210,7 @@ pub fn join_proof(secret: &[u8; 32], session: &[u8; 16], lane: u8) -> Digest {
     Digest(*hasher.finalize().as_bytes())
 }
 
+// SPEC 3.8
 /// Compares two proofs in constant time.
 pub fn proofs_equal(left: &Digest, right: &Digest) -> bool {
     blake3::Hash::from_bytes(left.0) == blake3::Hash::from_bytes(right.0)
@@ -229,6 +230,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
+        // SPEC 3.2
         fn batches_equal_the_one_shot_call_on_every_simd_level(key: [u8; 32], seed: u64, count in 0usize..40) {
             let domain = DedupDomain::new(&key);
             let mut state = seed | 1;

@@ -336,6 +336,14 @@ pub enum PeerError {
         /// Which lane.
         lane: u8,
     },
+    /// It cannot be reached.
+    #[error("cannot connect to {address}: {reason}")]
+    Connect {
+        /// Where.
+        address: String,
+        /// What the operating system said.
+        reason: String,
+    },
     /// The transport under a lane broke.
     #[error("the connection of lane {lane} broke: {reason}")]
     Broken {
@@ -350,6 +358,7 @@ pub enum PeerError {
 }
 
 impl PeerError {
+    // SPEC 1.6
     /// The code that tells the peer.
     pub fn close_code(&self) -> CloseCode {
         match self {
@@ -359,7 +368,7 @@ impl PeerError {
             Self::Violation(_) => CloseCode::VIOLATION,
             Self::Incompatible(_) => CloseCode::INCOMPATIBLE,
             Self::Closed { code, .. } => *code,
-            Self::EndOfStream { .. } | Self::Broken { .. } => CloseCode::VIOLATION,
+            Self::EndOfStream { .. } | Self::Broken { .. } | Self::Connect { .. } => CloseCode::VIOLATION,
             Self::Timeout(_) => CloseCode::TIMEOUT,
         }
     }

@@ -11,6 +11,9 @@ use alloc::vec::Vec;
 /// Room a framer keeps ready when no frame is under way: many small frames come with one read.
 const READ_BYTES: usize = 16 * 1024;
 
+/// A header that no frame of this version has: the kind it names, and what is wrong.
+pub type BadHeader = (FrameKind, DecodeError);
+
 /// Cuts the bytes of one stream into frames.
 #[derive(Debug, Default)]
 pub struct Framer {
@@ -52,7 +55,7 @@ impl Framer {
     ///
     /// # Errors
     /// A header that no frame of this version has, with the kind that it names.
-    pub fn next_frame(&mut self) -> Result<Option<(FrameHeader, &[u8])>, (FrameKind, DecodeError)> {
+    pub fn next_frame(&mut self) -> Result<Option<(FrameHeader, &[u8])>, BadHeader> {
         let Some(header) = self.peek()? else { return Ok(None) };
         let body = self.start.saturating_add(HEADER_BYTES);
         let end = self.start.saturating_add(header.frame_bytes());
@@ -68,7 +71,11 @@ impl Framer {
         self.end > self.start
     }
 
-    fn peek(&self) -> Result<Option<FrameHeader>, (FrameKind, DecodeError)> {
+    /// The header of the frame under way, as soon as all of it is there. Nothing is consumed.
+    ///
+    /// # Errors
+    /// No frame of this version has it.
+    pub fn peek(&self) -> Result<Option<FrameHeader>, BadHeader> {
         let bytes = self.buffer.get(self.start..self.end).unwrap_or_default();
         bytes.first_chunk().map(FrameHeader::decode).transpose()
     }

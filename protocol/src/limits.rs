@@ -5,6 +5,7 @@
 
 use crate::time::Span;
 
+// SPEC 9.1
 /// Bytes of a page: the unit that is digested, stated and counted, whatever a region's install size is.
 pub const PAGE_BYTES: usize = 4096;
 /// Children of a node in the digest tree, and so pages below a lowest node (1 MiB): one HAVE digest each.

@@ -8,6 +8,9 @@ use crate::error::DecodeError;
 use crate::limits::{BATCH_PAGES_MAX, IMAGE_PAGES_MAX, PAGE_BYTES, REGIONS_MAX, SUBTREE_PAGES};
 use alloc::vec::Vec;
 
+const PAGE_BYTES_U32: u32 = 4096;
+const _: () = assert!(PAGE_BYTES == PAGE_BYTES_U32 as usize);
+
 /// Pages of a group: what a frame with references or inline pages never crosses, and what selects the lane.
 pub const GROUP_PAGES: u64 = BATCH_PAGES_MAX as u64;
 
@@ -67,7 +70,7 @@ impl InstallSize {
 
     /// Pages installed at once: 1, 16 or 512.
     pub const fn pages(self) -> u32 {
-        self.0 / PAGE_BYTES as u32
+        self.0 / PAGE_BYTES_U32
     }
 }
 
@@ -181,12 +184,13 @@ impl Layout {
         let Some(known) = self.region(id) else {
             return Err(DecodeError::limit("region", u64::from(region), self.regions.len() as u64));
         };
+        // SPEC 6.1
         let end = first.checked_add(u64::from(count));
         let Some(end) = end.filter(|&end| count > 0 && end <= known.pages()) else {
             return Err(DecodeError::OutsideRegion { region, first, count, pages: known.pages() });
         };
         let step = u64::from(known.install_size.pages());
-        if first % step != 0 || (end % step != 0 && end != known.pages()) {
+        if !first.is_multiple_of(step) || (!end.is_multiple_of(step) && end != known.pages()) {
             return Err(DecodeError::Unaligned { region, first, count, step });
         }
         Ok(PageRange { region: id, first: PageNumber(first), count })

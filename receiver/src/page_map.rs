@@ -68,9 +68,14 @@ impl PageMap {
         self.known.remove(u64::from(place.0));
     }
 
-    /// The page is as the sender means it.
-    pub fn mark_present(&mut self, region: RegionId, page: u64) {
-        self.present.insert(u64::from(self.layout.place(region, page).0));
+    /// The page is as the sender means it; says whether it was not before.
+    pub fn mark_present(&mut self, region: RegionId, page: u64) -> bool {
+        self.present.insert(u64::from(self.layout.place(region, page).0))
+    }
+
+    /// Whether the page is as the sender means it.
+    pub fn is_present(&self, region: RegionId, page: u64) -> bool {
+        self.present.contains(u64::from(self.layout.place(region, page).0))
     }
 
     /// A known page whose content has `digest`.

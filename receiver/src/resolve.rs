@@ -138,30 +138,25 @@ impl Resolver {
         let (region, start) = (range.region, range.first.0);
         let mut rest = inline;
         for (kind, run) in runs(pages, start) {
-            let count = run.end.saturating_sub(run.start);
             match kind {
-                EntryKind::BASE => to.counts.base = to.counts.base.saturating_add(count),
                 EntryKind::INLINE => {
+                    let count = run.end.saturating_sub(run.start);
                     let (bytes, after) = rest.split_at(usize::try_from(count).unwrap_or(0).min(rest.len()));
                     rest = after;
                     to.sink.install(region, run.start, bytes.as_flattened()).map_err(failed("cannot be written"))?;
                     self.learn(region, start, run.clone(), to);
-                    to.counts.inline = to.counts.inline.saturating_add(count);
                 }
-                EntryKind::ZERO => {
-                    self.clear(region, run.clone(), to)?;
-                    to.counts.zero = to.counts.zero.saturating_add(count);
-                }
+                EntryKind::ZERO => self.clear(region, run.clone(), to)?,
+                EntryKind::BASE => {}
                 _ => continue,
             }
-            run.for_each(|page| to.map.mark_present(region, page));
+            count_present(kind, region, run, to);
         }
         let mut missing = Vec::new();
         for (_, run) in runs(pages, start).filter(|(kind, _)| *kind == EntryKind::REFERENCE) {
             for page in run {
                 if self.fetch(region, start, page, to)? {
-                    to.map.mark_present(region, page);
-                    to.counts.reference = to.counts.reference.saturating_add(1);
+                    count_present(EntryKind::REFERENCE, region, page..page.saturating_add(1), to);
                 } else {
                     missing.push(page);
                 }
@@ -216,6 +211,18 @@ impl Resolver {
         to.map.set(region, page, digest);
         Ok(true)
     }
+}
+
+/// Pages are present; each is counted the way in which it came first.
+fn count_present<S>(kind: EntryKind, region: RegionId, pages: Range<u64>, to: &mut Target<'_, S>) {
+    let news = pages.fold(0u64, |news, page| news.saturating_add(u64::from(to.map.mark_present(region, page))));
+    let count = match kind {
+        EntryKind::ZERO => &mut to.counts.zero,
+        EntryKind::BASE => &mut to.counts.base,
+        EntryKind::REFERENCE => &mut to.counts.reference,
+        _ => &mut to.counts.inline,
+    };
+    *count = count.saturating_add(news);
 }
 
 /// The runs of a frame with the pages they cover.

@@ -90,13 +90,14 @@ impl Scan {
         if self.pending.digests.len() < HAVE_AFTER && !region_ends {
             return None;
         }
+        let have = std::mem::replace(&mut self.pending, Have { region: self.region, first: self.next, digests: Vec::new() });
         if region_ends {
             self.region = self.region.saturating_add(1);
             self.next = 0;
             self.skip_finished();
+            self.pending.first = 0;
         }
-        let following = Have { region: self.region, first: self.next, digests: Vec::new() };
-        Some(std::mem::replace(&mut self.pending, following))
+        Some(have)
     }
 
     fn skip_finished(&mut self) {

@@ -33,6 +33,11 @@ impl SentPages {
         Self { inline: PageBitmap::new(layout.pages()), last_frame: vec![0; groups], index: seed.map(DigestIndex::new) }
     }
 
+    /// Whether the bytes of a place went inline.
+    pub(crate) fn is_inline(&self, place: Place) -> bool {
+        self.inline.contains(u64::from(place.0))
+    }
+
     /// Whether the content `digest` has gone so that a frame on `lane` may refer to it; if not, it goes at `place` now.
     pub(crate) fn has_gone(
         &mut self,

@@ -124,9 +124,9 @@ impl<M: GuestMemory> SenderEngine<M> {
         Some(Outgoing::frame(&Frame::Join(Join { session: self.config.session, proof }), lane))
     }
 
-    /// Stops the session.
-    pub fn cancel(&mut self) {
-        self.fail(ErrorKind::Cancelled);
+    /// Stops the session, for the reason that `kind` names.
+    pub fn cancel(&mut self, kind: ErrorKind) {
+        self.fail(kind);
     }
 
     /// What was done so far.

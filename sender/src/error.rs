@@ -32,6 +32,9 @@ pub enum ErrorKind {
         /// The system's answer.
         source: io::Error,
     },
+    /// It took longer than it was allowed to.
+    #[error("not complete after {0:?}, as --deadline asks")]
+    Deadline(std::time::Duration),
     /// It was stopped here.
     #[error("cancelled")]
     Cancelled,
@@ -43,7 +46,7 @@ impl ErrorKind {
             Self::Peer(error) => error.close_code(),
             Self::Source(_) => CloseCode::SOURCE,
             Self::Local { .. } => CloseCode::INTERNAL,
-            Self::Cancelled => CloseCode::CANCELLED,
+            Self::Cancelled | Self::Deadline(_) => CloseCode::CANCELLED,
         }
     }
 

@@ -13,6 +13,8 @@ use std::collections::VecDeque;
 /// What is known of one region of the receiver's base.
 #[derive(Debug, Default)]
 struct RegionHoldings {
+    /// First pages that are held.
+    pages: u64,
     /// Subtrees whose HAVE was promised.
     promised: u64,
     /// Subtrees whose HAVE has come.
@@ -43,6 +45,7 @@ impl Holdings {
     pub(crate) fn new(layout: &Layout, held: &[u64]) -> Self {
         let regions = layout.regions().iter().zip(held.iter().chain(std::iter::repeat(&0)));
         let regions = regions.map(|(region, &held)| RegionHoldings {
+            pages: held.min(region.pages()),
             promised: held.min(region.pages()).div_ceil(SUBTREE_PAGES as u64),
             ..Default::default()
         });
@@ -75,6 +78,11 @@ impl Holdings {
         let front = known.come.saturating_sub(known.digests.len() as u64);
         known.digests.drain(..usize::try_from(subtree.saturating_sub(front)).unwrap_or(0));
         known.digests.front().map_or(Held::Nothing, |&digest| Held::Digest(digest))
+    }
+
+    /// How many first pages of a region are held.
+    pub(crate) fn pages(&self, region: RegionId) -> u64 {
+        self.regions.get(usize::from(region.0)).map_or(0, |known| known.pages)
     }
 
     /// Whether anything was promised at all.

@@ -100,7 +100,6 @@ impl<M: GuestMemory> Sending<M> {
                 return Err(Violation::Entry { what: "want of a page that was not stated", region, first }.into());
             }
             self.counts.wants = self.counts.wants.saturating_add(u64::from(range.count));
-            self.counts.reference = self.counts.reference.saturating_sub(u64::from(range.count));
             self.wants.push_back(range);
         }
         let pages = self.layout.pages();
@@ -181,15 +180,25 @@ impl<M: GuestMemory> Sending<M> {
         let covers_subtrees = range.first.0.is_multiple_of(SUBTREE_PAGES as u64);
         if covers_subtrees && subtrees.zip(&held).all(|(subtree, held)| *held == Held::Digest(tree.subtree(subtree))) {
             self.lanes.recycle(buffer);
-            let count = u16::try_from(range.count).unwrap_or(0);
-            self.counts.base = self.counts.base.saturating_add(u64::from(count));
-            self.cover(range, &[Run { kind: EntryKind::BASE, count }]);
+            self.state_equal(range);
             return Ok(Step::Did);
         }
         let announce = held.iter().any(|held| *held != Held::Nothing)
             && self.announce.get_mut(usize::from(range.region.0)).is_some_and(AnnounceSwitch::choose);
         self.state_pages(range, buffer, announce, now);
         Ok(Step::Did)
+    }
+
+    /// States pages whose subtrees are equal: those that are held as base, and those beyond, which are zero.
+    fn state_equal(&mut self, range: PageRange) {
+        let held = self.holdings.pages(range.region).saturating_sub(range.first.0).min(u64::from(range.count));
+        let beyond = u64::from(range.count).saturating_sub(held);
+        self.counts.base = self.counts.base.saturating_add(held);
+        self.counts.zero = self.counts.zero.saturating_add(beyond);
+        let run = |kind, pages| Run { kind, count: u16::try_from(pages).unwrap_or(0) };
+        let runs = [run(EntryKind::BASE, held), run(EntryKind::ZERO, beyond)];
+        let runs: Vec<Run> = runs.into_iter().filter(|run| run.count > 0).collect();
+        self.cover(range, &runs);
     }
 
     /// States pages one by one.
@@ -232,6 +241,7 @@ impl<M: GuestMemory> Sending<M> {
             }
             let place = self.layout.place(range.region, page);
             let again = !self.wanted.insert(u64::from(place.0));
+            self.counts.take_back(digest == self.hasher.zero(), self.sent.is_inline(place));
             let gone = self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes));
             let kind = match (digest == self.hasher.zero(), gone && !again) {
                 (true, _) => EntryKind::ZERO,

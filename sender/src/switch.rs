@@ -127,7 +127,7 @@ impl CompressSwitch {
         let candidates = (0..LEVELS.len()).filter_map(|level| self.cost(level, link).map(|cost| (level, cost)));
         let best = candidates.min_by(|a, b| a.1.total_cmp(&b.1)).filter(|&(_, cost)| cost < link * (1.0 - GAIN_MIN));
         self.decide(best, link, now, decisions);
-        if self.batches % PROBE_EVERY == 0 {
+        if self.batches.is_multiple_of(PROBE_EVERY) {
             let other = self.current.map_or(0, |current| (current + 1) % LEVELS.len());
             // Probing costs: only where the link is slow enough for compression to win if pages were compressible.
             let hopeful = self.levels.get(other).and_then(|level| level.nanos_a_byte).is_none_or(|nanos| nanos / self.workers < link);

@@ -8,6 +8,7 @@
 
 use rustix::fs::{self, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -82,8 +83,8 @@ pub enum LandingError {
 struct Target {
     dir: OwnedFd,
     work: OwnedFd,
-    name: String,
-    partial: String,
+    name: OsString,
+    partial: OsString,
     /// How the partial came to be.
     origin: Origin,
 }
@@ -119,7 +120,7 @@ impl Landing {
     ///
     /// # Errors
     /// See [`LandingError`]; nothing is changed then.
-    pub fn start(dir: &Path, name: &str, len: u64, options: LandingOptions) -> Result<Self, LandingError> {
+    pub fn start(dir: &Path, name: &OsStr, len: u64, options: LandingOptions) -> Result<Self, LandingError> {
         let place = Place::open(dir, name)?;
         for _ in 0..TRIES {
             let work = place.work_folder()?;
@@ -248,7 +249,7 @@ impl Landing {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
             Err(error) => return Err(error.into()),
         }
-        const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+        static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
         let end = offset.saturating_add(len);
         let mut at = offset;
         while at < end {
@@ -301,7 +302,7 @@ impl Drop for Landing {
 /// A folder and a name in it.
 struct Place {
     dir: OwnedFd,
-    name: String,
+    name: OsString,
     path: PathBuf,
 }
 
@@ -313,7 +314,7 @@ struct Found {
 }
 
 impl Place {
-    fn open(dir: &Path, name: &str) -> Result<Self, LandingError> {
+    fn open(dir: &Path, name: &OsStr) -> Result<Self, LandingError> {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let opened = fs::open(dir, flags, Mode::empty());
         let path = dir.join(name);
@@ -380,7 +381,7 @@ impl Place {
     }
 
     /// Opens a regular file for reading or changing; `None` if there is nothing of that name.
-    fn open_regular(&self, folder: &OwnedFd, name: &str, access: OFlags) -> Result<Option<File>, LandingError> {
+    fn open_regular(&self, folder: &OwnedFd, name: &OsStr, access: OFlags) -> Result<Option<File>, LandingError> {
         let info = match fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(info) => info,
             Err(Errno::NOENT) => return Ok(None),
@@ -401,7 +402,7 @@ impl Place {
     }
 
     /// Locks a file and makes sure that it still is what its name leads to.
-    fn lock_linked(&self, file: &File, folder: impl AsFd, name: &str) -> Result<(), LandingError> {
+    fn lock_linked(&self, file: &File, folder: impl AsFd, name: &OsStr) -> Result<(), LandingError> {
         lock(file, &self.path)?;
         let ours = fs::fstat(file).map_err(|errno| self.error("cannot be examined", errno))?;
         let linked = fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW);
@@ -413,8 +414,10 @@ impl Place {
     }
 }
 
-fn partial_name(name: &str) -> String {
-    format!("{name}.partial")
+fn partial_name(name: &OsStr) -> OsString {
+    let mut partial = name.to_owned();
+    partial.push(".partial");
+    partial
 }
 
 fn lock(file: &File, path: &Path) -> Result<(), LandingError> {

@@ -27,6 +27,7 @@ impl Accept {
     /// Lanes, window or regions outside their limits.
     pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
         let accept: Self = decode_body(body)?;
+        // SPEC 4.12
         if accept.lanes == 0 || accept.lanes > BULK_LANES_MAX {
             return Err(DecodeError::limit("lanes (from 1)", u64::from(accept.lanes), u64::from(BULK_LANES_MAX)));
         }

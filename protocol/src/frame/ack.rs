@@ -31,10 +31,11 @@ pub struct Ack {
 }
 
 const WANT_BYTES: usize = 16;
+const _: () = assert!(Ack::SIZE_MAX as usize == 8 + WANT_BYTES * WANTS_MAX);
 
 impl Ack {
     /// Most bytes of a body.
-    pub const SIZE_MAX: u32 = 8 + (WANT_BYTES * WANTS_MAX) as u32;
+    pub const SIZE_MAX: u32 = 8 + 16 * 1024;
 
     /// Judges a body.
     ///
@@ -44,6 +45,7 @@ impl Ack {
         let mut reader = Reader::new(body);
         let frames = reader.u64("frames")?;
         let (wants, tail) = reader.rest().as_chunks::<WANT_BYTES>();
+        // SPEC 5.9
         if !tail.is_empty() {
             return Err(DecodeError::Trailing(tail.len()));
         }

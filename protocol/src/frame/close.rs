@@ -44,6 +44,7 @@ impl Close {
         if reason.len() > REASON_BYTES_MAX {
             return Err(DecodeError::limit("reason bytes", reason.len() as u64, REASON_BYTES_MAX as u64));
         }
+        // SPEC 8.3
         Ok(Self { code: CloseCode(code), retry, reason: printable(&reason) })
     }
 
@@ -53,6 +54,7 @@ impl Close {
     }
 }
 
+// SPEC 8.4
 fn printable(text: &str) -> String {
     let escaped = |c: char| {
         let plain = c == ' ' || c.is_ascii_graphic();

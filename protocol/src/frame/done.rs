@@ -33,6 +33,7 @@ impl Done {
     pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(body);
         let frame = Self { pages: reader.u64("pages")?, root: Digest(reader.array("root")?) };
+        // SPEC 5.13
         reader.end().map(|()| frame)
     }
 

@@ -24,9 +24,11 @@ pub struct Have {
     pub digests: Vec<Digest>,
 }
 
+const _: () = assert!(Have::SIZE_MAX as usize == 16 + 32 * HAVE_DIGESTS_MAX);
+
 impl Have {
     /// Most bytes of a body.
-    pub const SIZE_MAX: u32 = 16 + 32 * HAVE_DIGESTS_MAX as u32;
+    pub const SIZE_MAX: u32 = 16 + 32 * 64;
 
     /// Judges a body.
     ///
@@ -43,6 +45,7 @@ impl Have {
         if !tail.is_empty() {
             return Err(DecodeError::Trailing(tail.len()));
         }
+        // SPEC 5.2
         if digests.is_empty() || digests.len() > HAVE_DIGESTS_MAX {
             return Err(DecodeError::limit("digests (from 1)", digests.len() as u64, HAVE_DIGESTS_MAX as u64));
         }

@@ -60,6 +60,7 @@ pub struct Hello {
     pub body: HelloBody,
 }
 
+// SPEC 10.1
 /// The part of HELLO that every version encodes alike behind the fixed fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq, bincode::Encode, bincode::Decode)]
 pub struct HelloBody {
@@ -86,6 +87,7 @@ impl Hello {
     /// Another magic, an empty or zero version range, an unknown role, or anything over its limit.
     pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(body);
+        // SPEC 4.2
         let magic = reader.array("magic")?;
         if magic != MAGIC {
             return Err(DecodeError::Magic(magic));
@@ -108,6 +110,7 @@ impl Hello {
         at_most("extensions", body.extensions.len(), EXTENSIONS_MAX)?;
         for extension in &body.extensions {
             at_most("extension bytes", extension.data.len(), EXTENSION_BYTES_MAX)?;
+            // SPEC 4.4
             if extension.required {
                 return Err(DecodeError::Unknown { field: "required extension", value: u64::from(extension.tag) });
             }

@@ -32,6 +32,7 @@ impl Join {
     pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(body);
         let frame = Self { session: reader.array("session")?, proof: Digest(reader.array("proof")?) };
+        // SPEC 5.13
         reader.end().map(|()| frame)
     }
 

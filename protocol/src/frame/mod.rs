@@ -51,7 +51,7 @@ macro_rules! frame_kinds {
         impl FrameKind {
             $($(#[$doc])* pub const $konst: Self = Self($value);)*
 
-            /// All kinds of this version, in order.
+            /// All kinds of this version, in order and without a gap.
             pub const ALL: &[Self] = &[$(Self($value)),*];
 
             /// The kind's name in SPEC; `unknown` for one of a later version.
@@ -66,7 +66,7 @@ macro_rules! frame_kinds {
 
             /// Whether this version knows the kind.
             pub const fn is_known(self) -> bool {
-                matches!(self.0, $($value)|*)
+                Self::ALL.len() >= self.0 as usize && self.0 != 0
             }
         }
     };
@@ -188,6 +188,7 @@ impl FrameHeader {
         let kind = FrameKind(kind);
         let length = u32::from_le_bytes([l0, l1, l2, l3]);
         let expected = if kind.is_known() { 0 } else { Self::IGNORABLE };
+        // SPEC 2.4, 2.5
         let fault = if kind.0 == 0 || (!kind.is_known() && flags == 0) {
             DecodeError::Unknown { field: "frame kind", value: u64::from(kind.0) }
         } else if flags != expected {

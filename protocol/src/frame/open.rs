@@ -89,6 +89,7 @@ impl Open {
     /// A name, a count of lanes or a layout outside its limits, or an unknown install size.
     pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
         let Body { transcript, session, name, fresh, single_stream, lanes, domain_key, regions } = decode_body(body)?;
+        // SPEC 4.7
         if lanes == 0 || lanes > BULK_LANES_MAX {
             return Err(DecodeError::limit("lanes (from 1)", u64::from(lanes), u64::from(BULK_LANES_MAX)));
         }

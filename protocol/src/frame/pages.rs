@@ -160,6 +160,7 @@ impl<'a> Pages<'a> {
     }
 }
 
+// SPEC 5.4
 /// Counts reference and inline pages while it judges the runs.
 fn tally(runs: &[[u8; 4]], count: u32) -> Result<(usize, usize), DecodeError> {
     let (mut covered, mut references, mut inline) = (0u64, 0usize, 0usize);
@@ -185,6 +186,7 @@ fn tally(runs: &[[u8; 4]], count: u32) -> Result<(usize, usize), DecodeError> {
     Ok((references, inline))
 }
 
+// SPEC 5.5
 fn check_payload(codec: Codec, inline: usize, length: usize) -> Result<(), DecodeError> {
     let raw = inline.saturating_mul(PAGE_BYTES);
     let fits = match codec {
@@ -197,6 +199,7 @@ fn check_payload(codec: Codec, inline: usize, length: usize) -> Result<(), Decod
     Err(DecodeError::Mismatch { field: "payload bytes", value: length as u64, expected: raw as u64 })
 }
 
+// SPEC 1.5
 fn reserved(value: u16) -> Result<(), DecodeError> {
     if value == 0 { Ok(()) } else { Err(DecodeError::Unknown { field: "reserved bytes of PAGES", value: u64::from(value) }) }
 }

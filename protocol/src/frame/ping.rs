@@ -35,6 +35,7 @@ impl Ping {
         if value > 1 {
             return Err(DecodeError::Unknown { field: "answer", value });
         }
+        // SPEC 5.13
         reader.end().map(|()| Self { token, answer: value == 1 })
     }
 

@@ -38,6 +38,7 @@ impl Root {
             return Err(DecodeError::Unknown { field: "reserved bytes of ROOT", value: u64::from(reserved) });
         }
         let frame = Self { round, pages: reader.u64("pages")?, digest: Digest(reader.array("digest")?) };
+        // SPEC 5.13
         reader.end().map(|()| frame)
     }
 

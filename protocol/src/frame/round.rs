@@ -36,6 +36,7 @@ impl RoundEnd {
             return Err(DecodeError::Unknown { field: "reserved bytes of ROUND", value: u64::from(reserved) });
         }
         let frame = Self { round, frames: reader.u64("frames")? };
+        // SPEC 5.13
         reader.end().map(|()| frame)
     }
 

@@ -51,6 +51,7 @@ impl Endpoint {
             queues: Default::default(),
         };
         endpoint.liveness.open(LaneId::CONTROL, now);
+        // SPEC 4.1
         endpoint.push(LaneId::CONTROL, greeting);
         endpoint
     }
@@ -82,6 +83,7 @@ impl Endpoint {
         now: Time,
     ) -> Result<Option<Frame<'a>>, PeerError> {
         self.liveness.heard(lane, now);
+        // SPEC 2.5
         if !kind.is_known() {
             return Ok(None);
         }
@@ -100,6 +102,7 @@ impl Endpoint {
     fn greet(&mut self, theirs: &Hello, body: &[u8]) -> Result<(), PeerError> {
         let agreement = negotiate(&self.hello, theirs)?;
         let (transcript, next) = match self.role {
+            // SPEC 3.7
             Role::Sender => (transcript_digest(&self.hello_body, body), Phase::Opening),
             Role::Receiver => (transcript_digest(body, &self.hello_body), Phase::Waiting),
         };
@@ -135,6 +138,7 @@ impl Endpoint {
         self.queues.get_mut(lane.index())?.pop_front()
     }
 
+    // SPEC 8.2
     /// Ends the session: queued frames are dropped, and CLOSE goes out unless the peer said it or is gone.
     pub fn close(&mut self, code: CloseCode, reason: &str, tell: bool) {
         if self.phase == Phase::Over {
@@ -161,6 +165,7 @@ impl Endpoint {
     /// # Errors
     /// One of them did.
     pub fn handle_timeout(&mut self, now: Time) -> Result<(), PeerError> {
+        // SPEC 9.2
         let handshake = matches!(self.phase, Phase::Greeting | Phase::Opening | Phase::Waiting);
         if handshake && now >= self.handshake_until {
             return Err(PeerError::Timeout("handshake not complete after 10 s"));

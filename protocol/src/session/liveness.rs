@@ -42,6 +42,7 @@ impl Liveness {
         }
     }
 
+    // SPEC 4.18
     /// A PING arrived: a question is to be answered, an answer is life enough.
     pub fn handle_ping(&mut self, lane: LaneId, ping: Ping) {
         if let Some(life) = self.lane(lane).filter(|_| !ping.answer) {
@@ -68,6 +69,7 @@ impl Liveness {
         life.is_some_and(|life| life.answer.is_some() || now >= life.heard.max(life.asked) + PING_AFTER)
     }
 
+    // SPEC 9.4
     /// The first lane whose peer is lost.
     pub fn lost(&self, now: Time) -> Option<&'static str> {
         self.lanes.iter().flatten().any(|life| now >= life.heard + SILENCE_MAX).then_some("nothing heard for 15 s")

@@ -67,6 +67,7 @@ pub struct Agreement {
 /// # Errors
 /// Equal roles, no common version, or a required feature that is not offered.
 pub fn negotiate(ours: &Hello, theirs: &Hello) -> Result<Agreement, Incompatible> {
+    // SPEC 4.3
     if ours.role == theirs.role {
         return Err(Incompatible::Role(ours.role.name()));
     }

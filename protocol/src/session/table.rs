@@ -66,6 +66,7 @@ impl Phase {
 /// # Errors
 /// It may not.
 pub fn check(role: Role, phase: Phase, lane: LaneId, kind: FrameKind) -> Result<(), Violation> {
+    // SPEC 7.3
     if legal(role, phase, lane).contains(&kind) {
         return Ok(());
     }

@@ -10,7 +10,7 @@ fn noise(seed: u8) -> Vec<u8> {
 }
 
 fn start(dir: &Path, inplace: bool, fresh: bool) -> Result<Landing, LandingError> {
-    Landing::start(dir, "vm", SIZE as u64, LandingOptions { inplace, fresh })
+    Landing::start(dir, "vm".as_ref(), SIZE as u64, LandingOptions { inplace, fresh })
 }
 
 fn scan(landing: &mut Landing) -> Vec<u8> {

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Everything that must hold before a commit, in the order of what fails fastest; the tests come last, so that their
+# summary is the last thing seen. `./check.sh long` goes on with what takes hours.
+set -euo pipefail
+cd "$(dirname "$0")"
+target=${CARGO_TARGET_DIR:-$PWD/target}
+
+step() { printf '\n== %s\n' "$*"; }
+skip() { printf '\n== SKIPPED: %s\n' "$*"; }
+
+check() {
+    step "format"
+    cargo fmt --all --check
+    cargo fmt --check --manifest-path tests/no-os/Cargo.toml
+
+    step "lints"
+    cargo clippy --locked --workspace --all-targets -- -D warnings
+
+    step "engines without their drivers: no runtime in them"
+    for engine in pagewire-sender pagewire-receiver; do
+        cargo clippy --package "$engine" --no-default-features -- -D warnings
+        tree=$(cargo tree --package "$engine" --no-default-features --edges normal --prefix none)
+        if grep '^tokio' <<<"$tree"; then
+            echo "$engine without its driver depends on tokio" >&2
+            exit 1
+        fi
+    done
+
+    step "documentation"
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+    step "protocol without an operating system"
+    cargo build --locked --manifest-path tests/no-os/Cargo.toml --target-dir "$target/no-os"
+
+    if [ -f fuzz/Cargo.toml ]; then
+        step "fuzz targets compile"
+        cargo check --manifest-path fuzz/Cargo.toml --target-dir "$target/fuzz"
+    fi
+
+    dependencies
+
+    step "tests"
+    cargo test --workspace
+}
+
+dependencies() {
+    if ! command -v cargo-deny >/dev/null; then
+        skip "licences, versions and sources of dependencies: cargo-deny is not installed"
+        return
+    fi
+    step "licences, versions and sources of dependencies"
+    cargo deny check licenses bans sources
+    if cargo deny fetch db >/dev/null 2>&1; then
+        cargo deny check advisories
+    else
+        skip "advisories: their database cannot be fetched; deny.toml has the known floors"
+    fi
+}
+
+long() {
+    step "long: property tests with many cases"
+    PROPTEST_CASES=${PROPTEST_CASES:-100000} cargo test --release --workspace
+}
+
+case "${1:-}" in
+    "") check ;;
+    # Not `check && long`: bash would go on behind a failed step.
+    long) check; long ;;
+    *) echo "usage: ./check.sh [long]" >&2; exit 2 ;;
+esac

@@ -1,0 +1,293 @@
+//! Serves senders: each session on a thread of its own, as many at once as allowed, none of which can end the others.
+
+use crate::entropy::random;
+use crate::error::{Error, ErrorKind};
+use crate::observe::Event;
+use crate::report::{Outcome, Pages, Report, Role, WireBytes};
+use crate::send::check_plaintext;
+use pagewire_protocol::error::CloseCode;
+use pagewire_protocol::framing::Framer;
+use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
+use pagewire_receiver::driver::{Beginning, Entropy, Refusal, Summary};
+use pagewire_receiver::memory::FileSink;
+use pagewire_receiver::Offer;
+use pagewire_store::{Landing, LandingError, LandingOptions};
+use pagewire_transport::{Address, Arrival, CancellationToken, Listener, Sessions, Socket};
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// Connections that have not said yet what they are.
+const STRANGERS_MAX: usize = 64;
+/// How often the server looks whether it shall stop.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// Where images go.
+#[derive(Clone, Debug)]
+pub enum Into {
+    /// Each to `folder/NAME`.
+    Folder(PathBuf),
+    /// Into this file, where it lies, whatever the sender calls it: somebody may hold it open.
+    File(PathBuf),
+}
+
+/// How to receive.
+#[derive(Clone, Debug)]
+pub struct ReceiveOptions {
+    /// Where images go.
+    pub into: Into,
+    /// What becomes of files that are there.
+    pub landing: LandingOptions,
+    /// Bulk lanes granted to a session at most.
+    pub lanes: u8,
+    /// Sessions at once at most; further ones are refused as busy.
+    pub sessions_max: usize,
+    /// The largest image accepted, in bytes.
+    pub image_bytes_max: u64,
+    /// Allow unencrypted transfers over a network.
+    pub insecure_plaintext: bool,
+    /// Stop after the first session that got as far as naming an image.
+    pub once: bool,
+    /// Stops the server and every session.
+    pub cancel: CancellationToken,
+}
+
+impl ReceiveOptions {
+    /// The defaults, into `into`.
+    pub fn new(into: Into) -> Self {
+        Self {
+            into,
+            landing: LandingOptions::default(),
+            lanes: BULK_LANES_MAX,
+            sessions_max: 64,
+            image_bytes_max: IMAGE_BYTES_DEFAULT,
+            insecure_plaintext: false,
+            once: false,
+            cancel: CancellationToken::new(),
+        }
+    }
+}
+
+/// What a server tells. `session` counts from 1.
+#[derive(Debug)]
+pub enum ServerEvent<'a> {
+    /// A peer connected and greeted.
+    Connected {
+        /// Which session.
+        session: u64,
+        /// The peer's address.
+        peer: &'a str,
+    },
+    /// A session goes on.
+    Progress {
+        /// Which session.
+        session: u64,
+        /// How far it is.
+        event: &'a Event,
+    },
+    /// A session ended.
+    Ended {
+        /// Which session.
+        session: u64,
+        /// How.
+        outcome: &'a Outcome,
+    },
+    /// A connection never became a session.
+    Stranger {
+        /// The peer's address.
+        peer: &'a str,
+        /// Why not.
+        why: &'a str,
+    },
+}
+
+/// A listener that receives images.
+#[derive(Debug)]
+pub struct Server {
+    listener: Listener,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    options: ReceiveOptions,
+    sessions: Sessions,
+    strangers: AtomicUsize,
+    open: AtomicUsize,
+    count: AtomicU64,
+}
+
+type Tell = Arc<dyn Fn(ServerEvent<'_>) + Send + Sync>;
+
+impl Server {
+    /// Listens at an address.
+    ///
+    /// # Errors
+    /// The address is wrong or taken, or not on this host without leave to be.
+    pub fn bind(address: &Address, options: ReceiveOptions) -> Result<Self, Error> {
+        check_plaintext(address, options.insecure_plaintext).map_err(ErrorKind::at_sender)?;
+        let failed = |source| ErrorKind::Listen { address: address.to_string(), source }.at_sender();
+        let listener = Listener::bind(address).map_err(failed)?;
+        let (strangers, open, count) = Default::default();
+        let shared = Shared { options, sessions: Sessions::default(), strangers, open, count };
+        Ok(Self { listener, shared: Arc::new(shared) })
+    }
+
+    /// The address that senders connect to.
+    ///
+    /// # Errors
+    /// The system does not tell.
+    pub fn address(&self) -> Result<Address, Error> {
+        let failed = |source| ErrorKind::Local { what: "own address", source }.at_sender();
+        self.listener.address().map_err(failed)
+    }
+
+    /// Serves until it is cancelled, or once. Blocks. Sessions that run are brought to their end first.
+    pub fn serve(&self, tell: impl Fn(ServerEvent<'_>) + Send + Sync + 'static) {
+        let (tell, cancel): (Tell, _) = (Arc::new(tell), &self.shared.options.cancel);
+        let mut threads = Vec::new();
+        while !cancel.is_cancelled() {
+            threads.retain(|thread: &std::thread::JoinHandle<()>| !thread.is_finished());
+            if self.shared.strangers.load(Ordering::Relaxed) >= STRANGERS_MAX {
+                std::thread::sleep(PATIENCE);
+                continue;
+            }
+            match self.listener.accept(PATIENCE) {
+                Ok(Some((socket, peer))) => {
+                    self.shared.strangers.fetch_add(1, Ordering::Relaxed);
+                    let (shared, tell) = (Arc::clone(&self.shared), Arc::clone(&tell));
+                    let name = "pagewire-session".to_owned();
+                    let started = std::thread::Builder::new().name(name).spawn(move || shared.welcome(socket, &peer, &tell));
+                    match started {
+                        Ok(thread) => threads.push(thread),
+                        // The closure is gone, and with it the connection.
+                        Err(_) => drop(self.shared.strangers.fetch_sub(1, Ordering::Relaxed)),
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tell(ServerEvent::Stranger { peer: "?", why: &error.to_string() });
+                    std::thread::sleep(PATIENCE);
+                }
+            }
+        }
+        threads.into_iter().for_each(|thread| drop(thread.join()));
+    }
+}
+
+impl Shared {
+    /// Finds out what a connection is, and runs its session if it begins one.
+    fn welcome(&self, socket: Socket, peer: &str, tell: &Tell) {
+        let arrival = Arrival::greet(socket);
+        self.strangers.fetch_sub(1, Ordering::Relaxed);
+        match arrival {
+            Ok(Arrival::Lane(joining)) => self.sessions.deliver(joining),
+            Ok(Arrival::Session(socket, framer)) => {
+                let session = self.count.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+                let open = self.open.fetch_add(1, Ordering::Relaxed);
+                tell(ServerEvent::Connected { session, peer });
+                let full = open >= self.options.sessions_max;
+                let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
+                let (named, outcome) = self.run(socket, framer, full, observe);
+                self.open.fetch_sub(1, Ordering::Relaxed);
+                tell(ServerEvent::Ended { session, outcome: &outcome });
+                if self.options.once && named {
+                    self.options.cancel.cancel();
+                }
+            }
+            Err(error) => tell(ServerEvent::Stranger { peer, why: &error.to_string() }),
+        }
+    }
+
+    /// Runs one session; says whether it got as far as naming an image.
+    fn run(&self, socket: Socket, framer: Framer, full: bool, observe: impl FnMut(&Event)) -> (bool, Outcome) {
+        let options = &self.options;
+        let decide = |offer: &Offer| {
+            if full {
+                let reason = format!("{} sessions are open, which is the limit here", options.sessions_max);
+                return Err(Refusal { code: CloseCode::BUSY, reason });
+            }
+            land(offer, options)
+        };
+        let begin = Arriving { socket, framer, single_stream: false, lanes: options.lanes };
+        session(begin, &self.sessions, &options.cancel, decide, observe)
+    }
+}
+
+/// A connection that begins a session.
+pub(crate) struct Arriving {
+    pub(crate) socket: Socket,
+    pub(crate) framer: Framer,
+    pub(crate) single_stream: bool,
+    pub(crate) lanes: u8,
+}
+
+/// Runs one session and makes the report.
+pub(crate) fn session(
+    arriving: Arriving,
+    sessions: &Sessions,
+    cancel: &CancellationToken,
+    decide: impl FnMut(&Offer) -> Result<FileSink, Refusal>,
+    mut observe: impl FnMut(&Event),
+) -> (bool, Outcome) {
+    let Arriving { socket, framer, single_stream, lanes } = arriving;
+    let entropy = || Ok(Entropy { nonce: random()?, secret: random()?, seed: u64::from_le_bytes(random()?) });
+    let entropy: Entropy = match entropy() {
+        Ok(entropy) => entropy,
+        Err(kind) => return (false, Report::new(Role::Receiver, String::new()).close(Some(ErrorKind::at_sender(kind)))),
+    };
+    let begin = Beginning { socket, framer, single_stream, lanes, entropy };
+    let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, |progress| {
+        observe(&Event::Progress {
+            pages: progress.pages,
+            pages_total: progress.pages_total,
+            sent_bytes: progress.wire.sent_bytes,
+            received_bytes: progress.wire.received_bytes,
+        });
+    });
+    (summary.offer.is_some(), report(&summary).close(result.err().map(Error::from)))
+}
+
+fn report(summary: &Summary) -> Report {
+    let open = summary.offer.as_ref().map(|offer| &offer.open);
+    let mut report = Report::new(Role::Receiver, open.map(|open| open.name.to_string()).unwrap_or_default());
+    let counts = summary.counts;
+    report.seconds = summary.spent.as_secs_f64();
+    (report.bytes_total, report.pages_total) = open.map_or((0, 0), |open| (open.layout.bytes(), open.layout.pages()));
+    report.pages =
+        Pages { zero: counts.zero, base: counts.base, reference: counts.reference, inline: counts.inline, delta: 0 };
+    report.wants = counts.wants;
+    report.wire = WireBytes { sent_bytes: summary.wire.sent_bytes, received_bytes: summary.wire.received_bytes };
+    report
+}
+
+/// Finds the place of an offered image.
+fn land(offer: &Offer, options: &ReceiveOptions) -> Result<FileSink, Refusal> {
+    let (bytes, most) = (offer.open.layout.bytes(), options.image_bytes_max);
+    if bytes > most {
+        let reason = format!("the image has {bytes} bytes, the limit here is {most}");
+        return Err(Refusal { code: CloseCode::REFUSED, reason });
+    }
+    let fresh = options.landing.fresh || offer.open.fresh;
+    let landing = match &options.into {
+        Into::File(path) => Landing::into_file(path, bytes, fresh),
+        Into::Folder(dir) => {
+            let landing = LandingOptions { fresh, ..options.landing };
+            Landing::start(dir, OsStr::new(offer.open.name.as_str()), bytes, landing)
+        }
+    };
+    landing.map(|landing| FileSink::new(landing, offer.open.layout.clone())).map_err(|error| refusal(&error))
+}
+
+/// What the peer is told of a place that cannot be used.
+pub(crate) fn refusal(error: &LandingError) -> Refusal {
+    let code = match error {
+        LandingError::Busy { .. } => CloseCode::BUSY,
+        LandingError::Io { .. } => CloseCode::DESTINATION,
+        _ => CloseCode::REFUSED,
+    };
+    let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
+    Refusal { code, reason: format!("{error}{source}") }
+}

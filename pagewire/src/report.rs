@@ -1,0 +1,169 @@
+//! The report of a transfer: one JSON object, `"schema": "pagewire.report/1"`. Scripts build on its names.
+
+use crate::error::Error;
+use pagewire_protocol::error::GuestAt;
+use serde::Serialize;
+
+/// Which side reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// It had the image.
+    Sender,
+    /// It got the image.
+    Receiver,
+}
+
+/// Pages by the way they were stated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Pages {
+    /// All bytes zero.
+    pub zero: u64,
+    /// Unchanged since the base.
+    pub base: u64,
+    /// Held by the receiver, found by digest.
+    pub reference: u64,
+    /// Sent with their bytes.
+    pub inline: u64,
+    /// Sent as a difference to a version both sides hold.
+    pub delta: u64,
+}
+
+/// Bytes on the wire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct WireBytes {
+    /// Written.
+    pub sent_bytes: u64,
+    /// Read.
+    pub received_bytes: u64,
+}
+
+/// One round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Round {
+    /// Pages stated in it.
+    pub pages: u64,
+    /// Their bytes on the wire.
+    pub bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// Pages dirtied a second meanwhile; zero for memory at rest.
+    pub dirty_rate: f64,
+}
+
+/// Faults of a post-copy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[expect(missing_docs, reason = "the names say it; there is no post-copy yet")]
+pub struct Faults {
+    pub count: u64,
+    pub local: u64,
+    pub remote: u64,
+    pub p50_us: f64,
+    pub p99_us: f64,
+    pub max_us: f64,
+}
+
+/// Something that was decided.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Decision {
+    /// When, from the start.
+    pub seconds: f64,
+    /// What, and the figures behind it.
+    pub what: String,
+}
+
+/// What a transfer did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// `pagewire.report/1`.
+    pub schema: &'static str,
+    /// Which side reports.
+    pub role: Role,
+    /// `done`, `failed` or `cancelled`.
+    pub outcome: &'static str,
+    /// Where the guest is: `sender` or `receiver`.
+    pub guest_at: &'static str,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// The image's name.
+    pub name: String,
+    /// From the first connection to the end.
+    pub seconds: f64,
+    /// Zero for memory at rest.
+    pub downtime_seconds: f64,
+    /// Bytes of the image.
+    pub bytes_total: u64,
+    /// Pages of the image.
+    pub pages_total: u64,
+    /// By the way they were stated.
+    pub pages: Pages,
+    /// Pages the receiver had to ask for.
+    pub wants: u64,
+    /// Bytes on the wire, frames and their headers.
+    pub wire: WireBytes,
+    /// The rounds.
+    pub rounds: Vec<Round>,
+    /// Of a post-copy.
+    pub faults: Faults,
+    /// What was decided and why.
+    pub decisions: Vec<Decision>,
+}
+
+/// A report, and whether it is one of success.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What was done, also when it failed.
+    pub report: Report,
+    /// Why it failed.
+    pub error: Option<Error>,
+}
+
+impl Outcome {
+    /// The report of a success.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn into_result(self) -> Result<Report, Error> {
+        match self.error {
+            None => Ok(self.report),
+            Some(error) => Err(error),
+        }
+    }
+}
+
+impl Report {
+    /// A report of nothing done yet.
+    pub(crate) fn new(role: Role, name: String) -> Self {
+        Self {
+            schema: "pagewire.report/1",
+            role,
+            outcome: "failed",
+            guest_at: GuestAt::Sender.name(),
+            error: None,
+            name,
+            seconds: 0.0,
+            downtime_seconds: 0.0,
+            bytes_total: 0,
+            pages_total: 0,
+            pages: Pages::default(),
+            wants: 0,
+            wire: WireBytes::default(),
+            rounds: Vec::new(),
+            faults: Faults::default(),
+            decisions: Vec::new(),
+        }
+    }
+
+    /// Closes the report with how it ended.
+    pub(crate) fn close(mut self, error: Option<Error>) -> Outcome {
+        self.outcome = match &error {
+            None => "done",
+            Some(error) if error.kind.is_cancelled() => "cancelled",
+            Some(_) => "failed",
+        };
+        self.guest_at = error.as_ref().map_or(GuestAt::Receiver, |error| error.guest_at).name();
+        self.error = error.as_ref().map(ToString::to_string);
+        Outcome { report: self, error }
+    }
+}

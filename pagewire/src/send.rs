@@ -1,0 +1,157 @@
+//! Sends an image to a receiver.
+
+use crate::entropy::random;
+use crate::error::{Error, ErrorKind};
+use crate::observe::{Event, Observer};
+use crate::report::{Decision, Outcome, Pages, Report, Role, Round, WireBytes};
+use pagewire_protocol::frame::ImageName;
+use pagewire_protocol::page::InstallSize;
+use pagewire_sender::driver::{Route, Stop, Summary};
+use pagewire_sender::memory::FileMemory;
+use pagewire_sender::{GuestMemory, SenderConfig};
+use pagewire_transport::{Address, CancellationToken};
+use std::path::Path;
+use std::time::Duration;
+
+/// How to send.
+#[derive(Clone, Debug)]
+pub struct SendOptions {
+    /// Bulk lanes to ask for, 1 to 8.
+    pub lanes: u8,
+    /// What the receiver installs at once.
+    pub install_size: InstallSize,
+    /// Ask the receiver to ignore what it has.
+    pub fresh: bool,
+    /// Send what is there twice once.
+    pub dedup: bool,
+    /// Compress where it pays.
+    pub compress: bool,
+    /// Bytes a second at most.
+    pub bandwidth_limit: Option<u64>,
+    /// Allow an unencrypted transfer over a network.
+    pub insecure_plaintext: bool,
+    /// Give up after this long.
+    pub deadline: Option<Duration>,
+    /// Stops the transfer.
+    pub cancel: CancellationToken,
+}
+
+impl Default for SendOptions {
+    fn default() -> Self {
+        Self {
+            lanes: 1,
+            install_size: InstallSize::KIB_4,
+            fresh: false,
+            dedup: true,
+            compress: true,
+            bandwidth_limit: None,
+            insecure_plaintext: false,
+            deadline: None,
+            cancel: CancellationToken::new(),
+        }
+    }
+}
+
+impl SendOptions {
+    pub(crate) fn config(&self, name: ImageName) -> Result<SenderConfig, ErrorKind> {
+        Ok(SenderConfig {
+            session: random()?,
+            nonce: random()?,
+            seed: u64::from_le_bytes(random()?),
+            lanes: self.lanes,
+            fresh: self.fresh,
+            dedup: self.dedup,
+            compress: self.compress,
+            workers: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(WORKERS_MAX)),
+            bandwidth_limit: self.bandwidth_limit,
+            ..SenderConfig::new(name)
+        })
+    }
+
+    pub(crate) fn stop(&self) -> Stop {
+        Stop { cancel: self.cancel.clone(), deadline: self.deadline }
+    }
+}
+
+/// Threads that compress for one session at most: four fill 10 Gbit/s, and other guests need cores too.
+const WORKERS_MAX: usize = 4;
+
+/// Sends the image in the file `source` as `name` to the receiver at `to`. Blocks until it is there, verified and
+/// lasting, or failed; the report says what was done either way.
+pub fn send(source: &Path, name: &ImageName, to: &Address, options: &SendOptions, observer: &mut dyn Observer) -> Outcome {
+    match FileMemory::open(source, options.install_size) {
+        Ok(memory) => send_memory(memory, name, to, options, observer),
+        Err(error) => {
+            let kind = ErrorKind::Source { path: source.to_path_buf(), source: error };
+            Report::new(Role::Sender, name.to_string()).close(Some(kind.at_sender()))
+        }
+    }
+}
+
+/// As [`send`], for memory of any kind.
+pub fn send_memory<M: GuestMemory>(
+    memory: M,
+    name: &ImageName,
+    to: &Address,
+    options: &SendOptions,
+    observer: &mut dyn Observer,
+) -> Outcome {
+    match check_plaintext(to, options.insecure_plaintext) {
+        Ok(()) => run(memory, name, Route::Connect(to.clone()), options, observer),
+        Err(kind) => Report::new(Role::Sender, name.to_string()).close(Some(kind.at_sender())),
+    }
+}
+
+/// Memory leaves this host unencrypted only if somebody said so.
+pub(crate) fn check_plaintext(address: &Address, allowed: bool) -> Result<(), ErrorKind> {
+    if allowed || address.is_local()? { Ok(()) } else { Err(ErrorKind::Plaintext(address.to_string())) }
+}
+
+/// Runs the sender over a route and makes the report.
+pub(crate) fn run<M: GuestMemory>(
+    memory: M,
+    name: &ImageName,
+    route: Route,
+    options: &SendOptions,
+    observer: &mut dyn Observer,
+) -> Outcome {
+    let mut report = Report::new(Role::Sender, name.to_string());
+    (report.bytes_total, report.pages_total) = (memory.layout().bytes(), memory.layout().pages());
+    let (bytes_total, pages_total) = (report.bytes_total, report.pages_total);
+    observer.event(&Event::Started { bytes_total, pages_total });
+    let single_stream = matches!(route, Route::Over(_));
+    let config = match options.config(name.clone()) {
+        Ok(config) => SenderConfig { single_stream, ..config },
+        Err(kind) => return report.close(Some(kind.at_sender())),
+    };
+    let (summary, result) = pagewire_sender::driver::send(memory, config, route, &options.stop(), |progress| {
+        observer.event(&Event::Progress {
+            pages: progress.pages,
+            pages_total,
+            sent_bytes: progress.wire.sent_bytes,
+            received_bytes: progress.wire.received_bytes,
+        });
+    });
+    fill(&mut report, &summary);
+    report.close(result.err().map(Error::from))
+}
+
+fn fill(report: &mut Report, summary: &Summary) {
+    let counts = summary.counts;
+    report.seconds = summary.spent.as_secs_f64();
+    report.pages =
+        Pages { zero: counts.zero, base: counts.base, reference: counts.reference, inline: counts.inline, delta: 0 };
+    report.wants = counts.wants;
+    report.wire = WireBytes { sent_bytes: summary.wire.sent_bytes, received_bytes: summary.wire.received_bytes };
+    report.rounds = vec![Round {
+        pages: counts.zero.saturating_add(counts.base).saturating_add(counts.reference).saturating_add(counts.inline),
+        bytes: summary.wire.sent_bytes,
+        seconds: report.seconds,
+        dirty_rate: 0.0,
+    }];
+    let decision = |decision: &pagewire_sender::Decision| Decision {
+        seconds: decision.at.as_nanos() as f64 / 1e9,
+        what: decision.what.clone(),
+    };
+    report.decisions = summary.decisions.iter().map(decision).collect();
+}

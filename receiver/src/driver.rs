@@ -1,0 +1,175 @@
+//! The receiver under tokio: one session on the thread that calls, and a server of many.
+
+use crate::engine::{Event, Offer, ReceiverEngine, Terms};
+use crate::error::{ErrorKind, ReceiverError};
+use crate::memory::GuestSink;
+use crate::report::Counts;
+use pagewire_protocol::error::{CloseCode, GuestAt, PeerError};
+use pagewire_protocol::framing::Framer;
+use pagewire_protocol::limits::WINDOW_BYTES;
+use pagewire_protocol::session::Policy;
+use pagewire_protocol::time::{Span, Time};
+use pagewire_transport::{CancellationToken, Pump, Registration, Sessions, Socket, Wire, block_on};
+use std::time::{Duration, Instant};
+
+/// How often progress is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// How far a session is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Pages present.
+    pub pages: u64,
+    /// Pages of the image.
+    pub pages_total: u64,
+    /// Bytes on the wire.
+    pub wire: Wire,
+}
+
+/// What a session did, however it ended.
+#[derive(Debug, Default)]
+pub struct Summary {
+    /// What the sender asked for; `None` if it never did.
+    pub offer: Option<Offer>,
+    /// Pages by the way they came.
+    pub counts: Counts,
+    /// Bytes on the wire.
+    pub wire: Wire,
+    /// From the first byte to the end.
+    pub spent: Span,
+}
+
+/// Why an offer is refused: what the peer is told.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The code.
+    pub code: CloseCode,
+    /// The words.
+    pub reason: String,
+}
+
+/// Random bytes, fresh for each session.
+#[derive(Clone, Copy, Debug)]
+pub struct Entropy {
+    /// Makes the transcript unique.
+    pub nonce: [u8; 16],
+    /// What lanes prove.
+    pub secret: [u8; 32],
+    /// The seed of the digest index.
+    pub seed: u64,
+}
+
+/// What a session begins with.
+#[derive(Debug)]
+pub struct Beginning {
+    /// The control connection.
+    pub socket: Socket,
+    /// What came on it already.
+    pub framer: Framer,
+    /// All lanes come over it.
+    pub single_stream: bool,
+    /// Lanes granted at most.
+    pub lanes: u8,
+    /// Randomness.
+    pub entropy: Entropy,
+}
+
+/// Receives one image. Blocks until it lasts or the session failed.
+///
+/// `decide` says where an offered image goes. The result is `Ok` only if every page is verified and lasting.
+pub fn receive<S: GuestSink>(
+    begin: Beginning,
+    sessions: &Sessions,
+    cancel: &CancellationToken,
+    decide: impl FnMut(&Offer) -> Result<S, Refusal>,
+    observe: impl FnMut(Progress),
+) -> (Summary, Result<(), ReceiverError>) {
+    let mut summary = Summary::default();
+    let session = drive(begin, sessions, cancel, decide, observe, &mut summary);
+    let failed = |source| ErrorKind::Destination { what: "runtime", source };
+    let result = block_on(session).map_err(failed).unwrap_or_else(Err);
+    (summary, result.map_err(|kind| ReceiverError { kind, guest_at: GuestAt::Sender }))
+}
+
+async fn drive<S: GuestSink>(
+    begin: Beginning,
+    sessions: &Sessions,
+    cancel: &CancellationToken,
+    mut decide: impl FnMut(&Offer) -> Result<S, Refusal>,
+    mut observe: impl FnMut(Progress),
+    summary: &mut Summary,
+) -> Result<(), ErrorKind> {
+    let Beginning { socket, framer, single_stream, lanes, entropy } = begin;
+    let failed = |source| ErrorKind::Destination { what: "control connection", source };
+    let stream = socket.into_stream().map_err(failed)?;
+    let engine = ReceiverEngine::new(&Policy::default(), entropy.nonce, Time::ZERO);
+    let mut pump = Pump::new(engine, stream, framer, Instant::now());
+    if single_stream {
+        pump.carry_all_lanes();
+    }
+    let mut registration: Option<Registration> = None;
+    let mut tick = tokio::time::interval(PROGRESS_EVERY);
+    let mut cancelled = false;
+    let result = loop {
+        let event = tokio::select! {
+            biased;
+            () = cancel.cancelled(), if !cancelled => {
+                cancelled = true;
+                pump.machine().cancel();
+                continue;
+            }
+            _ = tick.tick() => {
+                observe(progress(&mut pump));
+                continue;
+            }
+            event = pump.next() => event,
+        };
+        match event {
+            Some(Event::Offered(offer)) => {
+                let terms = sessions.register(offer.open.session).ok_or_else(busy).and_then(|(guard, joins)| {
+                    registration = Some(guard);
+                    pump.take_joins(joins);
+                    check_streams(&offer, single_stream)?;
+                    let sink = decide(&offer)?;
+                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret: entropy.secret, seed: entropy.seed })
+                });
+                summary.offer = Some(offer);
+                let now = pump.now();
+                match terms {
+                    Ok(terms) => pump.machine().accept(terms, now),
+                    Err(Refusal { code, reason }) => pump.machine().refuse(code, &reason),
+                }
+            }
+            Some(_) => {}
+            None => break pump.machine().outcome(),
+        }
+    };
+    drop(registration);
+    observe(progress(&mut pump));
+    summary.wire = pump.wire();
+    summary.spent = pump.now().since(Time::ZERO);
+    summary.counts = pump.machine().counts();
+    match result {
+        Some(result) => result.map_err(|error| error.kind),
+        // The machine always leaves an outcome; without one nothing may count as success.
+        None => Err(PeerError::EndOfStream { lane: 0 }.into()),
+    }
+}
+
+fn busy() -> Refusal {
+    Refusal { code: CloseCode::BUSY, reason: "a session with this id is open".to_owned() }
+}
+
+/// Whether the connection carries one lane or all is fixed by the transport, not by what a peer says.
+fn check_streams(offer: &Offer, single_stream: bool) -> Result<(), Refusal> {
+    if offer.open.single_stream == single_stream {
+        return Ok(());
+    }
+    let reason = "this transport carries each lane on a connection of its own, or all on one; the peer asks for the other";
+    Err(Refusal { code: CloseCode::REFUSED, reason: reason.to_owned() })
+}
+
+fn progress<S: GuestSink>(pump: &mut Pump<ReceiverEngine<S>>) -> Progress {
+    let (pages, pages_total) = pump.machine().progress();
+    Progress { pages, pages_total, wire: pump.wire() }
+}

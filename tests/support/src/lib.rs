@@ -1,0 +1,23 @@
+//! Worlds in which pagewire's engines are tested, without an operating system.
+//!
+//! Time, entropy, memory and the network are values here: a seed and a commit replay everything. [`world`] drives a
+//! pair of engines over virtual [`link`]s between [`memory`] with faults; [`checkers`] says what must hold at the end;
+//! [`peer`] is a scripted peer that may say anything; [`fuzz`] holds the bodies of the fuzz targets, so that plain
+//! `cargo test` replays their corpora.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "test code: a failed expectation is a failed test"
+)]
+
+pub mod checkers;
+pub mod fuzz;
+pub mod image;
+pub mod link;
+pub mod memory;
+pub mod peer;
+pub mod rng;
+pub mod world;

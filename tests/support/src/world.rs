@@ -1,0 +1,478 @@
+//! A pair of engines, the connections between them, and the clock that both are told.
+//!
+//! [`World::run`] moves bytes, runs jobs and passes time until both sides are over. Nothing here sleeps and nothing is
+//! random but by seed; the number of steps is bounded, so a session that hangs is a failed test.
+
+use crate::image::Image;
+use crate::link::{Cut, LinkConfig, Pipe};
+use crate::memory::{ImageMemory, ImageSink, SourceFaults};
+use crate::rng::Rng;
+use pagewire_protocol::error::{CloseCode, PeerError, Violation};
+use pagewire_protocol::frame::{Frame, FrameKind, ImageName, LaneId, Role};
+use pagewire_protocol::framing::Framer;
+use pagewire_protocol::limits::WINDOW_BYTES;
+use pagewire_protocol::session::{Job, Machine, Outgoing, Policy};
+use pagewire_protocol::time::{Span, Time};
+use pagewire_receiver::{Event as ReceiverEvent, ReceiverEngine, ReceiverError, Terms};
+use pagewire_sender::{ErrorKind as SenderFailure, Event as SenderEvent, SenderConfig, SenderEngine, SenderError};
+use std::collections::VecDeque;
+
+/// What is overdue but waits for a lane is looked at again so much later, as the tokio pump does.
+const TICK: Span = Span::from_millis(250);
+/// Steps after which a session hangs.
+const STEPS_MAX: u64 = 2_000_000;
+
+/// What the receiver's embedder does with the offer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Takes it.
+    Accept,
+    /// Refuses it.
+    Refuse(CloseCode, String),
+    /// Never answers.
+    Never,
+}
+
+/// What somebody in the middle does to each frame: whether it goes to the receiver, and its bytes.
+pub type Meddler = Box<dyn FnMut(bool, &mut Vec<u8>)>;
+
+/// Everything that makes a world what it is.
+pub struct WorldConfig {
+    /// The seed of all chance.
+    pub seed: u64,
+    /// How the sender sends.
+    pub sender: SenderConfig,
+    /// What the receiver speaks.
+    pub receiver_policy: Policy,
+    /// What the receiver does with the offer.
+    pub decision: Decision,
+    /// Bulk lanes the receiver grants at most.
+    pub lanes: u8,
+    /// The receiver's window.
+    pub window: u64,
+    /// Every connection, both ways.
+    pub link: LinkConfig,
+    /// Which lane's connection breaks, whether on the way to the receiver, and how.
+    pub cuts: Vec<(LaneId, bool, Cut)>,
+    /// When nothing arrives, on any connection.
+    pub stall: Option<(Time, Time)>,
+    /// The longest a job takes.
+    pub job_span_max: Span,
+    /// One side stops the session when so many frames have been written.
+    pub cancel: Option<(Role, u64)>,
+    /// Somebody in the middle.
+    pub meddler: Option<Meddler>,
+    /// Faults of the sender's memory.
+    pub source_faults: SourceFaults,
+    /// Keep every frame that is written.
+    pub record: bool,
+}
+
+impl WorldConfig {
+    /// A world without harm: one lane, no delay, no limits.
+    pub fn new(seed: u64) -> Self {
+        let mut rng = Rng::new(seed ^ 0x5eed);
+        let mut sender = SenderConfig::new(ImageName::new("vm.img").unwrap());
+        sender.seed = rng.next();
+        rng.fill(&mut sender.session);
+        rng.fill(&mut sender.nonce);
+        Self {
+            seed,
+            sender,
+            receiver_policy: Policy::default(),
+            decision: Decision::Accept,
+            lanes: 8,
+            window: WINDOW_BYTES,
+            link: LinkConfig::delaying(Span::ZERO),
+            cuts: Vec::new(),
+            stall: None,
+            job_span_max: Span::ZERO,
+            cancel: None,
+            meddler: None,
+            source_faults: SourceFaults::default(),
+            record: false,
+        }
+    }
+}
+
+/// What a session came to.
+#[derive(Debug)]
+pub struct Outcome {
+    /// How it ended at the sender.
+    pub sender: Result<(), SenderError>,
+    /// How it ended at the receiver.
+    pub receiver: Result<(), ReceiverError>,
+    /// Pages by the way they were stated.
+    pub sent: pagewire_sender::Counts,
+    /// Pages by the way they came.
+    pub received: pagewire_receiver::Counts,
+    /// What the sender decided.
+    pub decisions: Vec<String>,
+    /// Bytes to the receiver and to the sender.
+    pub wire: [u64; 2],
+    /// When the first PAGES frame arrived at the receiver.
+    pub first_pages: Option<Time>,
+    /// When the sender knew.
+    pub sender_over: Time,
+    /// When the receiver knew.
+    pub receiver_over: Time,
+    /// Frames written: to the receiver or not, the kind, the lane.
+    pub frames: Vec<(bool, FrameKind, LaneId)>,
+    /// Their bytes, if they were to be kept.
+    pub recording: Vec<(bool, Vec<u8>)>,
+}
+
+struct Connection {
+    lane: LaneId,
+    /// To the receiver, to the sender.
+    pipes: [Pipe; 2],
+    framers: [Framer; 2],
+    /// Whether each side takes frames of the lane from it: receiver, sender.
+    carries: [bool; 2],
+    /// Whether each side has been told that it ended.
+    told: [bool; 2],
+}
+
+/// What one side's machine has under way.
+struct Side<M: Machine> {
+    machine: M,
+    jobs: VecDeque<(Time, <M::Job as Job>::Output, Span)>,
+    over_at: Option<Time>,
+}
+
+impl<M: Machine> Side<M> {
+    fn new(machine: M) -> Self {
+        Self { machine, jobs: VecDeque::new(), over_at: None }
+    }
+
+    fn run_jobs(&mut self, now: Time, span_max: Span, rng: &mut Rng) -> bool {
+        let mut moved = false;
+        while let Some(job) = self.machine.poll_job() {
+            let spent = Span::from_nanos(rng.below(span_max.as_nanos() + 1));
+            let due = self.jobs.back().map_or(now, |(last, ..)| now.max(*last)) + spent;
+            self.jobs.push_back((due, job.run(), spent));
+            moved = true;
+        }
+        while self.jobs.front().is_some_and(|(due, ..)| *due <= now) {
+            if let Some((_, output, spent)) = self.jobs.pop_front() {
+                self.machine.handle_job(output, spent, now);
+            }
+            moved = true;
+        }
+        moved
+    }
+
+    fn next(&self, now: Time) -> Option<Time> {
+        let due = self.machine.poll_timeout().map(|due| if due > now { due } else { now + TICK });
+        let due = due.filter(|_| !self.machine.is_over());
+        due.into_iter().chain(self.jobs.front().map(|(due, ..)| *due)).min()
+    }
+
+    fn note_over(&mut self, now: Time) {
+        if self.machine.is_over() {
+            self.over_at.get_or_insert(now);
+        }
+    }
+}
+
+/// One session between two engines.
+pub struct World {
+    config: WorldConfig,
+    sink: ImageSink,
+    rng: Rng,
+    now: Time,
+    steps: u64,
+    sender: Side<SenderEngine<ImageMemory>>,
+    receiver: Side<ReceiverEngine<ImageSink>>,
+    connections: Vec<Connection>,
+    first_pages: Option<Time>,
+    frames: Vec<(bool, FrameKind, LaneId)>,
+    recording: Vec<(bool, Vec<u8>)>,
+}
+
+const TO_RECEIVER: usize = 0;
+const TO_SENDER: usize = 1;
+
+impl World {
+    /// A world in which `image` goes to `sink`.
+    pub fn new(image: &Image, sink: &ImageSink, config: WorldConfig) -> Self {
+        let memory = ImageMemory::new(image.clone(), config.source_faults);
+        let now = Time::ZERO + Span::from_secs(1);
+        let mut rng = Rng::new(config.seed);
+        let mut nonce = [0; 16];
+        rng.fill(&mut nonce);
+        let mut world = Self {
+            sender: Side::new(SenderEngine::new(memory, config.sender.clone(), now)),
+            receiver: Side::new(ReceiverEngine::new(&config.receiver_policy, nonce, now)),
+            config,
+            sink: sink.clone(),
+            rng,
+            now,
+            steps: 0,
+            connections: Vec::new(),
+            first_pages: None,
+            frames: Vec::new(),
+            recording: Vec::new(),
+        };
+        world.connect(LaneId::CONTROL);
+        world
+    }
+
+    /// Drives the session to its end.
+    pub fn run(mut self) -> Outcome {
+        loop {
+            self.settle();
+            if self.sender.machine.is_over() && self.receiver.machine.is_over() {
+                return self.finish();
+            }
+            self.now = self.next_time();
+            if self.sender.machine.poll_timeout().is_some_and(|due| due <= self.now) {
+                self.sender.machine.handle_timeout(self.now);
+            }
+            if self.receiver.machine.poll_timeout().is_some_and(|due| due <= self.now) {
+                self.receiver.machine.handle_timeout(self.now);
+            }
+        }
+    }
+
+    fn connect(&mut self, lane: LaneId) {
+        let cut = |to_receiver| {
+            let mut cuts = self.config.cuts.iter();
+            cuts.find(|(of, way, _)| *of == lane && *way == to_receiver).map(|(_, _, cut)| *cut)
+        };
+        let pipe = |to_receiver| Pipe::new(self.config.link, cut(to_receiver), self.config.stall);
+        self.connections.push(Connection {
+            lane,
+            pipes: [pipe(true), pipe(false)],
+            framers: [Framer::new(), Framer::new()],
+            carries: [lane == LaneId::CONTROL, true],
+            told: [false; 2],
+        });
+    }
+
+    /// Moves everything that can move now.
+    fn settle(&mut self) {
+        loop {
+            self.steps += 1;
+            assert!(self.steps < STEPS_MAX, "seed {}: the session hangs at {:?}", self.config.seed, self.now);
+            let mut moved = self.read_all() | self.handle_events() | self.write_all();
+            moved |= self.sender.run_jobs(self.now, self.config.job_span_max, &mut self.rng);
+            moved |= self.receiver.run_jobs(self.now, self.config.job_span_max, &mut self.rng);
+            moved |= self.sender.machine.work(self.now) | self.receiver.machine.work(self.now);
+            self.sender.note_over(self.now);
+            self.receiver.note_over(self.now);
+            if !moved {
+                return;
+            }
+        }
+    }
+
+    fn next_time(&self) -> Time {
+        let pipes = self.connections.iter().flat_map(|connection| &connection.pipes).filter_map(|pipe| pipe.next(self.now));
+        let sides = [self.sender.next(self.now), self.receiver.next(self.now)].into_iter().flatten();
+        let next = pipes.chain(sides).min();
+        next.unwrap_or_else(|| panic!("seed {}: nothing will ever happen again", self.config.seed))
+    }
+
+    fn handle_events(&mut self) -> bool {
+        let mut moved = false;
+        while let Some(event) = self.sender.machine.poll_event() {
+            moved = true;
+            let SenderEvent::Accepted { lanes } = event else { continue };
+            let lanes = if self.config.sender.single_stream { 0 } else { lanes };
+            for lane in (0..lanes).map(LaneId::bulk) {
+                self.connect(lane);
+                let join = self.sender.machine.join(lane).unwrap();
+                self.write(self.connections.len() - 1, TO_RECEIVER, &join);
+                self.sender.machine.handle_lane_open(lane, self.now);
+            }
+        }
+        while let Some(event) = self.receiver.machine.poll_event() {
+            moved = true;
+            if let ReceiverEvent::Offered(_) = event {
+                self.decide();
+            }
+        }
+        moved
+    }
+
+    fn decide(&mut self) {
+        match self.config.decision.clone() {
+            Decision::Accept => {
+                let (lanes, window, secret, seed) = (self.config.lanes, self.config.window, self.rng.key(), self.rng.next());
+                let terms = Terms { sink: self.sink.clone(), lanes, window, secret, seed };
+                self.receiver.machine.accept(terms, self.now);
+            }
+            Decision::Refuse(code, reason) => self.receiver.machine.refuse(code, &reason),
+            Decision::Never => {}
+        }
+    }
+
+    fn read_all(&mut self) -> bool {
+        let (now, single) = (self.now, self.config.sender.single_stream);
+        let mut moved = false;
+        for connection in &mut self.connections {
+            let mut on_frame = |kind| {
+                if kind == FrameKind::PAGES {
+                    self.first_pages.get_or_insert(now);
+                }
+            };
+            moved |= read(connection, TO_RECEIVER, &mut self.receiver.machine, single, now, &mut on_frame);
+            moved |= read(connection, TO_SENDER, &mut self.sender.machine, single, now, &mut |_| ());
+        }
+        moved
+    }
+
+    fn write_all(&mut self) -> bool {
+        let mut moved = false;
+        for index in 0..self.connections.len() {
+            for way in [TO_RECEIVER, TO_SENDER] {
+                moved |= self.write_some(index, way);
+            }
+        }
+        moved
+    }
+
+    /// Hands one frame to a connection, if there is one and it has room.
+    fn write_some(&mut self, index: usize, way: usize) -> bool {
+        let now = self.now;
+        let connection = &mut self.connections[index];
+        // A connection that its reader has not taken yet carries frames all the same; one towards the sender has to wait.
+        let open = way == TO_RECEIVER || connection.carries[TO_RECEIVER];
+        if !open || connection.told[1 - way] || !connection.pipes[way].has_room(now) {
+            return false;
+        }
+        let lane = connection.lane;
+        let single = lane == LaneId::CONTROL && self.config.sender.single_stream;
+        let lanes = std::iter::once(lane).chain((0..8).map(LaneId::bulk).filter(|_| single));
+        let frame = {
+            let (sender, receiver) = (&mut self.sender.machine, &mut self.receiver.machine);
+            let mut poll = |lane| if way == TO_RECEIVER { sender.poll_frame(lane, now) } else { receiver.poll_frame(lane, now) };
+            lanes.into_iter().find_map(&mut poll)
+        };
+        let over = if way == TO_RECEIVER { self.sender.machine.is_over() } else { self.receiver.machine.is_over() };
+        let Some(frame) = frame else {
+            if over && lane == LaneId::CONTROL {
+                self.connections[index].pipes[way].end(now);
+            }
+            return false;
+        };
+        self.write(index, way, &frame);
+        if way == TO_RECEIVER {
+            self.sender.machine.recycle(frame.payload.buffer);
+        }
+        true
+    }
+
+    fn write(&mut self, index: usize, way: usize, frame: &Outgoing) {
+        let mut bytes = frame.pieces().collect::<Vec<_>>().concat();
+        assert_eq!(bytes.len(), frame.len());
+        self.frames.push((way == TO_RECEIVER, FrameKind(bytes[4]), LaneId::from_wire(bytes[6]).unwrap()));
+        if self.config.record {
+            self.recording.push((way == TO_RECEIVER, bytes.clone()));
+        }
+        if let Some(meddler) = &mut self.config.meddler {
+            meddler(way == TO_RECEIVER, &mut bytes);
+        }
+        self.connections[index].pipes[way].write(&bytes, self.now, &mut self.rng);
+        if let Some((role, _)) = self.config.cancel.filter(|(_, frames)| *frames == self.frames.len() as u64) {
+            match role {
+                Role::Sender => self.sender.machine.cancel(SenderFailure::Cancelled),
+                Role::Receiver => self.receiver.machine.cancel(),
+            }
+        }
+    }
+
+    fn finish(mut self) -> Outcome {
+        let wire = [TO_RECEIVER, TO_SENDER].map(|way| self.connections.iter().map(|connection| connection.pipes[way].bytes).sum());
+        Outcome {
+            sender: self.sender.machine.outcome().expect("a session that is over has an outcome"),
+            receiver: self.receiver.machine.outcome().expect("a session that is over has an outcome"),
+            sent: self.sender.machine.counts(),
+            received: self.receiver.machine.counts(),
+            decisions: self.sender.machine.decisions().iter().map(|decision| decision.what.clone()).collect(),
+            wire,
+            first_pages: self.first_pages,
+            sender_over: self.sender.over_at.unwrap(),
+            receiver_over: self.receiver.over_at.unwrap(),
+            frames: self.frames,
+            recording: self.recording,
+        }
+    }
+}
+
+/// Hands what has arrived on a connection to the machine that reads it.
+fn read<M: Machine>(
+    connection: &mut Connection,
+    way: usize,
+    machine: &mut M,
+    single_stream: bool,
+    now: Time,
+    on_frame: &mut impl FnMut(FrameKind),
+) -> bool {
+    if connection.told[way] || machine.is_over() {
+        return false;
+    }
+    let lane = connection.lane.number();
+    let Some(bytes) = connection.pipes[way].read(now) else {
+        let broken = connection.pipes.iter().any(|pipe| pipe.is_broken(now));
+        let end = if broken {
+            PeerError::Broken { lane, reason: "connection reset".to_owned() }
+        } else if connection.pipes[way].is_at_end(now) {
+            PeerError::EndOfStream { lane }
+        } else {
+            return false;
+        };
+        connection.told[way] = true;
+        machine.handle_peer_error(end, now);
+        return true;
+    };
+    let mut rest = bytes.as_slice();
+    while !rest.is_empty() {
+        let framer = &mut connection.framers[way];
+        let space = framer.space();
+        assert!(!space.is_empty(), "a framer always has space");
+        let count = space.len().min(rest.len());
+        space[..count].copy_from_slice(&rest[..count]);
+        framer.filled(count);
+        rest = &rest[count..];
+        hand_over(connection, way, machine, single_stream, now, on_frame);
+    }
+    true
+}
+
+fn hand_over<M: Machine>(
+    connection: &mut Connection,
+    way: usize,
+    machine: &mut M,
+    single_stream: bool,
+    now: Time,
+    on_frame: &mut impl FnMut(FrameKind),
+) {
+    loop {
+        let carried = connection.lane;
+        match connection.framers[way].next_frame() {
+            Ok(None) => return,
+            Ok(Some((header, body))) if !connection.carries[way] => {
+                let Ok(Frame::Join(join)) = Frame::decode(header.kind, body) else { panic!("a connection begins with JOIN") };
+                if machine.handle_join(header.lane, &join, now).is_err() {
+                    connection.told[way] = true;
+                    return;
+                }
+                connection.carries[way] = true;
+            }
+            Ok(Some((header, _))) if header.lane != carried && !single_stream => {
+                let lane = header.lane.number();
+                return machine.handle_peer_error(Violation::WrongLane { lane }.into(), now);
+            }
+            Ok(Some((header, body))) => {
+                on_frame(header.kind);
+                machine.handle_frame(header.lane, header.kind, body, now);
+            }
+            Err((kind, source)) => {
+                connection.told[way] = true;
+                return machine.handle_peer_error(PeerError::Decode { kind, source }, now);
+            }
+        }
+    }
+}

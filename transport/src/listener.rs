@@ -1,0 +1,209 @@
+//! Accepts connections and tells beginnings of sessions from lanes that join one.
+//!
+//! The first frame decides: HELLO begins a session, JOIN brings a lane to one. Until then a connection is a stranger,
+//! with little time and a buffer of a few KiB; whoever runs the listener limits how many there are.
+
+use crate::address::{Address, AddressError};
+use crate::socket::{Socket, tune};
+use pagewire_protocol::frame::{Frame, FrameKind, Join, LaneId};
+use pagewire_protocol::framing::Framer;
+use pagewire_protocol::limits::{HANDSHAKE_SPAN_MAX, JOIN_SPAN_MAX};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::HashMap;
+use std::io::{self, Read};
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// Lanes that may wait to be taken by their session.
+const JOINS_WAITING_MAX: usize = 16;
+
+#[derive(Debug)]
+enum Kind {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+/// Waits for connections.
+#[derive(Debug)]
+pub struct Listener {
+    kind: Kind,
+}
+
+/// What a connection turned out to be.
+#[derive(Debug)]
+pub enum Arrival {
+    /// The control connection of a new session; its HELLO is still in the framer.
+    Session(Socket, Framer),
+    /// A lane for a session.
+    Lane(Joining),
+}
+
+/// A connection that wants to carry a lane of a session.
+#[derive(Debug)]
+pub struct Joining {
+    /// Which lane.
+    pub lane: LaneId,
+    /// What it showed.
+    pub join: Join,
+    /// The connection.
+    pub socket: Socket,
+    /// What came behind the JOIN.
+    pub framer: Framer,
+}
+
+impl Listener {
+    /// Listens at an address. A Unix socket is made for its owner alone and removed when the listener goes.
+    ///
+    /// # Errors
+    /// The address cannot be resolved or is taken.
+    pub fn bind(address: &Address) -> io::Result<Self> {
+        let kind = match address {
+            Address::Unix(path) => {
+                let listener = UnixListener::bind(path)?;
+                std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+                listener.set_nonblocking(true)?;
+                Kind::Unix(listener, path.clone())
+            }
+            Address::Tcp(_) => {
+                let addresses = address.resolve().map_err(|error: AddressError| io::Error::other(error.to_string()))?;
+                let listener = TcpListener::bind(addresses.as_slice())?;
+                listener.set_nonblocking(true)?;
+                Kind::Tcp(listener)
+            }
+        };
+        Ok(Self { kind })
+    }
+
+    /// The address that others connect to, with the port that was found for port 0.
+    ///
+    /// # Errors
+    /// The system does not tell.
+    pub fn address(&self) -> io::Result<Address> {
+        Ok(match &self.kind {
+            Kind::Tcp(listener) => Address::Tcp(listener.local_addr()?.to_string()),
+            Kind::Unix(_, path) => Address::Unix(path.clone()),
+        })
+    }
+
+    /// The next connection and who it is, or nothing after `patience`.
+    ///
+    /// # Errors
+    /// The process has no descriptors left, for instance; trying again later may help.
+    pub fn accept(&self, patience: Duration) -> io::Result<Option<(Socket, String)>> {
+        let accepted = match &self.kind {
+            Kind::Tcp(listener) => listener.accept().and_then(|(stream, peer)| {
+                stream.set_nonblocking(false)?;
+                tune(&stream)?;
+                Ok((Socket::Tcp(stream), peer.to_string()))
+            }),
+            Kind::Unix(listener, path) => listener.accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(false)?;
+                Ok((Socket::Unix(stream), format!("unix:{}", path.display())))
+            }),
+        };
+        match accepted {
+            Ok(accepted) => return Ok(Some(accepted)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        let fd = match &self.kind {
+            Kind::Tcp(listener) => listener.as_fd(),
+            Kind::Unix(listener, _) => listener.as_fd(),
+        };
+        let patience = Timespec { tv_sec: 0, tv_nsec: i64::from(patience.subsec_nanos()) };
+        poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&patience))?;
+        Ok(None)
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Kind::Unix(_, path) = &self.kind {
+            // Nobody can be told if it is gone already.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+impl Arrival {
+    /// Reads the first frame's header, and for a JOIN its body, within the handshake's time.
+    ///
+    /// # Errors
+    /// Too slow, gone, or not a pagewire peer.
+    pub fn greet(mut socket: Socket) -> io::Result<Self> {
+        let begin = Instant::now();
+        let mut framer = Framer::new();
+        let mut limit = HANDSHAKE_SPAN_MAX;
+        let refuse = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());
+        loop {
+            match framer.peek().map_err(|(kind, error)| refuse(&format!("{kind}: {error}")))? {
+                Some(header) if header.kind == FrameKind::HELLO => {
+                    socket.set_read_timeout(None)?;
+                    return Ok(Self::Session(socket, framer));
+                }
+                Some(header) if header.kind == FrameKind::JOIN => limit = JOIN_SPAN_MAX,
+                Some(header) => return Err(refuse(&format!("{} is not how a connection begins", header.kind))),
+                None => {}
+            }
+            let frame = framer.next_frame().map_err(|(kind, error)| refuse(&format!("{kind}: {error}")))?;
+            if let Some((header, body)) = frame {
+                let Ok(Frame::Join(join)) = Frame::decode(header.kind, body) else { return Err(refuse("malformed JOIN")) };
+                socket.set_read_timeout(None)?;
+                return Ok(Self::Lane(Joining { lane: header.lane, join, socket, framer }));
+            }
+            let left = Duration::from_nanos(limit.as_nanos()).checked_sub(begin.elapsed());
+            let left = left.filter(|left| !left.is_zero()).ok_or_else(|| refuse("no first frame in time"))?;
+            socket.set_read_timeout(Some(left))?;
+            let count = socket.read(framer.space())?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            framer.filled(count);
+        }
+    }
+}
+
+/// The sessions of a process that lanes may join.
+#[derive(Clone, Debug, Default)]
+pub struct Sessions {
+    open: Arc<Mutex<HashMap<[u8; 16], mpsc::Sender<Joining>>>>,
+}
+
+/// A session that can be joined for as long as this lives.
+#[derive(Debug)]
+pub struct Registration {
+    sessions: Sessions,
+    session: [u8; 16],
+}
+
+impl Sessions {
+    /// Lets lanes join `session`; `None` if one of that id is open.
+    pub fn register(&self, session: [u8; 16]) -> Option<(Registration, mpsc::Receiver<Joining>)> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if open.contains_key(&session) {
+            return None;
+        }
+        let (sender, receiver) = mpsc::channel(JOINS_WAITING_MAX);
+        open.insert(session, sender);
+        Some((Registration { sessions: self.clone(), session }, receiver))
+    }
+
+    /// Brings a lane to its session; a lane that belongs to none, or to one that is busy with others, is dropped.
+    pub fn deliver(&self, joining: Joining) {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(session) = open.get(&joining.join.session) {
+            let _ = session.try_send(joining);
+        }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.sessions.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.session);
+    }
+}

@@ -1,0 +1,298 @@
+//! Moves frames between a machine and its connections, runs its jobs and tells it the time. Knows only `Machine`.
+//!
+//! It always reads, also while a write is blocked, so two peers never wait for each other. When the session is over it
+//! writes what is queued, says that it has finished writing, and reads on for a moment: a socket closed with unread
+//! bytes would reset the connection, and the peer would never see why.
+
+use crate::lane::Lane;
+use crate::listener::Joining;
+use crate::socket::Stream;
+use pagewire_protocol::error::{PeerError, Violation};
+use pagewire_protocol::frame::LaneId;
+use pagewire_protocol::framing::Framer;
+use pagewire_protocol::session::{Job, Machine, Outgoing};
+use pagewire_protocol::time::{Span, Time};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+/// How long the end of a session may take.
+const LINGER: Duration = Duration::from_secs(2);
+/// The longest sleep: what is overdue but waits for a lane must not hide what becomes due later.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Bytes on the wire, frames and their headers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wire {
+    /// Written.
+    pub sent_bytes: u64,
+    /// Read.
+    pub received_bytes: u64,
+}
+
+type Done<M> = (<<M as Machine>::Job as Job>::Output, Span);
+
+/// A machine and the connections of its session.
+pub struct Pump<M: Machine> {
+    machine: M,
+    lanes: [Option<Lane>; LaneId::COUNT],
+    single_stream: bool,
+    start: Instant,
+    jobs: VecDeque<JoinHandle<Done<M>>>,
+    joins: Option<mpsc::Receiver<Joining>>,
+    wire: Wire,
+    parting_until: Option<tokio::time::Instant>,
+}
+
+impl<M: Machine> Pump<M> {
+    /// Drives `machine` over its control connection, of which `framer` may hold the first bytes already.
+    /// `start` is the origin of the times that the machine was and will be told.
+    pub fn new(machine: M, control: Box<dyn Stream>, framer: Framer, start: Instant) -> Self {
+        let mut pump = Self {
+            machine,
+            lanes: Default::default(),
+            single_stream: false,
+            start,
+            jobs: VecDeque::new(),
+            joins: None,
+            wire: Wire::default(),
+            parting_until: None,
+        };
+        let lane = Lane::new(control, framer, pump.now());
+        pump.lanes[LaneId::CONTROL.index()] = Some(lane);
+        pump
+    }
+
+    /// The machine.
+    pub fn machine(&mut self) -> &mut M {
+        &mut self.machine
+    }
+
+    /// The time as the machine knows it.
+    pub fn now(&self) -> Time {
+        Time::from_nanos(u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// Bytes on the wire so far.
+    pub fn wire(&self) -> Wire {
+        self.wire
+    }
+
+    /// All lanes travel on the control connection.
+    pub fn carry_all_lanes(&mut self) {
+        self.single_stream = true;
+    }
+
+    /// Connections that ask to join come from here.
+    pub fn take_joins(&mut self, joins: mpsc::Receiver<Joining>) {
+        self.joins = Some(joins);
+    }
+
+    /// A connection that this side opened carries `lane` and begins with `join`.
+    pub fn attach(&mut self, lane: LaneId, stream: Box<dyn Stream>, join: Outgoing) {
+        let now = self.now();
+        let mut connection = Lane::new(stream, Framer::new(), now);
+        connection.send(join);
+        self.put(lane, connection);
+        self.machine.handle_lane_open(lane, now);
+    }
+
+    fn put(&mut self, lane: LaneId, connection: Lane) {
+        if let Some(slot) = self.lanes.get_mut(lane.index()) {
+            *slot = Some(connection);
+        }
+    }
+
+    /// Drives the session until the machine has something to tell; `None` when it is over and the peer knows.
+    ///
+    /// May be dropped and called again at any await.
+    pub async fn next(&mut self) -> Option<M::Event> {
+        loop {
+            if let Some(event) = self.machine.poll_event() {
+                return Some(event);
+            }
+            if self.machine.is_over() {
+                self.part().await;
+                return self.machine.poll_event();
+            }
+            let now = self.now();
+            if self.machine.poll_timeout().is_some_and(|due| due <= now) {
+                self.machine.handle_timeout(now);
+            }
+            let moved = poll_fn(|cx| Poll::Ready(self.turn(cx))).await;
+            if moved || self.machine.work(now) {
+                continue;
+            }
+            self.wait().await;
+        }
+    }
+
+    /// Sleeps until something can move or is due.
+    async fn wait(&mut self) {
+        let now = self.now();
+        let due = self.machine.poll_timeout().map(|due| due.since(now)).filter(|&span| span > Span::ZERO);
+        let sleep = due.map_or(TICK, |span| Duration::from_nanos(span.as_nanos()).min(TICK));
+        let mut sleep = pin!(tokio::time::sleep(sleep));
+        poll_fn(|cx| if self.turn(cx) { Poll::Ready(()) } else { sleep.as_mut().poll(cx) }).await;
+    }
+
+    /// One turn over everything that can move; says whether anything did.
+    fn turn(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut moved = self.poll_joins(cx) | self.poll_jobs(cx);
+        for index in 0..self.lanes.len() {
+            moved |= self.read_lane(index, cx);
+            moved |= self.write_lane(index, cx);
+        }
+        moved
+    }
+
+    fn poll_joins(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(Poll::Ready(Some(joining))) = self.joins.as_mut().map(|joins| joins.poll_recv(cx)) else { return false };
+        let now = self.now();
+        let Joining { lane, join, socket, framer } = joining;
+        // A connection that may not join is dropped; the session goes on.
+        if self.machine.handle_join(lane, &join, now).is_ok()
+            && let Ok(stream) = socket.into_stream()
+        {
+            self.put(lane, Lane::new(stream, framer, now));
+            self.handle_frames(lane.index());
+        }
+        true
+    }
+
+    fn poll_jobs(&mut self, cx: &mut Context<'_>) -> bool {
+        while let Some(job) = self.machine.poll_job() {
+            self.jobs.push_back(tokio::task::spawn_blocking(move || {
+                let begin = Instant::now();
+                let output = job.run();
+                (output, Span::from_nanos(u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX)))
+            }));
+        }
+        let mut moved = false;
+        while let Some(Poll::Ready(done)) = self.jobs.front_mut().map(|job| Pin::new(job).poll(cx)) {
+            self.jobs.pop_front();
+            if let Ok((output, spent)) = done {
+                let now = self.now();
+                self.machine.handle_job(output, spent, now);
+            }
+            moved = true;
+        }
+        moved
+    }
+
+    fn read_lane(&mut self, index: usize, cx: &mut Context<'_>) -> bool {
+        let now = self.now();
+        let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut).filter(|lane| !lane.ended) else { return false };
+        let number = u8::try_from(index).unwrap_or(u8::MAX);
+        match lane.poll_read(cx) {
+            Poll::Pending => {
+                if lane.trickles(now) {
+                    self.machine.handle_peer_error(PeerError::Timeout("a frame comes at less than 1 KiB a second"), now);
+                    return true;
+                }
+                false
+            }
+            Poll::Ready(Ok(0)) => {
+                lane.ended = true;
+                self.machine.handle_peer_error(PeerError::EndOfStream { lane: number }, now);
+                true
+            }
+            Poll::Ready(Ok(count)) => {
+                self.wire.received_bytes = self.wire.received_bytes.saturating_add(count as u64);
+                self.handle_frames(index);
+                true
+            }
+            Poll::Ready(Err(error)) => {
+                lane.ended = true;
+                self.machine.handle_peer_error(PeerError::Broken { lane: number, reason: error.to_string() }, now);
+                true
+            }
+        }
+    }
+
+    /// Hands every whole frame of a connection to the machine.
+    fn handle_frames(&mut self, index: usize) {
+        let now = self.now();
+        let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut) else { return };
+        loop {
+            match lane.framer.next_frame() {
+                Ok(None) => return,
+                Ok(Some((header, _))) if !self.single_stream && header.lane.index() != index => {
+                    let wrong = Violation::WrongLane { lane: header.lane.number() };
+                    return self.machine.handle_peer_error(wrong.into(), now);
+                }
+                Ok(Some((header, body))) => self.machine.handle_frame(header.lane, header.kind, body, now),
+                Err((kind, source)) => {
+                    lane.ended = true;
+                    return self.machine.handle_peer_error(PeerError::Decode { kind, source }, now);
+                }
+            }
+        }
+    }
+
+    /// Writes at most one frame: what arrives meanwhile decides what goes next.
+    fn write_lane(&mut self, index: usize, cx: &mut Context<'_>) -> bool {
+        let now = self.now();
+        let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut) else { return false };
+        let mut moved = false;
+        if lane.is_free() {
+            let Some(outgoing) = next_frame(&mut self.machine, index, self.single_stream, now) else { return false };
+            lane.send(outgoing);
+            moved = true;
+        }
+        match lane.poll_write(cx) {
+            Poll::Pending | Poll::Ready(Ok(None)) => moved,
+            Poll::Ready(Ok(Some((buffer, bytes)))) => {
+                self.wire.sent_bytes = self.wire.sent_bytes.saturating_add(bytes as u64);
+                self.machine.recycle(buffer);
+                true
+            }
+            Poll::Ready(Err(error)) => {
+                lane.stop_writing();
+                // What the peer said before it went is worth more than that it went.
+                while self.read_lane(index, cx) && !self.machine.is_over() {}
+                let lane = u8::try_from(index).unwrap_or(u8::MAX);
+                self.machine.handle_peer_error(PeerError::Broken { lane, reason: error.to_string() }, now);
+                true
+            }
+        }
+    }
+
+    /// Ends the session: the last frames go out, and the peer gets a moment to read them.
+    async fn part(&mut self) {
+        let until = *self.parting_until.get_or_insert_with(|| tokio::time::Instant::now() + LINGER);
+        let mut scratch = vec![0; 64 * 1024];
+        let flush = poll_fn(|cx| if self.poll_part(cx, &mut scratch) { Poll::Ready(()) } else { Poll::Pending });
+        // A peer that does not listen any more is not waited for.
+        let _ = tokio::time::timeout_at(until, flush).await;
+    }
+
+    /// Whether the control connection has written everything and the peer has said that it has, too.
+    fn poll_part(&mut self, cx: &mut Context<'_>, scratch: &mut [u8]) -> bool {
+        let mut parted = true;
+        for index in 0..self.lanes.len() {
+            if index == 0 {
+                while self.write_lane(index, cx) {}
+            }
+            let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut) else { continue };
+            if index != 0 {
+                lane.stop_writing();
+            }
+            let shut = lane.is_idle() && lane.poll_shutdown(cx).is_ready();
+            lane.ended = lane.ended || lane.poll_drain(cx, scratch).is_ready();
+            parted &= index != 0 || (shut && lane.ended);
+        }
+        parted
+    }
+}
+
+/// The machine's next frame for a connection: the control connection may carry every lane, control first.
+fn next_frame<M: Machine>(machine: &mut M, index: usize, single_stream: bool, now: Time) -> Option<Outgoing> {
+    let lanes = (0..LaneId::COUNT).filter_map(|number| LaneId::from_wire(u8::try_from(number).ok()?).ok());
+    let mut carried = lanes.filter(|lane| lane.index() == index || (single_stream && index == 0));
+    carried.find_map(|lane| machine.poll_frame(lane, now))
+}

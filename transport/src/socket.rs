@@ -1,0 +1,106 @@
+//! Sockets of all kinds, before and after they belong to a runtime.
+
+use crate::address::Address;
+use pagewire_protocol::limits::{HANDSHAKE_SPAN_MAX, SILENCE_MAX};
+use std::io;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Bytes that may wait unsent in the kernel: enough to keep a link busy, few enough that nothing urgent waits long.
+const UNSENT_MAX: u32 = 256 * 1024;
+
+/// An ordered byte stream in both directions.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// A connected socket that belongs to no runtime yet, so it can move to the thread of its session.
+#[derive(Debug)]
+pub enum Socket {
+    /// TCP.
+    Tcp(TcpStream),
+    /// A Unix socket.
+    Unix(UnixStream),
+}
+
+impl Socket {
+    /// Connects to a receiver; each resolved address is tried in turn.
+    ///
+    /// # Errors
+    /// None of them answers, with the last one's reason.
+    pub fn connect(address: &Address) -> io::Result<Self> {
+        if let Address::Unix(path) = address {
+            return UnixStream::connect(path).map(Self::Unix);
+        }
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name leads to no address");
+        for address in address.resolve().map_err(|error| io::Error::other(error.to_string()))? {
+            match TcpStream::connect_timeout(&address, Duration::from_nanos(HANDSHAKE_SPAN_MAX.as_nanos())) {
+                Ok(stream) => {
+                    tune(&stream)?;
+                    return Ok(Self::Tcp(stream));
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// Two sockets that are connected to each other.
+    ///
+    /// # Errors
+    /// The process has no more descriptors.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let (one, other) = UnixStream::pair()?;
+        for socket in [&one, &other] {
+            let socket = socket2::SockRef::from(socket);
+            // As much as the system allows: a local copy is limited by memory, not by waking the other side.
+            let _ = socket.set_send_buffer_size(PAIR_BUFFER).and_then(|()| socket.set_recv_buffer_size(PAIR_BUFFER));
+        }
+        Ok((Self::Unix(one), Self::Unix(other)))
+    }
+
+    /// Limits how long a blocking read waits.
+    pub(crate) fn set_read_timeout(&self, patience: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.set_read_timeout(patience),
+            Self::Unix(stream) => stream.set_read_timeout(patience),
+        }
+    }
+
+    /// The socket as a stream of the current runtime.
+    ///
+    /// # Errors
+    /// The runtime cannot take it.
+    pub fn into_stream(self) -> io::Result<Box<dyn Stream>> {
+        Ok(match self {
+            Self::Tcp(stream) => {
+                stream.set_nonblocking(true)?;
+                Box::new(tokio::net::TcpStream::from_std(stream)?)
+            }
+            Self::Unix(stream) => {
+                stream.set_nonblocking(true)?;
+                Box::new(tokio::net::UnixStream::from_std(stream)?)
+            }
+        })
+    }
+}
+
+impl io::Read for Socket {
+    fn read(&mut self, space: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.read(space),
+            Self::Unix(stream) => stream.read(space),
+        }
+    }
+}
+
+const PAIR_BUFFER: usize = 1 << 20;
+
+/// What every TCP connection of a session needs: no waiting for more, little unsent, a bounded wait for a dead peer.
+pub(crate) fn tune(stream: &TcpStream) -> io::Result<()> {
+    let socket = socket2::SockRef::from(stream);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_notsent_lowat(UNSENT_MAX)?;
+    socket.set_tcp_user_timeout(Some(Duration::from_nanos(SILENCE_MAX.as_nanos())))
+}
