@@ -57,7 +57,14 @@ fn prepare(source: &Path, destination: &Path, options: &CopyOptions) -> Result<P
     Ok((memory, place, here, there))
 }
 
-fn join(memory: FileMemory, place: &Path, here: Socket, there: Socket, options: &CopyOptions, observer: &mut dyn Observer) -> Outcome {
+fn join(
+    memory: FileMemory,
+    place: &Path,
+    here: Socket,
+    there: Socket,
+    options: &CopyOptions,
+    observer: &mut dyn Observer,
+) -> Outcome {
     let (dir, file) = (place.parent().filter(|dir| !dir.as_os_str().is_empty()), place.file_name().unwrap_or_default());
     let dir = dir.unwrap_or(Path::new("."));
     // The offered name is for people only: the place is known here.

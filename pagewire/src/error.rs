@@ -6,21 +6,30 @@ use pagewire_sender::SenderError;
 use pagewire_transport::AddressError;
 use std::io;
 use std::path::PathBuf;
-use thiserror::Error;
 
 /// A failed transfer.
-#[derive(Debug, Error)]
-#[error("{kind}")]
+#[derive(Debug)]
 pub struct Error {
     /// What happened.
-    #[source]
     pub kind: ErrorKind,
     /// Where the guest is now.
     pub guest_at: GuestAt,
 }
 
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.kind.fmt(f)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.kind.source()
+    }
+}
+
 /// What happened.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ErrorKind {
     /// The session failed at the sender.
     #[error(transparent)]
@@ -29,7 +38,7 @@ pub enum ErrorKind {
     #[error(transparent)]
     Receiver(pagewire_receiver::ErrorKind),
     /// The image cannot be read.
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     Source {
         /// The file.
         path: PathBuf,
@@ -46,7 +55,7 @@ pub enum ErrorKind {
     #[error(transparent)]
     Address(#[from] AddressError),
     /// The listener cannot start.
-    #[error("cannot listen at {address}: {source}")]
+    #[error("cannot listen at {address}")]
     Listen {
         /// Where.
         address: String,
@@ -54,16 +63,18 @@ pub enum ErrorKind {
         source: io::Error,
     },
     /// An unencrypted transfer over a network.
-    #[error("{0} is not on this host and TLS is not there yet: memory would travel in the clear; --insecure-plaintext accepts that")]
+    #[error(
+        "{0} is not on this host and TLS is not there yet: memory would travel in the clear; --insecure-plaintext accepts that"
+    )]
     Plaintext(String),
     /// A name that no image can have.
     #[error(transparent)]
     Name(#[from] DecodeError),
     /// The system gives no random bytes.
-    #[error("no randomness from the system: {0}")]
-    Entropy(io::Error),
+    #[error("no randomness from the system")]
+    Entropy(#[source] io::Error),
     /// The system gives no sockets or threads.
-    #[error("{what}: {source}")]
+    #[error("{what}")]
     Local {
         /// What was tried.
         what: &'static str,
@@ -75,7 +86,11 @@ pub enum ErrorKind {
 impl ErrorKind {
     /// Whether somebody stopped it on purpose.
     pub fn is_cancelled(&self) -> bool {
-        matches!(self, Self::Sender(pagewire_sender::ErrorKind::Cancelled) | Self::Receiver(pagewire_receiver::ErrorKind::Cancelled))
+        matches!(
+            self,
+            Self::Sender(pagewire_sender::ErrorKind::Cancelled)
+                | Self::Receiver(pagewire_receiver::ErrorKind::Cancelled)
+        )
     }
 
     /// Whether another command line would have helped.

@@ -61,7 +61,10 @@ fn look(path: &Path, against: Option<&Path>) -> Result<Inspection, ErrorKind> {
     let mut seen = Inspection::default();
     let mut sample = Sample::new()?;
     scan(path, &hasher, |layout_pages, first, bytes, digests| {
-        let own = own.get_or_insert_with(|| Known { tree: DigestTree::new(&hasher, layout_pages), index: DigestIndex::new(seed) });
+        let own = own.get_or_insert_with(|| Known {
+            tree: DigestTree::new(&hasher, layout_pages),
+            index: DigestIndex::new(seed),
+        });
         let mut distinct = Vec::new();
         for ((page, &digest), bytes) in (first..).zip(digests).zip(bytes.as_chunks::<PAGE_BYTES>().0) {
             own.tree.set(page, digest);
@@ -69,7 +72,10 @@ fn look(path: &Path, against: Option<&Path>) -> Result<Inspection, ErrorKind> {
                 &mut seen.zero
             } else if base.as_ref().is_some_and(|base| page < base.tree.pages() && base.tree.leaf(page) == digest) {
                 &mut seen.unchanged
-            } else if base.as_ref().is_some_and(|base| base.index.find(&digest, |place| base.tree.leaf(u64::from(place.0))).is_some()) {
+            } else if base
+                .as_ref()
+                .is_some_and(|base| base.index.find(&digest, |place| base.tree.leaf(u64::from(place.0))).is_some())
+            {
                 &mut seen.elsewhere
             } else if own.index.insert(&digest, place(page), |place| own.tree.leaf(u64::from(place.0))).is_some() {
                 &mut seen.duplicate
@@ -91,7 +97,8 @@ fn look(path: &Path, against: Option<&Path>) -> Result<Inspection, ErrorKind> {
 fn learn(path: &Path, hasher: &PageHasher, seed: u64) -> Result<Known, ErrorKind> {
     let mut known: Option<Known> = None;
     scan(path, hasher, |pages, first, _, digests| {
-        let known = known.get_or_insert_with(|| Known { tree: DigestTree::new(hasher, pages), index: DigestIndex::new(seed) });
+        let known =
+            known.get_or_insert_with(|| Known { tree: DigestTree::new(hasher, pages), index: DigestIndex::new(seed) });
         for (page, &digest) in (first..).zip(digests) {
             known.tree.set(page, digest);
             if digest != hasher.zero() {

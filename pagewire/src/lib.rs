@@ -31,7 +31,7 @@ pub use copy::{CopyOptions, copy};
 pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};
 pub use observe::{Event, NoObserver, Observer};
-pub use pagewire_protocol::error::GuestAt;
+pub use pagewire_protocol::error::{GuestAt, chain};
 pub use pagewire_protocol::frame::ImageName;
 pub use pagewire_protocol::page::InstallSize;
 pub use pagewire_receiver::GuestSink;

@@ -5,12 +5,12 @@ use crate::error::{Error, ErrorKind};
 use crate::observe::Event;
 use crate::report::{Outcome, Pages, Report, Role, WireBytes};
 use crate::send::check_plaintext;
-use pagewire_protocol::error::CloseCode;
+use pagewire_protocol::error::{CloseCode, chain};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
+use pagewire_receiver::Offer;
 use pagewire_receiver::driver::{Beginning, Entropy, Refusal, Summary};
 use pagewire_receiver::memory::FileSink;
-use pagewire_receiver::Offer;
 use pagewire_store::{Landing, LandingError, LandingOptions};
 use pagewire_transport::{Address, Arrival, CancellationToken, Listener, Sessions, Socket};
 use std::ffi::OsStr;
@@ -159,7 +159,8 @@ impl Server {
                     self.shared.strangers.fetch_add(1, Ordering::Relaxed);
                     let (shared, tell) = (Arc::clone(&self.shared), Arc::clone(&tell));
                     let name = "pagewire-session".to_owned();
-                    let started = std::thread::Builder::new().name(name).spawn(move || shared.welcome(socket, &peer, &tell));
+                    let started =
+                        std::thread::Builder::new().name(name).spawn(move || shared.welcome(socket, &peer, &tell));
                     match started {
                         Ok(thread) => threads.push(thread),
                         // The closure is gone, and with it the connection.
@@ -168,7 +169,7 @@ impl Server {
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    tell(ServerEvent::Stranger { peer: "?", why: &error.to_string() });
+                    tell(ServerEvent::Stranger { peer: "?", why: &chain(&error) });
                     std::thread::sleep(PATIENCE);
                 }
             }
@@ -197,7 +198,7 @@ impl Shared {
                     self.options.cancel.cancel();
                 }
             }
-            Err(error) => tell(ServerEvent::Stranger { peer, why: &error.to_string() }),
+            Err(error) => tell(ServerEvent::Stranger { peer, why: &chain(&error) }),
         }
     }
 
@@ -236,7 +237,9 @@ pub(crate) fn session(
     let entropy = || Ok(Entropy { nonce: random()?, secret: random()?, seed: u64::from_le_bytes(random()?) });
     let entropy: Entropy = match entropy() {
         Ok(entropy) => entropy,
-        Err(kind) => return (false, Report::new(Role::Receiver, String::new()).close(Some(ErrorKind::at_sender(kind)))),
+        Err(kind) => {
+            return (false, Report::new(Role::Receiver, String::new()).close(Some(ErrorKind::at_sender(kind))));
+        }
     };
     let begin = Beginning { socket, framer, single_stream, lanes, entropy };
     let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, |progress| {
@@ -288,6 +291,5 @@ pub(crate) fn refusal(error: &LandingError) -> Refusal {
         LandingError::Io { .. } => CloseCode::DESTINATION,
         _ => CloseCode::REFUSED,
     };
-    let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
-    Refusal { code, reason: format!("{error}{source}") }
+    Refusal { code, reason: chain(error) }
 }

@@ -1,7 +1,7 @@
 //! The report of a transfer: one JSON object, `"schema": "pagewire.report/1"`. Scripts build on its names.
 
 use crate::error::Error;
-use pagewire_protocol::error::GuestAt;
+use pagewire_protocol::error::{GuestAt, chain};
 use serde::Serialize;
 
 /// Which side reports.
@@ -163,7 +163,7 @@ impl Report {
             Some(_) => "failed",
         };
         self.guest_at = error.as_ref().map_or(GuestAt::Receiver, |error| error.guest_at).name();
-        self.error = error.as_ref().map(ToString::to_string);
+        self.error = error.as_ref().map(|error| chain(error));
         Outcome { report: self, error }
     }
 }

@@ -78,7 +78,13 @@ const WORKERS_MAX: usize = 4;
 
 /// Sends the image in the file `source` as `name` to the receiver at `to`. Blocks until it is there, verified and
 /// lasting, or failed; the report says what was done either way.
-pub fn send(source: &Path, name: &ImageName, to: &Address, options: &SendOptions, observer: &mut dyn Observer) -> Outcome {
+pub fn send(
+    source: &Path,
+    name: &ImageName,
+    to: &Address,
+    options: &SendOptions,
+    observer: &mut dyn Observer,
+) -> Outcome {
     match FileMemory::open(source, options.install_size) {
         Ok(memory) => send_memory(memory, name, to, options, observer),
         Err(error) => {

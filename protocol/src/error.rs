@@ -6,7 +6,7 @@
 
 use crate::digest::Digest;
 use crate::frame::FrameKind;
-use alloc::string::String;
+use alloc::string::{String, ToString};
 use thiserror::Error;
 
 /// Bytes that do not make a legal frame.
@@ -129,6 +129,16 @@ pub enum Violation {
         lane: u8,
         /// The reason.
         why: &'static str,
+    },
+    /// Terms that were not offered, or that the image does not allow.
+    #[error("{what}: {got}, expected {expected}")]
+    Terms {
+        /// Which of them.
+        what: &'static str,
+        /// What came.
+        got: u64,
+        /// What is possible.
+        expected: u64,
     },
     /// Pages that do not have the digest their frame states.
     #[error("digest mismatch in {count} pages from page {first} of region {region}")]
@@ -391,4 +401,16 @@ impl GuestAt {
             Self::Receiver => "receiver",
         }
     }
+}
+
+/// An error and its causes in one line.
+pub fn chain(error: &dyn core::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
 }

@@ -165,7 +165,8 @@ fn check_streams(offer: &Offer, single_stream: bool) -> Result<(), Refusal> {
     if offer.open.single_stream == single_stream {
         return Ok(());
     }
-    let reason = "this transport carries each lane on a connection of its own, or all on one; the peer asks for the other";
+    let reason =
+        "this transport carries each lane on a connection of its own, or all on one; the peer asks for the other";
     Err(Refusal { code: CloseCode::REFUSED, reason: reason.to_owned() })
 }
 

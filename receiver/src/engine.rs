@@ -15,8 +15,10 @@ use crate::scan::Scan;
 use crate::wants::Wants;
 use pagewire_protocol::digest::{Digest, PageHasher, join_proof, proofs_equal};
 use pagewire_protocol::domain::DedupDomain;
-use pagewire_protocol::error::{CloseCode, DecodeError, GuestAt, PeerError, Violation};
-use pagewire_protocol::frame::{Accept, Ack, Done, EntryKind, Frame, FrameKind, Join, LaneId, Open, Pages, Role, Root, RoundEnd};
+use pagewire_protocol::error::{CloseCode, DecodeError, GuestAt, Incompatible, PeerError, Violation, chain};
+use pagewire_protocol::frame::{
+    Accept, Ack, Done, EntryKind, Frame, FrameKind, Join, LaneId, Open, Pages, Role, Root, RoundEnd,
+};
 use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId};
 use pagewire_protocol::session::{Endpoint, Job, Machine, Outgoing, Phase, Policy};
@@ -92,6 +94,8 @@ struct Lane {
 struct Receiving<S> {
     open: Open,
     secret: [u8; 32],
+    /// The codecs that were agreed, as bits.
+    codecs: u32,
     hasher: PageHasher,
     map: PageMap,
     scan: Scan,
@@ -145,6 +149,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
         let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
         let mut receiving = Box::new(Receiving {
             secret,
+            codecs: greeted.agreement.codecs,
             map: PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero()),
             hasher,
             scan: Scan::new(held.clone()),
@@ -217,7 +222,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
             self.events.push_back(Event::Finished);
             return;
         }
-        self.endpoint.close(code, &kind.to_string(), kind.tells_peer());
+        self.endpoint.close(code, &chain(&kind), kind.tells_peer());
         self.outcome = Some(Err(ReceiverError { kind, guest_at: GuestAt::Sender }));
         self.receiving = None;
     }
@@ -235,7 +240,9 @@ impl<S: GuestSink> ReceiverEngine<S> {
             frame => {
                 let Some(receiving) = self.receiving.as_mut() else { return Ok(()) };
                 match frame {
-                    Frame::Pages(pages) => receiving.handle_pages(lane, &pages, body.len() as u64, &mut self.counts, now)?,
+                    Frame::Pages(pages) => {
+                        receiving.handle_pages(lane, &pages, body.len() as u64, &mut self.counts, now)?
+                    }
                     Frame::Round(end) => receiving.handle_round(lane, end, now)?,
                     Frame::Root(root) => receiving.handle_root(root)?,
                     _ => {}
@@ -253,6 +260,13 @@ impl<S: GuestSink> ReceiverEngine<S> {
         if greeted.is_none_or(|greeted| greeted.transcript != open.transcript) {
             return Err(Violation::Transcript.into());
         }
+        for region in open.layout.regions() {
+            let size = region.install_size.bytes();
+            if greeted.is_none_or(|greeted| greeted.agreement.install_sizes & (size / 4096) == 0) {
+                let unknown = Incompatible::Unsupported { what: "install size", value: u64::from(size) };
+                return Err(ErrorKind::Peer(unknown.into()));
+            }
+        }
         self.endpoint.enter(Phase::Deciding);
         self.events.push_back(Event::Offered(Offer { open: open.clone() }));
         self.offer = Some(open);
@@ -267,10 +281,22 @@ impl<S: GuestSink> Receiving<S> {
         }
     }
 
-    fn handle_pages(&mut self, lane: LaneId, pages: &Pages<'_>, bytes: u64, counts: &mut Counts, now: Time) -> Result<(), ErrorKind> {
+    fn handle_pages(
+        &mut self,
+        lane: LaneId,
+        pages: &Pages<'_>,
+        bytes: u64,
+        counts: &mut Counts,
+        now: Time,
+    ) -> Result<(), ErrorKind> {
         let range = self.judge_range(lane, pages)?;
         let Some(sink) = self.sink.as_mut() else {
-            return Err(Violation::Entry { what: "pages after the image was complete", region: range.region.0, first: range.first.0 }.into());
+            return Err(Violation::Entry {
+                what: "pages after the image was complete",
+                region: range.region.0,
+                first: range.first.0,
+            }
+            .into());
         };
         let mut to = Target { map: &mut self.map, sink, scan: &self.scan, hasher: &self.hasher, counts };
         match self.resolver.apply(range, pages, &mut to)? {
@@ -303,6 +329,9 @@ impl<S: GuestSink> Receiving<S> {
         let group = self.open.layout.group(range.region, first);
         if lane.bulk_index().map(u64::from) != group.checked_rem(u64::from(self.bulk_lanes)) {
             return Err(Violation::PageLane { region, first, lane: lane.number() }.into());
+        }
+        if self.codecs & head.codec.bit() == 0 {
+            return Err(Violation::Entry { what: "a codec that was not agreed", region, first }.into());
         }
         let looks = pages.runs().any(|run| matches!(run.kind, EntryKind::REFERENCE | EntryKind::INLINE));
         let last = range.numbers().end.saturating_sub(1);
@@ -338,7 +367,9 @@ impl<S: GuestSink> Receiving<S> {
 
     /// Whether everything has come; if so the finish job is ready.
     fn check_complete(&mut self) -> Result<bool, ErrorKind> {
-        let rounds_end = (0..self.bulk_lanes).map(LaneId::bulk).all(|lane| self.lanes.get(lane.index()).is_some_and(|lane| lane.ended));
+        let rounds_end = (0..self.bulk_lanes)
+            .map(LaneId::bulk)
+            .all(|lane| self.lanes.get(lane.index()).is_some_and(|lane| lane.ended));
         let Some(root) = self.root.filter(|_| rounds_end && self.sink.is_some()) else { return Ok(false) };
         let (pages, present, wanted) = (self.open.layout.pages(), self.map.present_pages(), self.wants.outstanding());
         if present < pages && wanted > 0 {
@@ -436,7 +467,8 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
         }
         match scan.step(map, sink, hasher) {
             Ok(have) => {
-                self.counts.scanned = self.counts.scanned.saturating_add(pagewire_protocol::limits::SUBTREE_PAGES as u64);
+                self.counts.scanned =
+                    self.counts.scanned.saturating_add(pagewire_protocol::limits::SUBTREE_PAGES as u64);
                 if let Some(have) = have {
                     self.endpoint.push_frame(LaneId::CONTROL, &Frame::Have(have));
                 }
@@ -463,7 +495,9 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
     }
 
     fn poll_timeout(&self) -> Option<Time> {
-        let acks = self.receiving.iter().flat_map(|receiving| receiving.lanes.iter().filter_map(|lane| lane.ack_due));
+        // Once the image is whole nobody asks for acknowledgements any more, and none must wake anybody.
+        let receiving = self.receiving.as_ref().filter(|_| self.endpoint.phase() == Phase::Receiving);
+        let acks = receiving.into_iter().flat_map(|receiving| receiving.lanes.iter().filter_map(|lane| lane.ack_due));
         acks.chain(self.endpoint.poll_timeout()).min()
     }
 

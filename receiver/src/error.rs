@@ -5,14 +5,24 @@ use std::io;
 use thiserror::Error;
 
 /// A failed session.
-#[derive(Debug, Error)]
-#[error("{kind}")]
+#[derive(Debug)]
 pub struct ReceiverError {
     /// What happened.
-    #[source]
     pub kind: ErrorKind,
     /// Where the guest is.
     pub guest_at: GuestAt,
+}
+
+impl std::fmt::Display for ReceiverError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.kind.fmt(f)
+    }
+}
+
+impl std::error::Error for ReceiverError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.kind.source()
+    }
 }
 
 /// What happened.
@@ -25,7 +35,7 @@ pub enum ErrorKind {
     #[error("refused: {0}")]
     Refused(String),
     /// The destination could not be read or written.
-    #[error("destination: {what}: {source}")]
+    #[error("destination: {what}")]
     Destination {
         /// What was tried.
         what: &'static str,

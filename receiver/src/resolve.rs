@@ -109,15 +109,18 @@ impl Resolver {
                 EntryKind::BASE => {
                     believes = true;
                     for page in next..end {
-                        let held = to.scan.is_held(range.region, page);
-                        let digest = to.map.digest(range.region, page).filter(|_| held);
-                        self.digests.push(digest.ok_or_else(|| entry("base entry, but nothing is held"))?);
+                        if !to.scan.is_held(range.region, page) {
+                            return Err(entry("base entry, but nothing is held").into());
+                        }
+                        // A page that was lost since it was announced has no digest that fits.
+                        self.digests.push(to.map.digest(range.region, page).unwrap_or_default());
                     }
                 }
                 EntryKind::REFERENCE => self.digests.extend(references.by_ref().take(usize::from(run.count))),
                 EntryKind::INLINE => {
                     let stop = used.saturating_add(usize::from(run.count));
-                    to.hasher.digest_pages(inline.get(used..stop).unwrap_or_default(), |digest| self.digests.push(digest));
+                    to.hasher
+                        .digest_pages(inline.get(used..stop).unwrap_or_default(), |digest| self.digests.push(digest));
                     used = stop;
                 }
                 _ => self.digests.extend((next..end).map(|_| to.hasher.zero())),
@@ -190,7 +193,13 @@ impl Resolver {
     }
 
     /// Brings a referenced page to its place; false if nothing here has its digest.
-    fn fetch<S: GuestSink>(&self, region: RegionId, start: u64, page: u64, to: &mut Target<'_, S>) -> Result<bool, ErrorKind> {
+    fn fetch<S: GuestSink>(
+        &self,
+        region: RegionId,
+        start: u64,
+        page: u64,
+        to: &mut Target<'_, S>,
+    ) -> Result<bool, ErrorKind> {
         let digest = self.digest_of(start, page);
         if to.map.digest(region, page) == Some(digest) {
             return Ok(true);
@@ -199,7 +208,12 @@ impl Resolver {
         let mut bytes: PageBytes = [0; PAGE_BYTES];
         to.sink.read(from, number, &mut bytes).map_err(failed("cannot be read"))?;
         if page_digest(to.hasher.domain(), &bytes) != digest {
-            // Not what was read or written there: a miss, never a wrong page.
+            // Not what was read or written there: a miss, never a wrong page. One that was counted on is lost for good.
+            if to.map.is_present(from, number) {
+                let error =
+                    std::io::Error::other(format!("page {number} of region {} is not what was put there", from.0));
+                return Err(failed("cannot be read back")(error));
+            }
             to.map.forget(from, number);
             return Ok(false);
         }
@@ -242,7 +256,12 @@ fn used_bytes(layout: &Layout, region: RegionId, page: u64) -> usize {
 }
 
 /// Beyond the end of a region a page has nothing but zeros, or two images could share one root.
-fn check_padding<S>(range: PageRange, pages: &Pages<'_>, inline: &[PageBytes], to: &Target<'_, S>) -> Result<(), ErrorKind> {
+fn check_padding<S>(
+    range: PageRange,
+    pages: &Pages<'_>,
+    inline: &[PageBytes],
+    to: &Target<'_, S>,
+) -> Result<(), ErrorKind> {
     let last = range.numbers().end.saturating_sub(1);
     let used = used_bytes(to.map.layout(), range.region, last);
     let ends_inline = pages.runs().last().is_some_and(|run| run.kind == EntryKind::INLINE);

@@ -27,8 +27,13 @@ pub(crate) struct Scan {
 impl Scan {
     /// A scan of the first `held` pages of each region.
     pub(crate) fn new(held: Vec<u64>) -> Self {
-        let mut scan =
-            Self { held, region: 0, next: 0, pending: Have { region: 0, first: 0, digests: Vec::new() }, buffer: Vec::new() };
+        let mut scan = Self {
+            held,
+            region: 0,
+            next: 0,
+            pending: Have { region: 0, first: 0, digests: Vec::new() },
+            buffer: Vec::new(),
+        };
         scan.skip_finished();
         scan
     }
@@ -90,7 +95,8 @@ impl Scan {
         if self.pending.digests.len() < HAVE_AFTER && !region_ends {
             return None;
         }
-        let have = std::mem::replace(&mut self.pending, Have { region: self.region, first: self.next, digests: Vec::new() });
+        let have =
+            std::mem::replace(&mut self.pending, Have { region: self.region, first: self.next, digests: Vec::new() });
         if region_ends {
             self.region = self.region.saturating_add(1);
             self.next = 0;

@@ -51,7 +51,8 @@ impl SentPages {
             let (region, page) = layout.locate(place);
             trees.get(usize::from(region.0)).map(|tree| tree.leaf(page.0)).unwrap_or_default()
         };
-        let known = self.index.as_mut().and_then(|index| index.insert(digest, place, of)).filter(|&known| known != place);
+        let known =
+            self.index.as_mut().and_then(|index| index.insert(digest, place, of)).filter(|&known| known != place);
         if let Some(known) = known.filter(|known| self.inline.contains(u64::from(known.0))) {
             let (region, page) = layout.locate(known);
             let group = layout.group(region, page.0);

@@ -12,8 +12,9 @@ use crate::report::{Counts, Decision};
 use crate::sending::{Sending, Step};
 use pagewire_protocol::digest::join_proof;
 use pagewire_protocol::domain::DedupDomain;
-use pagewire_protocol::error::{GuestAt, Incompatible, PeerError, Violation};
+use pagewire_protocol::error::{GuestAt, Incompatible, PeerError, Violation, chain};
 use pagewire_protocol::frame::{Accept, Codec, Done, Frame, FrameKind, ImageName, Join, LaneId, Open, Role, Root};
+use pagewire_protocol::page::Layout;
 use pagewire_protocol::session::{Endpoint, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
 use std::collections::VecDeque;
@@ -153,7 +154,7 @@ impl<M: GuestMemory> SenderEngine<M> {
         if self.endpoint.phase() == Phase::Over {
             return;
         }
-        self.endpoint.close(kind.close_code(), &kind.to_string(), kind.tells_peer());
+        self.endpoint.close(kind.close_code(), &chain(&kind), kind.tells_peer());
         self.outcome = Some(Err(SenderError { kind, guest_at: GuestAt::Sender }));
     }
 
@@ -167,7 +168,9 @@ impl<M: GuestMemory> SenderEngine<M> {
             Some(Frame::Accept(accept)) => self.handle_accept(&accept, now),
             Some(Frame::Done(done)) => self.handle_done(done),
             Some(Frame::Have(have)) => self.sending.as_mut().map_or(Ok(()), |sending| sending.handle_have(&have)),
-            Some(Frame::Ack(ack)) => self.sending.as_mut().map_or(Ok(()), |sending| sending.handle_ack(lane, &ack, now)),
+            Some(Frame::Ack(ack)) => {
+                self.sending.as_mut().map_or(Ok(()), |sending| sending.handle_ack(lane, &ack, now))
+            }
             _ => Ok(()),
         }
     }
@@ -204,6 +207,7 @@ impl<M: GuestMemory> SenderEngine<M> {
         if accept.lanes > self.config.lanes {
             return Err(Violation::Join { lane: accept.lanes, why: "more lanes granted than asked for" }.into());
         }
+        check_holdings(accept, memory.layout())?;
         self.secret = Some(accept.secret);
         let domain = DedupDomain::new(&self.config.domain_key);
         let zstd = greeted.agreement.codecs & Codec::ZSTD.bit() != 0;
@@ -233,6 +237,21 @@ impl<M: GuestMemory> SenderEngine<M> {
 
     fn is_sending(&self) -> bool {
         matches!(self.endpoint.phase(), Phase::Sending | Phase::Finishing)
+    }
+}
+
+/// SPEC 4.13: one number of held pages for each region, none above the region's own.
+fn check_holdings(accept: &Accept, layout: &Layout) -> Result<(), Violation> {
+    let (got, expected) = (accept.held_pages.len() as u64, layout.regions().len() as u64);
+    if got != expected {
+        return Err(Violation::Terms { what: "regions held", got, expected });
+    }
+    let mut held = accept.held_pages.iter().zip(layout.regions());
+    match held.find(|(held, region)| **held > region.pages()) {
+        Some((held, region)) => {
+            Err(Violation::Terms { what: "pages held of a region", got: *held, expected: region.pages() })
+        }
+        None => Ok(()),
     }
 }
 

@@ -15,7 +15,9 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher, batch_digest, is_zero};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
-use pagewire_protocol::frame::{Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run};
+use pagewire_protocol::frame::{
+    Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run,
+};
 use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES, WANTS_A_PAGE_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, RegionId};
 use pagewire_protocol::session::Payload;
@@ -108,7 +110,8 @@ impl<M: GuestMemory> Sending<M> {
         }
         for (at, switch) in self.announce.iter_mut().enumerate() {
             let of_region = |region: u16| usize::from(region) == at;
-            let announced = applied.iter().filter(|frame| of_region(frame.region)).map(|frame| u64::from(frame.announced)).sum();
+            let announced =
+                applied.iter().filter(|frame| of_region(frame.region)).map(|frame| u64::from(frame.announced)).sum();
             let wanted = ack.wants.iter().filter(|want| of_region(want.region)).map(|want| u64::from(want.count)).sum();
             let costs = (&self.compress, &self.lanes.goodput);
             switch.measured(announced, wanted, u16::try_from(at).unwrap_or(0), costs, now, &mut self.decisions);
@@ -236,7 +239,9 @@ impl<M: GuestMemory> Sending<M> {
         for (at, (page, &digest)) in now_part.numbers().zip(&self.digests).enumerate() {
             let tree = self.trees.get(usize::from(range.region.0));
             if tree.is_none_or(|tree| tree.leaf(page) != digest) {
-                let message = format!("page {page} changed between two looks at it; memory that is being written needs to be at rest");
+                let message = format!(
+                    "page {page} changed between two looks at it; memory that is being written needs to be at rest"
+                );
                 return Err(ErrorKind::Source(std::io::Error::other(message)));
             }
             let place = self.layout.place(range.region, page);
@@ -313,7 +318,14 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     fn head(&self, range: PageRange, digest: Digest) -> PagesHead {
-        PagesHead { round: 0, region: range.region.0, codec: Codec::NONE, first: range.first.0, count: range.count, digest }
+        PagesHead {
+            round: 0,
+            region: range.region.0,
+            codec: Codec::NONE,
+            first: range.first.0,
+            count: range.count,
+            digest,
+        }
     }
 
     fn end_round(&mut self) -> Result<Root, ErrorKind> {
@@ -335,7 +347,11 @@ impl<M: GuestMemory> Sending<M> {
 
     /// What the session started from, for the report.
     pub(crate) fn explain_start(&mut self, now: Time) {
-        let what = if self.holdings.any() { "compare with what the receiver holds" } else { "send everything: the receiver holds nothing" };
+        let what = if self.holdings.any() {
+            "compare with what the receiver holds"
+        } else {
+            "send everything: the receiver holds nothing"
+        };
         self.decisions.push(Decision { at: now, what: what.to_owned() });
     }
 }

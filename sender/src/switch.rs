@@ -118,7 +118,8 @@ impl CompressSwitch {
             return None;
         }
         self.batches = self.batches.saturating_add(1);
-        if let Some(level) = LEVELS.iter().zip(&self.levels).find(|(_, level)| level.ratio.is_none()).map(|(level, _)| *level)
+        if let Some(level) =
+            LEVELS.iter().zip(&self.levels).find(|(_, level)| level.ratio.is_none()).map(|(level, _)| *level)
             && (self.batches <= 2 || self.current.is_some())
         {
             return Some(level);
@@ -130,7 +131,11 @@ impl CompressSwitch {
         if self.batches.is_multiple_of(PROBE_EVERY) {
             let other = self.current.map_or(0, |current| (current + 1) % LEVELS.len());
             // Probing costs: only where the link is slow enough for compression to win if pages were compressible.
-            let hopeful = self.levels.get(other).and_then(|level| level.nanos_a_byte).is_none_or(|nanos| nanos / self.workers < link);
+            let hopeful = self
+                .levels
+                .get(other)
+                .and_then(|level| level.nanos_a_byte)
+                .is_none_or(|nanos| nanos / self.workers < link);
             if hopeful {
                 return LEVELS.get(other).copied();
             }
@@ -157,7 +162,9 @@ impl CompressSwitch {
 
     /// A batch of `raw` bytes became `compressed` ones at `level`.
     pub(crate) fn measured(&mut self, level: i32, raw: usize, compressed: usize, spent: Span) {
-        let Some(slot) = LEVELS.iter().position(|&known| known == level).and_then(|at| self.levels.get_mut(at)) else { return };
+        let Some(slot) = LEVELS.iter().position(|&known| known == level).and_then(|at| self.levels.get_mut(at)) else {
+            return;
+        };
         let raw = raw.max(1) as f64;
         slot.ratio = blend(slot.ratio, compressed as f64 / raw);
         slot.nanos_a_byte = blend(slot.nanos_a_byte, spent.as_nanos() as f64 / raw);
@@ -220,7 +227,8 @@ impl AnnounceSwitch {
         if on != self.on {
             self.on = on;
             let verb = if on { "announce" } else { "stop announcing" };
-            let what = format!("{verb} region {region}: {:.0} % hit, saves {gain:.0} ns a page for {price:.0}", share * 100.0);
+            let what =
+                format!("{verb} region {region}: {:.0} % hit, saves {gain:.0} ns a page for {price:.0}", share * 100.0);
             decisions.push(Decision { at: now, what });
         }
     }

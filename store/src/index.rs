@@ -67,7 +67,8 @@ impl DigestIndex {
 
 /// A digest is uniform already; the seed and one folded multiplication hide which bits pick the bucket.
 fn hash(seed: u64, digest: &Digest) -> u64 {
-    let word = |at: usize| digest.0.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    let word =
+        |at: usize| digest.0.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u64::from_le_bytes(*bytes));
     let product = u128::from(word(0) ^ seed).wrapping_mul(u128::from(word(8) | 1));
     let [low, high] = [product, product >> 64].map(|half| half & u128::from(u64::MAX));
     u64::try_from(low ^ high).unwrap_or(0)

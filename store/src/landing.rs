@@ -141,7 +141,8 @@ impl Landing {
     /// It cannot be opened, is locked, or is neither empty nor of the image's size.
     pub fn into_file(path: &Path, len: u64, fresh: bool) -> Result<Self, LandingError> {
         let error = |what, source| LandingError::Io { path: path.to_path_buf(), what, source };
-        let file = File::options().read(true).write(true).open(path).map_err(|source| error("cannot be opened", source))?;
+        let file =
+            File::options().read(true).write(true).open(path).map_err(|source| error("cannot be opened", source))?;
         let info = file.metadata().map_err(|source| error("cannot be examined", source))?;
         if !info.is_file() {
             return Err(LandingError::NotAFile { path: path.to_path_buf(), what: "something special" });
@@ -165,7 +166,13 @@ impl Landing {
         })
     }
 
-    fn begin(place: Place, work: OwnedFd, found: Found, len: u64, options: LandingOptions) -> Result<Self, LandingError> {
+    fn begin(
+        place: Place,
+        work: OwnedFd,
+        found: Found,
+        len: u64,
+        options: LandingOptions,
+    ) -> Result<Self, LandingError> {
         let Found { file, old, origin } = found;
         let error = |what, source| LandingError::Io { path: place.path.clone(), what, source };
         let length = |file: &File| file.metadata().map(|info| info.len());
@@ -318,7 +325,11 @@ impl Place {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let opened = fs::open(dir, flags, Mode::empty());
         let path = dir.join(name);
-        let dir = opened.map_err(|errno| LandingError::Io { path: dir.into(), what: "cannot be opened", source: errno.into() })?;
+        let dir = opened.map_err(|errno| LandingError::Io {
+            path: dir.into(),
+            what: "cannot be opened",
+            source: errno.into(),
+        })?;
         Ok(Self { dir, name: name.to_owned(), path })
     }
 
@@ -339,7 +350,8 @@ impl Place {
             Err(Errno::LOOP | Errno::NOTDIR) => return Err(refuse("is not a folder")),
             Err(errno) => return Err(self.error("the folder for its partial cannot be opened", errno)),
         };
-        let info = fs::fstat(&work).map_err(|errno| self.error("the folder for its partial cannot be examined", errno))?;
+        let info =
+            fs::fstat(&work).map_err(|errno| self.error("the folder for its partial cannot be examined", errno))?;
         if info.st_uid != rustix::process::geteuid().as_raw() {
             return Err(refuse("belongs to somebody else"));
         }
@@ -352,7 +364,8 @@ impl Place {
     /// One look at what is there. `NotFound` and `AlreadyExists` mean that it changed meanwhile.
     fn attempt(&self, work: &OwnedFd, options: LandingOptions) -> Result<Found, LandingError> {
         let partial = partial_name(&self.name);
-        let whole = self.open_regular(&self.dir, &self.name, if options.inplace { OFlags::RDWR } else { OFlags::RDONLY })?;
+        let whole =
+            self.open_regular(&self.dir, &self.name, if options.inplace { OFlags::RDWR } else { OFlags::RDONLY })?;
         let old_partial = self.open_regular(work, &partial, OFlags::RDWR)?;
         if let Some(file) = &old_partial {
             self.lock_linked(file, work, &partial)?;

@@ -40,7 +40,8 @@ impl FromStr for Address {
             return Ok(Self::Unix(path.into()));
         }
         let host = text.strip_prefix("tcp://").unwrap_or(text);
-        let port = host.rsplit_once(':').filter(|(name, _)| !name.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
+        let port =
+            host.rsplit_once(':').filter(|(name, _)| !name.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
         if port.is_none() || host.contains('/') {
             return Err(AddressError::Form(text.to_owned()));
         }
@@ -83,10 +84,26 @@ mod tests {
 
     #[test]
     fn accepts_known_forms_and_names_the_rest() {
-        for (text, shown) in [("tcp://a:1", "tcp://a:1"), ("127.0.0.1:7", "tcp://127.0.0.1:7"), ("unix:/x", "unix:/x"), ("[::1]:9", "tcp://[::1]:9")] {
+        for (text, shown) in [
+            ("tcp://a:1", "tcp://a:1"),
+            ("127.0.0.1:7", "tcp://127.0.0.1:7"),
+            ("unix:/x", "unix:/x"),
+            ("[::1]:9", "tcp://[::1]:9"),
+        ] {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), shown);
         }
-        for text in ["", "host", "tcp://", "tcp://host", "tcp://:5", "host:port", "host:70000", "unix:", "http://h:1/x", "quic://h:1"] {
+        for text in [
+            "",
+            "host",
+            "tcp://",
+            "tcp://host",
+            "tcp://:5",
+            "host:port",
+            "host:70000",
+            "unix:",
+            "http://h:1/x",
+            "quic://h:1",
+        ] {
             let error = text.parse::<Address>().unwrap_err().to_string();
             assert!(error.contains(text), "{error}");
         }
@@ -95,7 +112,13 @@ mod tests {
     #[test]
     fn only_loopback_and_unix_sockets_are_local() {
         let local = |text: &str| text.parse::<Address>().unwrap().is_local().unwrap();
-        assert!(local("127.0.0.1:1") && local("127.8.8.8:1") && local("[::1]:1") && local("[::ffff:127.0.0.1]:1") && local("unix:/x"));
+        assert!(
+            local("127.0.0.1:1")
+                && local("127.8.8.8:1")
+                && local("[::1]:1")
+                && local("[::ffff:127.0.0.1]:1")
+                && local("unix:/x")
+        );
         assert!(!local("0.0.0.0:1") && !local("10.0.0.1:1") && !local("[::]:1"));
     }
 }

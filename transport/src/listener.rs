@@ -152,7 +152,9 @@ impl Arrival {
             }
             let frame = framer.next_frame().map_err(|(kind, error)| refuse(&format!("{kind}: {error}")))?;
             if let Some((header, body)) = frame {
-                let Ok(Frame::Join(join)) = Frame::decode(header.kind, body) else { return Err(refuse("malformed JOIN")) };
+                let Ok(Frame::Join(join)) = Frame::decode(header.kind, body) else {
+                    return Err(refuse("malformed JOIN"));
+                };
                 socket.set_read_timeout(None)?;
                 return Ok(Self::Lane(Joining { lane: header.lane, join, socket, framer }));
             }

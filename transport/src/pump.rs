@@ -151,7 +151,9 @@ impl<M: Machine> Pump<M> {
     }
 
     fn poll_joins(&mut self, cx: &mut Context<'_>) -> bool {
-        let Some(Poll::Ready(Some(joining))) = self.joins.as_mut().map(|joins| joins.poll_recv(cx)) else { return false };
+        let Some(Poll::Ready(Some(joining))) = self.joins.as_mut().map(|joins| joins.poll_recv(cx)) else {
+            return false;
+        };
         let now = self.now();
         let Joining { lane, join, socket, framer } = joining;
         // A connection that may not join is dropped; the session goes on.
@@ -186,12 +188,15 @@ impl<M: Machine> Pump<M> {
 
     fn read_lane(&mut self, index: usize, cx: &mut Context<'_>) -> bool {
         let now = self.now();
-        let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut).filter(|lane| !lane.ended) else { return false };
+        let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut).filter(|lane| !lane.ended) else {
+            return false;
+        };
         let number = u8::try_from(index).unwrap_or(u8::MAX);
         match lane.poll_read(cx) {
             Poll::Pending => {
                 if lane.trickles(now) {
-                    self.machine.handle_peer_error(PeerError::Timeout("a frame comes at less than 1 KiB a second"), now);
+                    self.machine
+                        .handle_peer_error(PeerError::Timeout("a frame comes at less than 1 KiB a second"), now);
                     return true;
                 }
                 false

@@ -57,7 +57,10 @@ impl Ack {
             let (region, reserved) = (reader.u16("region")?, reader.u16("reserved")?);
             let want = Want { region, count: reader.u32("count")?, first: reader.u64("first")? };
             if reserved != 0 || want.count == 0 {
-                return Err(DecodeError::Unknown { field: "want's reserved bytes or count", value: u64::from(reserved) });
+                return Err(DecodeError::Unknown {
+                    field: "want's reserved bytes or count",
+                    value: u64::from(reserved),
+                });
             }
             Ok(want)
         });

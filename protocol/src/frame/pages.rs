@@ -146,7 +146,9 @@ impl<'a> Pages<'a> {
 
     /// The runs in page order.
     pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
-        self.runs.iter().map(|&[kind, _, low, high]| Run { kind: EntryKind(kind), count: u16::from_le_bytes([low, high]) })
+        self.runs
+            .iter()
+            .map(|&[kind, _, low, high]| Run { kind: EntryKind(kind), count: u16::from_le_bytes([low, high]) })
     }
 
     /// The referenced digests in page order.
@@ -201,7 +203,11 @@ fn check_payload(codec: Codec, inline: usize, length: usize) -> Result<(), Decod
 
 // SPEC 1.5
 fn reserved(value: u16) -> Result<(), DecodeError> {
-    if value == 0 { Ok(()) } else { Err(DecodeError::Unknown { field: "reserved bytes of PAGES", value: u64::from(value) }) }
+    if value == 0 {
+        Ok(())
+    } else {
+        Err(DecodeError::Unknown { field: "reserved bytes of PAGES", value: u64::from(value) })
+    }
 }
 
 fn bounded(field: &'static str, value: u64, limit: u64) -> Result<(), DecodeError> {

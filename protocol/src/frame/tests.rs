@@ -110,7 +110,11 @@ fn golden_vectors_decode_and_encode_to_the_same_bytes() {
                 Frame::Pages(pages) => {
                     let runs: Vec<Run> = pages.runs().collect();
                     let references: Vec<Digest> = pages.references().collect();
-                    alloc::format!("{:#?}\n{runs:#?}\n{references:#?}\npayload: {} bytes", pages.head, pages.payload.len())
+                    alloc::format!(
+                        "{:#?}\n{runs:#?}\n{references:#?}\npayload: {} bytes",
+                        pages.head,
+                        pages.payload.len()
+                    )
                 }
                 other => alloc::format!("{other:#?}"),
             };
@@ -169,7 +173,8 @@ fn rejects_pages_whose_counts_disagree() {
     assert!(pages_with(&[], 0, Codec::NONE, 0, 0).is_err());
     assert!(pages_with(&[zero(1)], 1, Codec::NONE, 0, 1).is_err());
     assert!(pages_with(&[zero(1)], 1, Codec::ZSTD, 0, 0).is_err());
-    let inline = |count: u16, codec, payload| pages_with(&[run(EntryKind::INLINE, count)], u32::from(count), codec, 0, payload);
+    let inline =
+        |count: u16, codec, payload| pages_with(&[run(EntryKind::INLINE, count)], u32::from(count), codec, 0, payload);
     assert!(inline(512, Codec::NONE, 512 * PAGE_BYTES).is_ok());
     assert!(inline(513, Codec::NONE, 513 * PAGE_BYTES).is_err());
     assert!(inline(1, Codec::NONE, PAGE_BYTES - 1).is_err());
@@ -178,7 +183,8 @@ fn rejects_pages_whose_counts_disagree() {
     assert!(inline(1, Codec::ZSTD, 0).is_err());
     assert!(pages_with(&[run(EntryKind::REFERENCE, 2)], 2, Codec::NONE, 1, 0).is_err());
     assert!(pages_with(&[run(EntryKind::REFERENCE, 513)], 513, Codec::NONE, 513, 0).is_err());
-    let alternating: Vec<Run> = (0..1026).map(|at| if at % 2 == 0 { zero(1) } else { run(EntryKind::BASE, 1) }).collect();
+    let alternating: Vec<Run> =
+        (0..1026).map(|at| if at % 2 == 0 { zero(1) } else { run(EntryKind::BASE, 1) }).collect();
     assert!(pages_with(&alternating[..1025], 1025, Codec::NONE, 0, 0).is_ok());
     assert!(pages_with(&alternating, 1026, Codec::NONE, 0, 0).is_err());
 }
@@ -246,7 +252,13 @@ fn rejects_lists_and_numbers_at_each_limit_plus_one() {
         Accept::decode(&body).is_ok()
     };
     assert!(accept(8, WINDOW_BYTES, 64));
-    assert!(!accept(0, 1, 1) && !accept(9, 1, 1) && !accept(1, 0, 1) && !accept(1, WINDOW_BYTES + 1, 1) && !accept(1, 1, 65));
+    assert!(
+        !accept(0, 1, 1)
+            && !accept(9, 1, 1)
+            && !accept(1, 0, 1)
+            && !accept(1, WINDOW_BYTES + 1, 1)
+            && !accept(1, 1, 65)
+    );
     let open = |lanes| {
         let mut body = Vec::new();
         Open { lanes, ..open() }.encode(&mut body);

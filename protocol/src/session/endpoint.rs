@@ -5,7 +5,7 @@
 
 use super::{Agreement, Liveness, Outgoing, Phase, Policy, check, negotiate};
 use crate::digest::transcript_digest;
-use crate::error::{CloseCode, PeerError};
+use crate::error::{CloseCode, PeerError, Violation};
 use crate::frame::{Close, Frame, FrameKind, HEADER_BYTES, Hello, LaneId, Role};
 use crate::limits::HANDSHAKE_SPAN_MAX;
 use crate::time::Time;
@@ -88,6 +88,10 @@ impl Endpoint {
             return Ok(None);
         }
         check(self.role, self.phase, lane, kind)?;
+        // SPEC 2.7: a single stream's headers may name any lane, also one that was not granted.
+        if !self.liveness.is_open(lane) {
+            return Err(Violation::WrongLane { lane: lane.number() }.into());
+        }
         match Frame::decode(kind, body).map_err(|source| PeerError::Decode { kind, source })? {
             Frame::Hello(hello) => self.greet(&hello, body).map(|()| None),
             Frame::Close(Close { code, reason, .. }) => Err(PeerError::Closed { code, reason }),
@@ -130,7 +134,8 @@ impl Endpoint {
 
     /// The next frame for `lane`: signs of life first.
     pub fn poll_frame(&mut self, lane: LaneId, now: Time) -> Option<Outgoing> {
-        if self.phase != Phase::Over && self.phase != Phase::Greeting
+        if self.phase != Phase::Over
+            && self.phase != Phase::Greeting
             && let Some(ping) = self.liveness.poll_ping(lane, now)
         {
             return Some(Outgoing::frame(&ping, lane));

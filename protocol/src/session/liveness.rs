@@ -35,6 +35,11 @@ impl Liveness {
         }
     }
 
+    /// Whether `lane` is watched: somebody carries it.
+    pub fn is_open(&self, lane: LaneId) -> bool {
+        self.lanes.get(lane.index()).is_some_and(Option::is_some)
+    }
+
     /// A whole frame arrived on `lane`.
     pub fn heard(&mut self, lane: LaneId, now: Time) {
         if let Some(life) = self.lane(lane) {
@@ -77,7 +82,11 @@ impl Liveness {
 
     /// When something is due next.
     pub fn next(&self) -> Option<Time> {
-        self.lanes.iter().flatten().map(|life| (life.heard.max(life.asked) + PING_AFTER).min(life.heard + SILENCE_MAX)).min()
+        self.lanes
+            .iter()
+            .flatten()
+            .map(|life| (life.heard.max(life.asked) + PING_AFTER).min(life.heard + SILENCE_MAX))
+            .min()
     }
 
     fn lane(&mut self, lane: LaneId) -> Option<&mut LaneLife> {

@@ -49,7 +49,8 @@ impl Outgoing {
 
     /// The pieces to write, in order.
     pub fn pieces(&self) -> impl Iterator<Item = &[u8]> {
-        let payload = self.payload.ranges.iter().map(|range| self.payload.buffer.get(range.clone()).unwrap_or_default());
+        let payload =
+            self.payload.ranges.iter().map(|range| self.payload.buffer.get(range.clone()).unwrap_or_default());
         core::iter::once(self.head.as_slice()).chain(payload)
     }
 }

@@ -98,13 +98,20 @@ mod tests {
     use super::*;
 
     fn hello(role: Role, min: u16, max: u16, offered: u64, required: u64) -> Hello {
-        let policy = Policy { version_min: min, version_max: max, features_offered: offered, features_required: required, ..Policy::default() };
+        let policy = Policy {
+            version_min: min,
+            version_max: max,
+            features_offered: offered,
+            features_required: required,
+            ..Policy::default()
+        };
         policy.hello(role, [0; 16])
     }
 
     #[test]
     fn picks_the_highest_common_version_and_common_features() {
-        let cases = [((1, 1), (1, 2), Some(1)), ((1, 2), (2, 2), Some(2)), ((1, 3), (2, 5), Some(3)), ((1, 1), (2, 2), None)];
+        let cases =
+            [((1, 1), (1, 2), Some(1)), ((1, 2), (2, 2), Some(2)), ((1, 3), (2, 5), Some(3)), ((1, 1), (2, 2), None)];
         for ((a, b), (c, d), expected) in cases {
             let (left, right) = (hello(Role::Sender, a, b, 0b11, 0), hello(Role::Receiver, c, d, 0b10, 0));
             let got = negotiate(&left, &right);

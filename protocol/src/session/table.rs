@@ -109,7 +109,13 @@ mod tests {
                     let allowed = FrameKind::ALL.iter().filter(|&&kind| check(role, phase, lane, kind).is_ok());
                     let allowed: alloc::vec::Vec<_> = allowed.map(|kind| kind.name()).collect();
                     if !allowed.is_empty() {
-                        table += &format!("| {} | {} | {} | {} |\n", role.name(), phase.name(), lane.kind(), allowed.join(", "));
+                        table += &format!(
+                            "| {} | {} | {} | {} |\n",
+                            role.name(),
+                            phase.name(),
+                            lane.kind(),
+                            allowed.join(", ")
+                        );
                     }
                 }
             }

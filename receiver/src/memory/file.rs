@@ -1,6 +1,7 @@
 //! A file as guest memory: all regions in a row, holes where pages are zero.
 
 use super::GuestSink;
+use pagewire_protocol::error::chain;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, RegionId};
 use pagewire_store::Landing;
@@ -76,11 +77,6 @@ impl GuestSink for FileSink {
     }
 
     fn finish(&mut self) -> io::Result<()> {
-        self.landing.finish().map_err(|error| match error {
-            pagewire_store::LandingError::Io { what, source, path } => {
-                io::Error::new(source.kind(), format!("{}: {what}: {source}", path.display()))
-            }
-            other => io::Error::other(other.to_string()),
-        })
+        self.landing.finish().map_err(|error| io::Error::other(chain(&error)))
     }
 }

@@ -10,6 +10,7 @@ use pagewire_protocol::page::{InstallSize, Layout, Region, RegionId};
 use rustix::fs::{self, SeekFrom};
 use std::fs::{File, Metadata};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -20,8 +21,8 @@ pub struct FileMemory {
     path: PathBuf,
     layout: Layout,
     opened_as: Metadata,
-    /// Where the hole or data that was found last ends, and whether it was a hole.
-    extent: (u64, bool),
+    /// The hole or data that was found last, and whether it was a hole.
+    extent: (Range<u64>, bool),
 }
 
 impl FileMemory {
@@ -38,26 +39,29 @@ impl FileMemory {
         }
         let region = Region { bytes: opened_as.len(), install_size };
         let layout = Layout::new(vec![region]).map_err(|error: DecodeError| io::Error::other(error.to_string()))?;
-        Ok(Self { file, path: path.to_path_buf(), layout, opened_as, extent: (0, false) })
+        Ok(Self { file, path: path.to_path_buf(), layout, opened_as, extent: (0..0, false) })
     }
 
     /// Whether all of `start..end` is a hole, by the file system's word.
     fn is_hole(&mut self, start: u64, end: u64) -> bool {
-        if start >= self.extent.0 {
-            let data = fs::seek(&self.file, SeekFrom::Data(start));
-            self.extent = match data {
+        if !self.extent.0.contains(&start) {
+            let (end, hole) = match fs::seek(&self.file, SeekFrom::Data(start)) {
                 Ok(data) if data > start => (data, true),
                 Ok(_) => (fs::seek(&self.file, SeekFrom::Hole(start)).unwrap_or(u64::MAX), false),
                 // No data up to the end of the file.
                 Err(rustix::io::Errno::NXIO) => (self.opened_as.len(), true),
                 Err(_) => (u64::MAX, false),
             };
+            self.extent = (start..end, hole);
         }
-        self.extent.1 && end <= self.extent.0
+        self.extent.1 && end <= self.extent.0.end
     }
 
     fn changed(&self, what: &str) -> io::Error {
-        io::Error::other(format!("{} {what} while it was read; a file that is being written needs to be at rest", self.path.display()))
+        io::Error::other(format!(
+            "{} {what} while it was read; a file that is being written needs to be at rest",
+            self.path.display()
+        ))
     }
 }
 
@@ -91,5 +95,65 @@ impl GuestMemory for FileMemory {
         }
         let times = |info: &Metadata| (info.mtime(), info.mtime_nsec());
         if times(&now) != times(then) { Err(self.changed("changed")) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: usize = PAGE_BYTES;
+
+    fn file(bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, bytes).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn reads_back_and_forth_over_holes() {
+        let (_dir, path) = file(&[]);
+        let holes = File::options().write(true).open(&path).unwrap();
+        holes.write_all_at(&[1; PAGE], 0).unwrap();
+        holes.write_all_at(&[2; PAGE], 64 * PAGE as u64).unwrap();
+        holes.set_len(100 * PAGE as u64).unwrap();
+        let mut memory = FileMemory::open(&path, InstallSize::KIB_4).unwrap();
+        for (page, byte) in [(99, 0), (0, 1), (64, 2), (5, 0), (0, 1), (99, 0), (64, 2)] {
+            let mut bytes = [9; PAGE];
+            memory.read(RegionId(0), page, &mut bytes).unwrap();
+            assert_eq!(bytes, [byte; PAGE], "page {page}");
+        }
+    }
+
+    #[test]
+    fn names_what_became_of_a_file_while_it_was_read() {
+        for (what, length) in [("shrank", 100), ("grew", 9000)] {
+            let (_dir, path) = file(&[1; 8192]);
+            let mut memory = FileMemory::open(&path, InstallSize::KIB_4).unwrap();
+            File::options().write(true).open(&path).unwrap().set_len(length).unwrap();
+            assert!(memory.check_unchanged().unwrap_err().to_string().contains(what));
+        }
+        let (_dir, path) = file(&[1; 8192]);
+        let mut memory = FileMemory::open(&path, InstallSize::KIB_4).unwrap();
+        assert!(memory.check_unchanged().is_ok());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        File::options().write(true).open(&path).unwrap().write_all_at(b"x", 0).unwrap();
+        assert!(memory.check_unchanged().unwrap_err().to_string().contains("changed"));
+    }
+
+    #[test]
+    fn a_file_that_shrinks_is_an_error_of_the_read() {
+        let (_dir, path) = file(&[1; 8192]);
+        let mut memory = FileMemory::open(&path, InstallSize::KIB_4).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
+        assert!(memory.read(RegionId(0), 1, &mut [0; PAGE]).unwrap_err().to_string().contains("shrank"));
+    }
+
+    #[test]
+    fn rejects_what_is_no_regular_file() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(FileMemory::open(dir.path(), InstallSize::KIB_4).unwrap_err().to_string().contains("is a directory"));
+        assert!(FileMemory::open(Path::new("/dev/null"), InstallSize::KIB_4).is_err());
     }
 }

@@ -22,7 +22,10 @@ fn scan(landing: &mut Landing) -> Vec<u8> {
 }
 
 fn leftovers(dir: &Path) -> Vec<String> {
-    let names = |dir: &Path| disk::read_dir(dir).map_or(vec![], |entries| entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect());
+    let names = |dir: &Path| {
+        disk::read_dir(dir)
+            .map_or(vec![], |entries| entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect())
+    };
     let mut all = names(dir);
     all.extend(names(&dir.join(WORK)));
     all.sort();

@@ -1,0 +1,208 @@
+//! The command line. What stands here is what `--help` teaches.
+
+use bytesize::ByteSize;
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use pagewire::{Address, ImageName, InstallSize};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Moves memory images between hosts and sends only what the other side does not have.
+///
+/// Zero pages, duplicates, and pages that the destination holds already are not sent. An interrupted transfer resumes
+/// when it is started again. Try it: `pagewire demo`.
+#[derive(Debug, Parser)]
+#[command(name = "pagewire", version, propagate_version = true, max_term_width = 100, after_help = EXIT_CODES)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the guest is at the sender; 2 wrong usage; 130 cancelled.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Show what it does: a small guest moves from host A to host B and back, on this machine.
+    Demo(Demo),
+    /// Copy an image to another file on this host; if that exists, only what differs is written.
+    Copy(Copy),
+    /// Wait for images and put them into a folder.
+    Receive(Receive),
+    /// Send an image to a receiver.
+    Send(Send),
+    /// Say what an image consists of, and what a transfer of it would cost.
+    Inspect(Inspect),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Output {
+    /// Print events and the report as JSON lines on standard output.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Write the report to FILE as one JSON object ("schema": "pagewire.report/1").
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Transfer {
+    /// Send at most this many bytes a second, as in 125MB.
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub(crate) bandwidth_limit: Option<u64>,
+    /// What is installed at once at the destination.
+    #[arg(long, value_name = "SIZE", default_value = "4KiB")]
+    pub(crate) page_size: PageSize,
+    /// Ignore what is at the destination.
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    /// Send duplicates again instead of referring to the first.
+    #[arg(long)]
+    pub(crate) no_dedup: bool,
+    /// Never compress. By default pages are compressed where the link is slower than compressing.
+    #[arg(long)]
+    pub(crate) no_compress: bool,
+    /// Give up after this many seconds; what has arrived is kept and resumed.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) deadline: Option<Duration>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum PageSize {
+    #[value(name = "4KiB", aliases = ["4k", "4K", "4096"])]
+    Kib4,
+    #[value(name = "64KiB", aliases = ["64k", "64K", "65536"])]
+    Kib64,
+    #[value(name = "2MiB", aliases = ["2m", "2M", "2097152"])]
+    Mib2,
+}
+
+impl From<PageSize> for InstallSize {
+    fn from(size: PageSize) -> Self {
+        match size {
+            PageSize::Kib4 => Self::KIB_4,
+            PageSize::Kib64 => Self::KIB_64,
+            PageSize::Mib2 => Self::MIB_2,
+        }
+    }
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Demo {
+    /// Memory of the guest.
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = size)]
+    pub(crate) size: u64,
+    /// Put the two hosts' folders below DIR instead of the system's temporary folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Print the table as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Copy {
+    /// The image.
+    #[arg(value_name = "SRC")]
+    pub(crate) source: PathBuf,
+    /// A file, or a folder to put it into. A file that exists is the base; it stays until the new one replaces it.
+    #[arg(value_name = "DST")]
+    pub(crate) destination: PathBuf,
+    /// Change DST where it lies: nothing unchanged is written, but until it is whole DST is absent.
+    #[arg(long)]
+    pub(crate) inplace: bool,
+    #[command(flatten)]
+    pub(crate) transfer: Transfer,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Send {
+    /// The image.
+    #[arg(value_name = "SRC")]
+    pub(crate) source: PathBuf,
+    /// The receiver: tcp://HOST:PORT or unix:/PATH.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) to: Address,
+    /// What the image is called there: 1 to 64 of A-Z a-z 0-9 . _ -
+    #[arg(long, value_name = "NAME", value_parser = ImageName::new)]
+    pub(crate) name: ImageName,
+    /// Connections that carry pages.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) lanes: u8,
+    /// Allow memory to cross a network in the clear (there is no TLS yet).
+    #[arg(long)]
+    pub(crate) insecure_plaintext: bool,
+    #[command(flatten)]
+    pub(crate) transfer: Transfer,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Receive {
+    /// Where to listen: tcp://HOST:PORT or unix:/PATH. Port 0 finds a free one and says which.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: Address,
+    /// Images land in DIR/NAME. A file that exists is the base; it stays until the new one replaces it.
+    #[arg(long, value_name = "DIR", required_unless_present = "into_file")]
+    pub(crate) into: Option<PathBuf>,
+    /// Fill the existing file PATH where it lies, whatever the image is called; somebody may hold it open.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["into", "inplace"])]
+    pub(crate) into_file: Option<PathBuf>,
+    /// Change files where they lie: nothing unchanged is written, but until it is whole a file is absent.
+    #[arg(long)]
+    pub(crate) inplace: bool,
+    /// Ignore what is there already.
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    /// Connections for pages that a session may have.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) lanes: u8,
+    /// Sessions at once.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) max_sessions: u16,
+    /// The largest image that is accepted.
+    #[arg(long, value_name = "SIZE", default_value = "1TiB", value_parser = size)]
+    pub(crate) max_image: u64,
+    /// Stop after one session.
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Allow memory to cross a network in the clear (there is no TLS yet).
+    #[arg(long)]
+    pub(crate) insecure_plaintext: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Inspect {
+    /// The image.
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: PathBuf,
+    /// An earlier version of it, or another image, that the destination would hold.
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) against: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    match text.parse::<ByteSize>() {
+        Ok(ByteSize(0)) => Err("must be more than zero".to_owned()),
+        Ok(ByteSize(bytes)) => Ok(bytes),
+        Err(_) => Err("expected a size as in 256MiB or 125MB".to_owned()),
+    }
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    size(text.strip_suffix("/s").unwrap_or(text))
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "expected seconds".to_owned())?;
+    if seconds <= 0.0 {
+        return Err("must be more than zero".to_owned());
+    }
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}

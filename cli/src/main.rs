@@ -1,0 +1,21 @@
+//! The `pagewire` program: reads the command line, calls the facade, shows what happens, and ends with an exit code
+//! that says where the guest is.
+#![forbid(unsafe_code)]
+
+mod args;
+mod demo;
+mod exit;
+mod show;
+mod signals;
+mod verbs;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args = args::Args::parse();
+    match verbs::run(args) {
+        Ok(code) => code,
+        Err(error) => exit::explain(&error),
+    }
+}

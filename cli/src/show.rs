@@ -1,0 +1,104 @@
+//! What people and programs see: a progress bar on a terminal, JSON lines where they are asked for, a summary.
+
+use crate::args::Output;
+use anyhow::{Context, Result};
+use bytesize::ByteSize;
+use indicatif::{ProgressBar, ProgressStyle};
+use pagewire::{Event, Observer, Outcome, Report, Role};
+use serde_json::json;
+use std::io::{IsTerminal, Write};
+
+/// Shows one transfer.
+pub(crate) struct Show {
+    bar: Option<ProgressBar>,
+    json: bool,
+}
+
+impl Show {
+    pub(crate) fn new(json: bool) -> Self {
+        let style = ProgressStyle::with_template("{bar:32} {percent:>3} %  {bytes}/{total_bytes}  {msg}  {eta} left");
+        let bar = (!json && std::io::stderr().is_terminal()).then(|| ProgressBar::new(0));
+        if let (Some(bar), Ok(style)) = (&bar, style) {
+            bar.set_style(style);
+        }
+        Self { bar, json }
+    }
+
+    /// Takes the bar away.
+    pub(crate) fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Observer for Show {
+    fn event(&mut self, event: &Event) {
+        if self.json {
+            print_json(event);
+        }
+        let Some(bar) = &self.bar else { return };
+        match event {
+            Event::Started { bytes_total, .. } => bar.set_length(*bytes_total),
+            Event::Progress { pages, sent_bytes, received_bytes, .. } => {
+                bar.set_position(pages.saturating_mul(4096));
+                bar.set_message(format!("{} on the wire", size(sent_bytes.saturating_add(*received_bytes))));
+            }
+        }
+    }
+}
+
+/// One JSON line.
+pub(crate) fn print_json(value: &impl serde::Serialize) {
+    if let Ok(line) = serde_json::to_string(value) {
+        // A reader that went away is no reason to stop a transfer.
+        let _ = writeln!(std::io::stdout().lock(), "{line}");
+    }
+}
+
+/// Bytes as people read them.
+pub(crate) fn size(bytes: u64) -> String {
+    ByteSize(bytes).display().iec().to_string()
+}
+
+/// Prints the end of a transfer and writes its report where that was asked for.
+pub(crate) fn finish(outcome: &Outcome, output: &Output) -> Result<()> {
+    if let Some(path) = &output.report {
+        let text = serde_json::to_string_pretty(&outcome.report)?;
+        std::fs::write(path, text + "\n").with_context(|| format!("report {}", path.display()))?;
+    }
+    if output.json {
+        print_json(&json!({"event": "finished", "report": outcome.report}));
+    } else if outcome.error.is_none() {
+        print!("{}", summary(&outcome.report));
+    }
+    Ok(())
+}
+
+/// A report in a few lines.
+pub(crate) fn summary(report: &Report) -> String {
+    let Report { pages, wire, .. } = report;
+    let verb = if report.role == Role::Sender { "sent" } else { "received" };
+    let travelled = wire.sent_bytes.saturating_add(wire.received_bytes);
+    let share = 100.0 * travelled as f64 / report.bytes_total.max(1) as f64;
+    let mut text = format!(
+        "{verb} {}: {} in {:.2} s, {} on the wire ({share:.2} %)\n",
+        report.name,
+        size(report.bytes_total),
+        report.seconds,
+        size(travelled)
+    );
+    let total = report.pages_total;
+    let ways = [
+        ("zero", pages.zero),
+        ("unchanged", pages.base),
+        ("found there", pages.reference),
+        ("with bytes", pages.inline),
+    ];
+    let ways = ways.map(|(name, count)| format!("{count} {name}")).join(", ");
+    text += &format!("{total} pages: {ways}\n");
+    for decision in report.decisions.iter().skip(1) {
+        text += &format!("  at {:.3} s: {}\n", decision.seconds, decision.what);
+    }
+    text
+}

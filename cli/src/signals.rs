@@ -1,0 +1,32 @@
+//! SIGINT and SIGTERM cancel what runs, cleanly; a second one ends the process at once.
+
+use pagewire::CancellationToken;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Cancels `token` on the first signal.
+///
+/// # Errors
+/// Signals cannot be watched.
+pub(crate) fn cancel_on_signal(token: CancellationToken) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    std::thread::Builder::new().name("pagewire-signals".to_owned()).spawn(move || {
+        runtime.block_on(async {
+            let (Ok(mut interrupt), Ok(mut terminate)) =
+                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+            else {
+                return;
+            };
+            for again in [false, true] {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+                if again {
+                    std::process::exit(130);
+                }
+                token.cancel();
+            }
+        });
+    })?;
+    Ok(())
+}

@@ -1,0 +1,182 @@
+//! What each verb does: options from the command line to the facade, outcomes to exit codes.
+
+use crate::args::{Args, Copy, Inspect, Receive, Send, Transfer, Verb};
+use crate::show::{Show, finish, print_json, size};
+use crate::{demo, exit, signals};
+use anyhow::{Context, Result, bail};
+use pagewire::{
+    CancellationToken, CopyOptions, Inspection, Into, LandingOptions, Outcome, ReceiveOptions, SendOptions, Server,
+    ServerEvent,
+};
+use serde_json::json;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Does what the command line says.
+pub(crate) fn run(args: Args) -> Result<ExitCode> {
+    match args.verb {
+        Verb::Demo(args) => demo::run(&args),
+        Verb::Copy(args) => copy(&args),
+        Verb::Receive(args) => receive(args),
+        Verb::Send(args) => send(&args),
+        Verb::Inspect(args) => inspect(&args),
+    }
+}
+
+fn cancellation() -> Result<CancellationToken> {
+    let token = CancellationToken::new();
+    signals::cancel_on_signal(token.clone()).context("signals cannot be watched")?;
+    Ok(token)
+}
+
+fn send_options(transfer: &Transfer) -> Result<SendOptions> {
+    Ok(SendOptions {
+        install_size: transfer.page_size.into(),
+        fresh: transfer.fresh,
+        dedup: !transfer.no_dedup,
+        compress: !transfer.no_compress,
+        bandwidth_limit: transfer.bandwidth_limit,
+        deadline: transfer.deadline,
+        cancel: cancellation()?,
+        ..SendOptions::default()
+    })
+}
+
+fn end(outcome: &Outcome) -> ExitCode {
+    outcome.error.as_ref().map_or(ExitCode::SUCCESS, exit::explain_transfer)
+}
+
+fn copy(args: &Copy) -> Result<ExitCode> {
+    for path in [&args.source, &args.destination] {
+        if is_remote(path) {
+            eprintln!(
+                "pagewire: {}: copying over ssh is not there yet; use `pagewire receive` there and `pagewire send` here \
+                 (a local file with a colon in its name can be written as ./NAME)",
+                path.display()
+            );
+            return Ok(ExitCode::from(2));
+        }
+    }
+    let options = CopyOptions { send: send_options(&args.transfer)?, inplace: args.inplace };
+    let mut show = Show::new(args.output.json);
+    let outcome = pagewire::copy(&args.source, &args.destination, &options, &mut show);
+    show.end();
+    finish(&outcome, &args.output)?;
+    Ok(end(&outcome))
+}
+
+/// `host:path`, as rsync and scp take it: a colon before any slash.
+fn is_remote(path: &Path) -> bool {
+    let text = path.to_string_lossy();
+    text.split_once(':').is_some_and(|(host, _)| !host.is_empty() && !host.contains('/'))
+}
+
+fn send(args: &Send) -> Result<ExitCode> {
+    let options =
+        SendOptions { lanes: args.lanes, insecure_plaintext: args.insecure_plaintext, ..send_options(&args.transfer)? };
+    let mut show = Show::new(args.output.json);
+    let outcome = pagewire::send(&args.source, &args.name, &args.to, &options, &mut show);
+    show.end();
+    finish(&outcome, &args.output)?;
+    Ok(end(&outcome))
+}
+
+fn receive(args: Receive) -> Result<ExitCode> {
+    let into = match (args.into, args.into_file) {
+        (_, Some(file)) => Into::File(file),
+        (Some(dir), None) => Into::Folder(dir),
+        (None, None) => bail!("--into or --into-file is needed"),
+    };
+    if let Into::Folder(dir) = &into
+        && !dir.is_dir()
+    {
+        eprintln!("pagewire: --into {}: is not a folder", dir.display());
+        return Ok(ExitCode::from(2));
+    }
+    let options = ReceiveOptions {
+        landing: LandingOptions { inplace: args.inplace, fresh: args.fresh },
+        lanes: args.lanes,
+        sessions_max: usize::from(args.max_sessions),
+        image_bytes_max: args.max_image,
+        insecure_plaintext: args.insecure_plaintext,
+        once: args.once,
+        cancel: cancellation()?,
+        ..ReceiveOptions::new(into)
+    };
+    let server = match Server::bind(&args.listen, options) {
+        Ok(server) => server,
+        Err(error) => return Ok(exit::explain_transfer(&error)),
+    };
+    eprintln!("listening on {}", server.address()?);
+    let code = Arc::new(Mutex::new(ExitCode::SUCCESS));
+    let (last, once, output) = (Arc::clone(&code), args.once, args.output);
+    server.serve(move |event| {
+        let ended = tell(&event, &output);
+        if let (Some(code), true) = (ended, once) {
+            *last.lock().unwrap_or_else(PoisonError::into_inner) = code;
+        }
+    });
+    let code = *code.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(code)
+}
+
+/// Shows what a server tells; returns the code of a session that ended.
+fn tell(event: &ServerEvent<'_>, output: &crate::args::Output) -> Option<ExitCode> {
+    match event {
+        ServerEvent::Connected { session, peer } if output.json => {
+            print_json(&json!({"event": "connected", "session": session, "peer": peer}));
+        }
+        ServerEvent::Progress { session, event } if output.json => {
+            print_json(&json!({"session": session, "progress": event}));
+        }
+        ServerEvent::Ended { session, outcome } => {
+            if let Err(error) = finish(outcome, output) {
+                eprintln!("pagewire: session {session}: {error:#}");
+            }
+            if let Some(error) = &outcome.error {
+                let name = &outcome.report.name;
+                eprintln!(
+                    "pagewire: session {session}{}{name}: {}",
+                    if name.is_empty() { "" } else { ", image " },
+                    pagewire::chain(error)
+                );
+            }
+            return Some(outcome.error.as_ref().map_or(ExitCode::SUCCESS, exit::code));
+        }
+        ServerEvent::Stranger { peer, why } => eprintln!("pagewire: {peer}: {why}"),
+        ServerEvent::Connected { .. } | ServerEvent::Progress { .. } => {}
+    }
+    None
+}
+
+fn inspect(args: &Inspect) -> Result<ExitCode> {
+    match pagewire::inspect(&args.image, args.against.as_deref()) {
+        Ok(seen) if args.json => print_json(&seen),
+        Ok(seen) => print!("{}", inspection(&seen, args.against.is_some())),
+        Err(error) => {
+            eprintln!("pagewire: {}", pagewire::chain(&error));
+            return Ok(exit::code(&error));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn inspection(seen: &Inspection, against: bool) -> String {
+    let share = |pages: u64| format!("{pages:>10}  {:>5.1} %", 100.0 * pages as f64 / seen.pages_total.max(1) as f64);
+    let mut text = format!("{} in {} pages of 4 KiB\n", size(seen.bytes_total), seen.pages_total);
+    let mut rows =
+        vec![("zero", seen.zero), ("duplicate of an earlier page", seen.duplicate), ("distinct", seen.distinct)];
+    if against {
+        rows.insert(1, ("unchanged at its place", seen.unchanged));
+        rows.insert(2, ("found elsewhere there", seen.elsewhere));
+    }
+    for (name, pages) in rows {
+        text += &format!("  {name:<30}{}\n", share(pages));
+    }
+    text + &format!(
+        "a transfer would carry {} raw, about {} compressed\n",
+        size(seen.raw_bytes),
+        size(seen.compressed_bytes)
+    )
+}
