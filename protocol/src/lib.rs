@@ -6,6 +6,7 @@
 //! typed value inside its limits. `docs/SPEC.md` is the authority on every byte.
 #![no_std]
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
 extern crate alloc;
 #[cfg(any(test, feature = "std"))]

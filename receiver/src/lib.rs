@@ -4,6 +4,7 @@
 //! of the image ([`PageMap`]) and checks every page against its digest before it is used. Memory is reached through
 //! [`GuestSink`]. The `driver` feature adds tokio and nothing else.
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
 #[cfg(feature = "driver")]
 pub mod driver;

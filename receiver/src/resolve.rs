@@ -26,6 +26,17 @@ pub(crate) enum Resolved {
     Disbelieved,
 }
 
+/// What of the receiver's base a frame rests on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Belief {
+    /// Nothing.
+    None,
+    /// Pages of which the digest is known.
+    Base,
+    /// A page that turned out damaged since it was announced.
+    Lost,
+}
+
 /// Turns frames into pages; keeps its buffers.
 #[derive(Debug)]
 pub(crate) struct Resolver {
@@ -62,9 +73,10 @@ impl Resolver {
         let mut payload = std::mem::take(&mut self.payload);
         let result = self.unpack(pages, &mut payload).and_then(|bytes| {
             check_padding(range, pages, bytes, to)?;
-            let believes = self.digest_entries(range, pages, bytes, to)?;
-            if batch_digest(to.hasher.domain(), range.first.0, [self.digests.as_slice()]) != pages.head.digest {
-                if believes {
+            let belief = self.digest_entries(range, pages, bytes, to)?;
+            let fits = batch_digest(to.hasher.domain(), range.first.0, [self.digests.as_slice()]) == pages.head.digest;
+            if belief == Belief::Lost || !fits {
+                if belief != Belief::None {
                     return Ok(Resolved::Disbelieved);
                 }
                 let (region, first, count) = (range.region.0, range.first.0, range.count);
@@ -91,29 +103,29 @@ impl Resolver {
         Ok(space.as_chunks().0)
     }
 
-    /// Fills `digests` with what each page would have; says whether any of it rests on the base.
+    /// Fills `digests` with what each page would have; says what of it rests on the base.
     fn digest_entries<S: GuestSink>(
         &mut self,
         range: PageRange,
         pages: &Pages<'_>,
         inline: &[PageBytes],
         to: &Target<'_, S>,
-    ) -> Result<bool, ErrorKind> {
+    ) -> Result<Belief, ErrorKind> {
         let entry = |what| Violation::Entry { what, region: range.region.0, first: range.first.0 };
         self.digests.clear();
-        let (mut next, mut used, mut believes) = (range.first.0, 0usize, false);
+        let (mut next, mut used, mut belief) = (range.first.0, 0usize, Belief::None);
         let mut references = pages.references();
         for run in pages.runs() {
             let end = next.saturating_add(u64::from(run.count));
             match run.kind {
                 EntryKind::BASE => {
-                    believes = true;
                     for page in next..end {
                         if !to.scan.is_held(range.region, page) {
                             return Err(entry("base entry, but nothing is held").into());
                         }
-                        // A page that was lost since it was announced has no digest that fits.
-                        self.digests.push(to.map.digest(range.region, page).unwrap_or_default());
+                        let known = to.map.digest(range.region, page);
+                        belief = belief.max(if known.is_some() { Belief::Base } else { Belief::Lost });
+                        self.digests.push(known.unwrap_or_default());
                     }
                 }
                 EntryKind::REFERENCE => self.digests.extend(references.by_ref().take(usize::from(run.count))),
@@ -127,7 +139,7 @@ impl Resolver {
             }
             next = end;
         }
-        Ok(believes)
+        Ok(belief)
     }
 
     /// Writes a proven frame: bytes that came along first, because its references may rest on them.

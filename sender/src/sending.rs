@@ -12,7 +12,7 @@ use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision};
 use crate::switch::{AnnounceSwitch, CompressSwitch};
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::{Digest, PageHasher, batch_digest, is_zero};
+use pagewire_protocol::digest::{Digest, PageHasher, batch_digest};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
@@ -24,6 +24,9 @@ use pagewire_protocol::session::Payload;
 use pagewire_protocol::time::Time;
 use pagewire_protocol::tree::{DigestTree, image_root};
 use std::collections::VecDeque;
+
+/// Bytes copied out and digested at once.
+const PIECE_BYTES: usize = 32 * PAGE_BYTES;
 
 /// What a step did.
 #[derive(Debug)]
@@ -263,17 +266,15 @@ impl<M: GuestMemory> Sending<M> {
     fn read(&mut self, range: PageRange) -> Result<Vec<u8>, ErrorKind> {
         let count = usize::try_from(range.count).unwrap_or(0);
         let mut buffer = self.lanes.buffer(count.saturating_mul(PAGE_BYTES));
-        self.memory.read(range.region, range.first.0, &mut buffer).map_err(ErrorKind::Source)?;
         self.digests.clear();
-        self.digests.resize(count, self.hasher.zero());
-        let pages = buffer.as_chunks::<PAGE_BYTES>().0;
-        let dirty: Vec<usize> = (0..count).filter(|&at| pages.get(at).is_some_and(|page| !is_zero(page))).collect();
-        let mut places = dirty.iter();
-        self.hasher.digest_pages(dirty.iter().filter_map(|&at| pages.get(at)), |digest| {
-            if let Some(slot) = places.next().and_then(|&at| self.digests.get_mut(at)) {
-                *slot = digest;
-            }
-        });
+        let mut first = range.first.0;
+        // Piece by piece, so that what was copied out is still in the core's own cache when it is digested.
+        for piece in buffer.chunks_mut(PIECE_BYTES) {
+            self.memory.read(range.region, first, piece).map_err(ErrorKind::Source)?;
+            let pages = piece.as_chunks().0;
+            self.hasher.digest_nonzero(pages, &mut self.digests);
+            first = first.saturating_add(pages.len() as u64);
+        }
         Ok(buffer)
     }
 

@@ -4,6 +4,7 @@
 //! [`Machine`](pagewire_protocol::session::Machine). A session runs on a thread of its own, so a disk that makes it
 //! wait makes nobody else wait.
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
 mod address;
 mod lane;

@@ -48,13 +48,17 @@ impl FileMemory {
             let (end, hole) = match fs::seek(&self.file, SeekFrom::Data(start)) {
                 Ok(data) if data > start => (data, true),
                 Ok(_) => (fs::seek(&self.file, SeekFrom::Hole(start)).unwrap_or(u64::MAX), false),
-                // No data up to the end of the file.
-                Err(rustix::io::Errno::NXIO) => (self.opened_as.len(), true),
+                // No data up to the end of the file, unless that came nearer: then the read finds out.
+                Err(rustix::io::Errno::NXIO) => (self.opened_as.len(), self.has_its_length()),
                 Err(_) => (u64::MAX, false),
             };
             self.extent = (start..end, hole);
         }
         self.extent.1 && end <= self.extent.0.end
+    }
+
+    fn has_its_length(&self) -> bool {
+        self.file.metadata().is_ok_and(|now| now.len() == self.opened_as.len())
     }
 
     fn changed(&self, what: &str) -> io::Error {

@@ -1,1 +1,310 @@
-//! placeholder
+//! The bodies of the fuzz targets: any bytes in, no panic out, and the invariants of each decoder and each engine.
+//!
+//! `fuzz/` calls them under libFuzzer, `tests/suite/tests/corpus.rs` over the committed corpora. The session targets
+//! read their input as operations: frames that are nearly right reach further than noise.
+
+use crate::image::{Image, Mix};
+use crate::memory::ImageSink;
+use crate::peer::{AgainstReceiver, AgainstSender, SECRET, SESSION, Script, Statement, digests};
+use crate::rng::Rng;
+use pagewire_protocol::compress::Decompressor;
+use pagewire_protocol::digest::{Digest, join_proof};
+use pagewire_protocol::error::PeerError;
+use pagewire_protocol::frame::{Ack, Done, Frame, FrameKind, HEADER_BYTES, Have, Join, LaneId, Pages, Root, RoundEnd, Want};
+use pagewire_protocol::framing::Framer;
+use pagewire_protocol::limits::PAGE_BYTES;
+use pagewire_protocol::page::{InstallSize, Region};
+use pagewire_protocol::session::{Job, Machine, Phase};
+use pagewire_protocol::time::Span;
+use pagewire_sender::SenderConfig;
+
+/// A fuzz target: what it does with an input.
+pub type Target = fn(&[u8]);
+
+/// Every target by its name.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("framing", framing),
+    ("frame", frame),
+    ("pages", pages),
+    ("decompress", decompress),
+    ("sender_session", sender_session),
+    ("receiver_session", receiver_session),
+];
+
+/// However a stream is cut, the same frames and the same error come out, and no more than a frame is held.
+pub fn framing(data: &[u8]) {
+    let Some((&cut, stream)) = data.split_first() else { return };
+    let whole = cut_into_frames(stream, usize::MAX);
+    let pieces = cut_into_frames(stream, usize::from(cut) + 1);
+    assert_eq!(whole, pieces);
+}
+
+fn cut_into_frames(stream: &[u8], piece: usize) -> Vec<Result<(FrameKind, Vec<u8>), String>> {
+    let mut framer = Framer::new();
+    let mut seen = Vec::new();
+    let mut rest = stream;
+    while !rest.is_empty() {
+        let space = framer.space();
+        assert!(!space.is_empty());
+        let count = space.len().min(rest.len()).min(piece);
+        space[..count].copy_from_slice(&rest[..count]);
+        framer.filled(count);
+        rest = &rest[count..];
+        loop {
+            match framer.next_frame() {
+                Ok(Some((header, body))) => seen.push(Ok((header.kind, body.to_vec()))),
+                Ok(None) => break,
+                Err((kind, error)) => {
+                    seen.push(Err(format!("{kind}: {error}")));
+                    return seen;
+                }
+            }
+        }
+    }
+    seen
+}
+
+/// The first byte selects the kind: what decodes encodes to what decodes to the same.
+pub fn frame(data: &[u8]) {
+    let Some((&kind, body)) = data.split_first() else { return };
+    let kind = FrameKind(kind % 14);
+    if body.len() > kind.size_max() as usize {
+        return;
+    }
+    match Frame::decode(kind, body) {
+        Ok(frame) => {
+            assert_eq!(frame.kind(), kind);
+            let mut bytes = Vec::new();
+            frame.encode(LaneId::CONTROL, &mut bytes);
+            assert_eq!(Frame::decode(kind, &bytes[HEADER_BYTES..]).as_ref(), Ok(&frame));
+            // CLOSE escapes its text when it is judged; everything else has one encoding.
+            assert!(kind == FrameKind::CLOSE || bytes[HEADER_BYTES..] == *body, "{kind} has two encodings");
+        }
+        Err(error) => assert!(error.to_string().len() < 8192),
+    }
+}
+
+/// PAGES alone: counts agree with each other and with the bytes.
+pub fn pages(data: &[u8]) {
+    let Ok(pages) = Pages::decode(data) else { return };
+    let covered: u64 = pages.runs().map(|run| u64::from(run.count)).sum();
+    assert_eq!(covered, u64::from(pages.head.count));
+    assert!(pages.inline_pages() + pages.references().count() <= 512);
+    let mut bytes = Vec::new();
+    pages.encode(&mut bytes);
+    assert_eq!(bytes, data);
+}
+
+/// Any payload into a buffer of up to sixteen pages: filled exactly, or an error.
+pub fn decompress(data: &[u8]) {
+    let Some((&pages, payload)) = data.split_first() else { return };
+    let mut out = vec![0; (usize::from(pages) % 16 + 1) * PAGE_BYTES];
+    let _ = Decompressor::new().unwrap().decompress(payload, &mut out);
+}
+
+/// Numbers out of the input; zeros behind its end.
+struct Input<'a>(&'a [u8]);
+
+impl<'a> Input<'a> {
+    fn byte(&mut self) -> u8 {
+        let Some((&first, rest)) = self.0.split_first() else { return 0 };
+        self.0 = rest;
+        first
+    }
+
+    fn number(&mut self) -> u64 {
+        let byte = self.byte();
+        // Mostly small, sometimes at the edges of the type.
+        match byte {
+            0..=239 => u64::from(byte),
+            240..=247 => 1 << (8 * u32::from(byte - 240)),
+            _ => u64::MAX - u64::from(255 - byte),
+        }
+    }
+
+    fn bytes(&mut self) -> &'a [u8] {
+        let (head, rest) = self.0.split_at(usize::from(self.byte()).min(self.0.len().saturating_sub(1)).min(self.0.len()));
+        self.0 = rest;
+        head
+    }
+}
+
+/// Two regions of a few pages, with duplicates and zeros.
+fn small_image() -> Image {
+    let regions =
+        [(40_000, InstallSize::KIB_4), (70_000, InstallSize::KIB_64)].map(|(bytes, install_size)| Region { bytes, install_size });
+    Image::filled(regions.to_vec(), Mix::MEMORY, &mut Rng::new(11))
+}
+
+/// What any peer may do to any engine.
+fn common<M: Machine>(op: u8, script: &mut Script<M>, input: &mut Input<'_>) {
+    let lane = LaneId::from_wire(input.byte() % 10).unwrap();
+    match op {
+        0 => script.raw(lane, FrameKind(input.byte() % 14), input.bytes()),
+        1 => script.wait(Span::from_millis(input.number().min(20_000))),
+        2 => {
+            script.engine.work(script.now);
+        }
+        3 => {
+            if let Some(job) = script.engine.poll_job() {
+                script.engine.handle_job(job.run(), Span::from_nanos(input.number()), script.now);
+            }
+        }
+        4 => script.listen(),
+        5 => script.settle(),
+        6 => script.engine.handle_peer_error(PeerError::EndOfStream { lane: lane.number() }, script.now),
+        _ => script.engine.handle_lane_open(lane, script.now),
+    }
+    assert!(script.said.iter().map(|said| said.body.len()).sum::<usize>() < 16 << 20, "what it says is bounded");
+}
+
+/// A real receiver, offered frames that are nearly right. It is content only with the image whose root it was told.
+pub fn receiver_session(data: &[u8]) {
+    let mut input = Input(data);
+    let flags = input.byte();
+    let image = small_image();
+    let sink = if flags & 1 == 0 { ImageSink::empty(&image) } else { ImageSink::holding(older(&image)) };
+    let mut script = AgainstReceiver::receiver(flags / 2 % 2 + 1);
+    let phases = [Phase::Receiving, Phase::Receiving, Phase::Receiving, Phase::Greeting, Phase::Waiting, Phase::Deciding];
+    script.enter(phases[usize::from(flags >> 4) % phases.len()], &image, &sink);
+    let mut frames = [0u64; LaneId::COUNT];
+    while !input.0.is_empty() && !script.engine.is_over() {
+        let op = input.byte() % 16;
+        match op {
+            0..8 => common(op, &mut script, &mut input),
+            8 => {
+                let lane = LaneId::from_wire(input.byte() % 10).unwrap();
+                let proof = join_proof(&SECRET, &SESSION, lane.number());
+                let proof = if input.byte() & 1 == 0 { proof } else { Digest::default() };
+                let _ = script.join(lane, &Join { session: SESSION, proof });
+            }
+            9 => script.take(&sink),
+            10 => {
+                let lane = LaneId::bulk(input.byte() % 3);
+                let told = frames[lane.index()].wrapping_add(input.number());
+                script.say(lane, &Frame::Round(RoundEnd { round: u32::from(input.byte() / 64), frames: told }));
+            }
+            11 => {
+                let pages = image.pages().wrapping_add(input.number());
+                let digest = if input.byte() & 1 == 0 { image.root(&[0; 32]) } else { Digest([1; 32]) };
+                script.say(LaneId::CONTROL, &Frame::Root(Root { round: 0, pages, digest }));
+            }
+            12 => script.say(LaneId::CONTROL, &Frame::Done(Done { pages: image.pages(), root: image.root(&[0; 32]) })),
+            _ => {
+                let lane = LaneId::bulk(input.byte() % 3);
+                let body = statement(&image, &mut input);
+                script.raw(lane, FrameKind::PAGES, &body);
+                frames[lane.index()] += 1;
+            }
+        }
+    }
+    script.settle();
+    let content = matches!(script.engine.outcome(), Some(Ok(()))) || script.last(FrameKind::DONE).is_some();
+    if content {
+        let state = sink.state();
+        assert!(state.finished && state.image == image, "content with a wrong image");
+    }
+}
+
+/// The image some time ago: some pages differ.
+fn older(image: &Image) -> Image {
+    let mut base = image.clone();
+    base.touch(40, Mix::MEMORY, &mut Rng::new(12));
+    base
+}
+
+/// Statements about pages: mostly true ones.
+fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
+    let region = input.byte() % 2;
+    let first = input.number();
+    let count = u64::from(input.byte() % 20) + 1;
+    let mut statement = Statement::at(u16::from(region), first);
+    let known = [digests(image), digests(&older(image))].concat();
+    for page in first..first.saturating_add(count) {
+        let inside = page < image.regions[usize::from(region)].pages();
+        let at = if inside { page } else { 0 };
+        let mut bytes = *image.page(usize::from(region), at).first_chunk().unwrap();
+        statement = match input.byte() {
+            0..128 if bytes == [0; PAGE_BYTES] => statement.zero(),
+            0..128 => statement.inline(&bytes),
+            128..150 => statement.zero(),
+            150..200 => statement.reference(known[usize::from(input.byte()) % known.len()]),
+            200..230 => statement.base(known[usize::from(input.byte()) % known.len()]),
+            flaw => {
+                bytes[usize::from(input.byte()) * 16] ^= flaw;
+                statement.inline(&bytes)
+            }
+        };
+    }
+    match input.byte() {
+        0..200 => statement.body(),
+        200..230 if statement.payload.chunks(64).all(|chunk| chunk == &statement.payload[..64]) => statement.body(),
+        200..230 => {
+            let mut body = statement.body();
+            let at = input.number() as usize % body.len();
+            body[at] ^= 1;
+            body
+        }
+        _ => {
+            let body = statement.body();
+            body[..body.len() - (input.number() as usize % body.len())].to_vec()
+        }
+    }
+}
+
+/// A real sender, answered by a receiver that is nearly right. It is content only with a DONE that fits.
+pub fn sender_session(data: &[u8]) {
+    let mut input = Input(data);
+    let flags = input.byte();
+    let image = small_image();
+    let mut config = SenderConfig::new(pagewire_protocol::frame::ImageName::new("vm.img").unwrap());
+    (config.session, config.nonce, config.lanes) = (SESSION, [8; 16], flags / 2 % 2 + 1);
+    (config.dedup, config.compress, config.batch_pages) = (flags & 4 == 0, flags & 8 == 0, 16);
+    let mut script = AgainstSender::sender_with(&image, config);
+    let phase = [Phase::Opening, Phase::Opening, Phase::Sending, Phase::Greeting][usize::from(flags >> 4) % 4];
+    script.enter(phase, &image);
+    if phase == Phase::Opening {
+        let mut accept = script.honest_accept(&image);
+        accept.held_pages = if flags & 1 == 0 { vec![0, 0] } else { vec![input.number() % 11, input.number() % 19] };
+        accept.window = input.number().clamp(1, 1 << 20);
+        script.take(accept);
+    }
+    let mut fits = false;
+    while !input.0.is_empty() && !script.engine.is_over() {
+        let op = input.byte() % 12;
+        match op {
+            0..8 => common(op, &mut script, &mut input),
+            8 => {
+                let region = u16::from(input.byte() % 3);
+                let base = older(&image);
+                let mut tree = base.trees(&pagewire_protocol::digest::PageHasher::new(
+                    &pagewire_protocol::domain::DedupDomain::public(),
+                ));
+                let digest = tree.get_mut(usize::from(region)).map(|tree| tree.subtree(0)).unwrap_or_default();
+                let have = Have { region, first: input.number() % 3, digests: vec![digest; usize::from(input.byte() % 3) + 1] };
+                script.say(LaneId::CONTROL, &Frame::Have(have));
+            }
+            9 => {
+                let pages = image.pages().wrapping_add(input.number());
+                let root = if input.byte() & 1 == 0 { image.root(&[0; 32]) } else { Digest([1; 32]) };
+                fits |= (pages, root) == (image.pages(), image.root(&[0; 32]));
+                script.say(LaneId::CONTROL, &Frame::Done(Done { pages, root }));
+            }
+            _ => {
+                let lane = LaneId::bulk(input.byte() % 3);
+                let wants = (0..input.byte() % 4).map(|_| Want {
+                    region: u16::from(input.byte() % 3),
+                    first: input.number(),
+                    count: u32::try_from(input.number()).unwrap_or(u32::MAX).max(1),
+                });
+                let wants = wants.collect();
+                let frames = script.frames(lane).saturating_sub(u64::from(input.byte() % 4));
+                script.say(lane, &Frame::Ack(Ack { frames, wants }));
+            }
+        }
+    }
+    script.settle();
+    if matches!(script.engine.outcome(), Some(Ok(()))) {
+        assert!(fits, "content without a DONE that fits");
+    }
+}

@@ -1,0 +1,113 @@
+//! Every committed fuzz input runs through the same function as under the fuzzer (A12), with debug assertions.
+//!
+//! `PAGEWIRE_RECORD=1` writes the seeds that are made rather than found: golden vectors and the streams of simulated
+//! sessions.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code: a failed expectation is a failed test")]
+
+use pagewire_protocol::frame::{FrameKind, HEADER_BYTES};
+use pagewire_test_support::fuzz::TARGETS;
+use pagewire_test_support::image::{Image, Mix};
+use pagewire_test_support::memory::ImageSink;
+use pagewire_test_support::rng::Rng;
+use pagewire_test_support::world::{World, WorldConfig};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn corpus(target: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(target)
+}
+
+fn inputs(target: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(corpus(target)).unwrap_or_else(|error| panic!("fuzz/corpus/{target}: {error}"));
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+#[test]
+fn every_input_of_every_target_keeps_the_invariants() {
+    for (name, target) in TARGETS {
+        let inputs = inputs(name);
+        assert!(!inputs.is_empty(), "fuzz/corpus/{name} is empty");
+        for path in inputs {
+            eprintln!("{}", path.display());
+            target(&fs::read(&path).unwrap());
+        }
+    }
+}
+
+#[test]
+fn every_target_has_its_entry_for_libfuzzer() {
+    for (name, _) in TARGETS {
+        let entry = corpus("..").join("fuzz_targets").join(format!("{name}.rs"));
+        assert!(entry.exists(), "{}", entry.display());
+    }
+}
+
+fn hex(text: &str) -> Vec<u8> {
+    let digits: Vec<u32> = text.chars().filter_map(|c| c.to_digit(16)).collect();
+    digits.chunks(2).map(|pair| u8::try_from(pair[0] * 16 + pair[1]).unwrap()).collect()
+}
+
+fn keep(target: &str, name: &str, bytes: &[u8]) {
+    fs::create_dir_all(corpus(target)).unwrap();
+    fs::write(corpus(target).join(name), bytes).unwrap();
+}
+
+fn record_vectors() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../protocol/vectors");
+    for &kind in FrameKind::ALL {
+        let name = kind.name().to_lowercase();
+        let Ok(text) = fs::read_to_string(folder.join(format!("{name}.txt"))) else { continue };
+        let bytes = hex(text.split("\n\n").next().unwrap());
+        keep("frame", &format!("vector-{name}"), &[&[kind.0], &bytes[HEADER_BYTES..]].concat());
+        keep("framing", &format!("vector-{name}"), &[&[3], bytes.as_slice()].concat());
+    }
+}
+
+fn record_sessions() {
+    for seed in 0..4 {
+        let mut rng = Rng::new(seed);
+        let image = Image::random(12, Mix::MEMORY, &mut rng);
+        let mut base = image.clone();
+        base.touch(50, Mix::MEMORY, &mut rng);
+        let sink = if seed % 2 == 0 { ImageSink::empty(&image) } else { ImageSink::holding(base) };
+        let mut config = WorldConfig::new(seed);
+        config.record = true;
+        let outcome = World::new(&image, &sink, config).run();
+        for way in [true, false] {
+            let frames: Vec<&Vec<u8>> = outcome.recording.iter().filter(|(to, _)| *to == way).map(|(_, bytes)| bytes).collect();
+            let stream = frames.iter().flat_map(|bytes| bytes.iter().copied());
+            keep("framing", &format!("session-{seed}-{way}"), &[200].into_iter().chain(stream).collect::<Vec<u8>>());
+            for (at, bytes) in frames.iter().enumerate().filter(|(_, bytes)| bytes[4] == FrameKind::PAGES.0) {
+                keep("pages", &format!("session-{seed}-{at}"), &bytes[HEADER_BYTES..]);
+            }
+        }
+    }
+}
+
+fn record_operations() {
+    let mut compressed = Vec::new();
+    let text = [7u8; 8192];
+    assert!(pagewire_protocol::compress::Compressor::new().unwrap().compress(&text, 1, &mut compressed));
+    keep("decompress", "two-pages", &[&[1], compressed.as_slice()].concat());
+    // A receiver that is told everything in two frames, the rounds, the root; a sender that is acknowledged and done.
+    let mut whole = vec![0u8, 13, 0, 0, 0, 9];
+    whole.extend([0; 11]);
+    whole.extend([13, 0, 1, 0, 17]);
+    whole.extend([0; 19]);
+    whole.extend([10, 0, 2, 0, 11, 0, 0, 5, 0, 12]);
+    keep("receiver_session", "whole", &whole);
+    keep("receiver_session", "base", &[1, 5, 0, 13, 0, 0, 0, 200, 0, 0, 5, 0]);
+    keep("sender_session", "whole", &[0x20, 5, 0, 10, 0, 0, 0, 9, 0, 0]);
+    keep("sender_session", "held", &[1, 10, 18, 255, 8, 0, 0, 0, 8, 1, 0, 0, 5, 0, 10, 0, 1, 0, 0, 1, 0, 5, 0, 9, 0, 0]);
+}
+
+#[test]
+fn made_seeds_can_be_made_again() {
+    if std::env::var_os("PAGEWIRE_RECORD").is_some() {
+        record_vectors();
+        record_sessions();
+        record_operations();
+    }
+}
