@@ -9,13 +9,13 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Signals cannot be watched.
 pub(crate) fn cancel_on_signal(token: CancellationToken) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    // Watched before this returns, so that no signal finds the process unprepared.
+    let (mut interrupt, mut terminate) = {
+        let _inside = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
     std::thread::Builder::new().name("pagewire-signals".to_owned()).spawn(move || {
         runtime.block_on(async {
-            let (Ok(mut interrupt), Ok(mut terminate)) =
-                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-            else {
-                return;
-            };
             for again in [false, true] {
                 tokio::select! {
                     _ = interrupt.recv() => {}
