@@ -183,8 +183,11 @@ fn a_source_that_changes_while_it_is_read_is_named_and_nothing_is_lost() {
     for (what, change) in changes {
         let pair = Pair::new(32 * MIB);
         let (src, dst) = (pair.src(), pair.dst());
-        let running =
-            Running::start(&pair.copy(src.to_str().unwrap(), dst.to_str().unwrap(), &["--bandwidth-limit", "6MB"]));
+        let running = Running::start(&pair.copy(
+            src.to_str().unwrap(),
+            dst.to_str().unwrap(),
+            &["--fresh", "--bandwidth-limit", "6MB"],
+        ));
         wait_until("it has begun", || pair.partial().exists());
         std::thread::sleep(std::time::Duration::from_millis(100));
         change(&File::options().write(true).open(pair.src()).unwrap());
