@@ -224,7 +224,7 @@ impl Resolver {
             if to.map.is_present(from, number) {
                 let error =
                     std::io::Error::other(format!("page {number} of region {} is not what was put there", from.0));
-                return Err(failed("cannot be read back")(error));
+                return Err(failed("returned other bytes than were put there")(error));
             }
             to.map.forget(from, number);
             return Ok(false);

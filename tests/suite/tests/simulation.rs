@@ -3,7 +3,12 @@
 //! Each seed is one world: image, base, lanes, links, faults. Sessions are cut again and again and each next one builds
 //! on what the last one left; the last one is not harmed and must succeed. `PAGEWIRE_SEED=n` replays one seed,
 //! `PAGEWIRE_SEEDS=n` runs that many.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a failed expectation is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "test code: a failed expectation is a failed test"
+)]
 
 use pagewire_protocol::frame::{Codec, LaneId, Role};
 use pagewire_protocol::page::{InstallSize, Region};

@@ -226,9 +226,10 @@ fn may_depend(folder: &str, name: &str) -> bool {
         "tests/no-os" => name == "pagewire-protocol",
         _ => name != "pagewire-cli",
     };
-    // One place hashes and encodes; text errors without a type are for the program.
+    // One place hashes and encodes (benches measure against it); errors without a type are for the program.
     let one_place = match name {
-        "blake3" | "bincode" => folder == "protocol",
+        "blake3" => ["protocol", "benches"].contains(&folder),
+        "bincode" => folder == "protocol",
         "anyhow" => folder == "cli",
         _ => true,
     };

@@ -71,7 +71,7 @@ impl Image {
         } else if kind < mix.zero + mix.pool {
             Rng::new(rng.below(5)).fill(bytes);
         } else if kind < mix.zero + mix.pool + mix.text {
-            let word = rng.next().to_le_bytes();
+            let word = rng.word().to_le_bytes();
             bytes.iter_mut().zip(word.iter().cycle()).for_each(|(byte, &value)| *byte = value);
         } else {
             rng.fill(bytes);

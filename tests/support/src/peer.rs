@@ -8,7 +8,7 @@ use crate::memory::{ImageMemory, ImageSink, SourceFaults};
 use pagewire_protocol::compress::Compressor;
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest, join_proof, page_digest, transcript_digest};
 use pagewire_protocol::domain::DedupDomain;
-use pagewire_protocol::error::{CloseCode, Violation};
+use pagewire_protocol::error::{CloseCode, Violation, chain};
 use pagewire_protocol::frame::{
     Accept, Close, Codec, Done, EntryKind, Frame, FrameHeader, FrameKind, HEADER_BYTES, Hello, ImageName, Join, LaneId, Open,
     PagesHead, Role, Root, RoundEnd, Run,
@@ -334,7 +334,7 @@ impl AgainstReceiver {
     pub fn failure(&mut self) -> (CloseCode, String) {
         let error = self.outcome().expect("over").expect_err("failed");
         let close = self.closed().expect("the peer is told");
-        assert_eq!(close.reason, error.to_string(), "both sides say the same");
+        assert_eq!(close.reason, chain(&error.kind), "both sides say the same");
         (close.code, close.reason)
     }
 }
@@ -406,7 +406,7 @@ impl AgainstSender {
     pub fn failure(&mut self) -> (CloseCode, String) {
         let error = self.outcome().expect("over").expect_err("failed");
         let close = self.closed().expect("the peer is told");
-        assert_eq!(close.reason, error.to_string(), "both sides say the same");
+        assert_eq!(close.reason, chain(&error.kind), "both sides say the same");
         (close.code, close.reason)
     }
 }

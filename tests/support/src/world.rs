@@ -73,7 +73,7 @@ impl WorldConfig {
     pub fn new(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x5eed);
         let mut sender = SenderConfig::new(ImageName::new("vm.img").unwrap());
-        sender.seed = rng.next();
+        sender.seed = rng.word();
         rng.fill(&mut sender.session);
         rng.fill(&mut sender.nonce);
         Self {
@@ -299,7 +299,7 @@ impl World {
     fn decide(&mut self) {
         match self.config.decision.clone() {
             Decision::Accept => {
-                let (lanes, window, secret, seed) = (self.config.lanes, self.config.window, self.rng.key(), self.rng.next());
+                let (lanes, window, secret, seed) = (self.config.lanes, self.config.window, self.rng.key(), self.rng.word());
                 let terms = Terms { sink: self.sink.clone(), lanes, window, secret, seed };
                 self.receiver.machine.accept(terms, self.now);
             }
