@@ -19,7 +19,7 @@ use pagewire_protocol::error::{CloseCode, DecodeError, GuestAt, Incompatible, Pe
 use pagewire_protocol::frame::{
     Accept, Ack, Done, EntryKind, Frame, FrameKind, Join, LaneId, Open, Pages, Role, Root, RoundEnd,
 };
-use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX};
+use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId};
 use pagewire_protocol::session::{Endpoint, Job, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
@@ -84,7 +84,6 @@ struct Lane {
     joined: bool,
     ended: bool,
     frames: u64,
-    acked: u64,
     unacked_bytes: u64,
     ack_due: Option<Time>,
 }
@@ -104,6 +103,8 @@ struct Receiving<S> {
     lanes: [Lane; LaneId::COUNT],
     bulk_lanes: u8,
     round: u32,
+    /// Until when every granted lane must have joined.
+    joined_until: Time,
     root: Option<Root>,
     /// Gone while the finish job has it.
     sink: Option<S>,
@@ -153,11 +154,12 @@ impl<S: GuestSink> ReceiverEngine<S> {
             map: PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero()),
             hasher,
             scan: Scan::new(held.clone()),
-            wants: Wants::new(&open.layout),
+            wants: Wants::new(&open.layout, bulk_lanes),
             resolver,
             lanes: Default::default(),
             bulk_lanes,
             round: 0,
+            joined_until: now + HANDSHAKE_SPAN_MAX,
             root: None,
             sink: Some(sink),
             finish: None,
@@ -255,6 +257,14 @@ impl<S: GuestSink> ReceiverEngine<S> {
         }
     }
 
+    /// Until when lanes may join, if some have not.
+    fn joining_until(&self) -> Option<Time> {
+        let receiving = self.receiving.as_ref().filter(|_| self.endpoint.phase() == Phase::Receiving)?;
+        let mut granted = (0..receiving.bulk_lanes).map(LaneId::bulk);
+        let missing = granted.any(|lane| receiving.lanes.get(lane.index()).is_some_and(|lane| !lane.joined));
+        missing.then_some(receiving.joined_until)
+    }
+
     fn handle_open(&mut self, open: Open) -> Result<(), ErrorKind> {
         let greeted = self.endpoint.greeted();
         if greeted.is_none_or(|greeted| greeted.transcript != open.transcript) {
@@ -291,21 +301,17 @@ impl<S: GuestSink> Receiving<S> {
     ) -> Result<(), ErrorKind> {
         let range = self.judge_range(lane, pages)?;
         let Some(sink) = self.sink.as_mut() else {
-            return Err(Violation::Entry {
-                what: "pages after the image was complete",
-                region: range.region.0,
-                first: range.first.0,
-            }
-            .into());
+            // SPEC 7.4: a late answer to a want, whose page was stated again meanwhile.
+            return Ok(());
         };
         let mut to = Target { map: &mut self.map, sink, scan: &self.scan, hasher: &self.hasher, counts };
         match self.resolver.apply(range, pages, &mut to)? {
             Resolved::Missing(missing) => {
                 range.numbers().for_each(|page| self.wants.settle(&self.open.layout, range.region, page));
-                missing.iter().for_each(|&page| self.wants.ask(&self.open.layout, lane, range.region, page, 1));
+                missing.iter().for_each(|&page| self.wants.ask(&self.open.layout, range.region, page, 1));
             }
             Resolved::Disbelieved => {
-                self.wants.ask(&self.open.layout, lane, range.region, range.first.0, u64::from(range.count));
+                self.wants.ask(&self.open.layout, range.region, range.first.0, u64::from(range.count));
             }
         }
         self.wants.check(&self.open.layout)?;
@@ -385,15 +391,14 @@ impl<S: GuestSink> Receiving<S> {
     }
 
     fn poll_ack(&mut self, lane: LaneId, now: Time) -> Option<Outgoing> {
-        let waiting = self.wants.is_waiting(lane);
-        let state = self.lanes.get_mut(lane.index())?;
+        let state = self.lanes.get_mut(lane.index()).filter(|lane| lane.joined)?;
+        let wants = self.wants.take(&self.open.layout, lane);
         let due = state.ack_due.is_some_and(|due| now >= due) || state.unacked_bytes >= ACK_BYTES;
-        if !state.joined || !(waiting || due) {
+        if wants.is_empty() && !due {
             return None;
         }
-        (state.acked, state.unacked_bytes, state.ack_due) = (state.frames, 0, None);
-        let ack = Ack { frames: state.frames, wants: self.wants.take(lane) };
-        Some(Outgoing::frame(&Frame::Ack(ack), lane))
+        (state.unacked_bytes, state.ack_due) = (0, None);
+        Some(Outgoing::frame(&Frame::Ack(Ack { frames: state.frames, wants }), lane))
     }
 }
 
@@ -410,12 +415,18 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
         }
     }
 
+    fn handle_progress(&mut self, lane: LaneId, now: Time) {
+        self.endpoint.note_progress(lane, now);
+    }
+
     fn handle_peer_error(&mut self, error: PeerError, _now: Time) {
         self.fail(error.into());
     }
 
     fn handle_timeout(&mut self, now: Time) {
-        if let Err(error) = self.endpoint.handle_timeout(now) {
+        let late = self.joining_until().is_some_and(|until| now >= until);
+        let late = if late { Err(PeerError::Timeout("a granted lane was not joined within 10 s")) } else { Ok(()) };
+        if let Err(error) = late.and_then(|()| self.endpoint.handle_timeout(now)) {
             self.fail(error.into());
         }
     }
@@ -498,7 +509,7 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
         // Once the image is whole nobody asks for acknowledgements any more, and none must wake anybody.
         let receiving = self.receiving.as_ref().filter(|_| self.endpoint.phase() == Phase::Receiving);
         let acks = receiving.into_iter().flat_map(|receiving| receiving.lanes.iter().filter_map(|lane| lane.ack_due));
-        acks.chain(self.endpoint.poll_timeout()).min()
+        acks.chain(self.endpoint.poll_timeout()).chain(self.joining_until()).min()
     }
 
     fn recycle(&mut self, _buffer: Vec<u8>) {}

@@ -1,65 +1,77 @@
-//! Pages whose bytes the receiver has asked for and not got yet.
+//! Pages whose bytes the receiver has asked for and not got yet, a bit each.
 //!
-//! Wants are collected lane by lane and leave with that lane's next ACK, neighbours as one run. A page wanted more
-//! than [`WANTS_A_PAGE_MAX`] times on average ends the session: the peer answers with what cannot be kept.
+//! A want leaves with the next ACK of its page's lane, neighbours as one run. All of them together are two bits a page,
+//! however many a peer causes; a page wanted more than [`WANTS_A_PAGE_MAX`] times on average ends the session.
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::error::Violation;
 use pagewire_protocol::frame::{LaneId, Want};
 use pagewire_protocol::limits::{WANTS_A_PAGE_MAX, WANTS_MAX};
-use pagewire_protocol::page::{Layout, RegionId};
-use std::collections::VecDeque;
+use pagewire_protocol::page::{GROUP_PAGES, Layout, Place, RegionId};
 
 /// Outstanding wants of a session.
 #[derive(Debug)]
 pub(crate) struct Wants {
     outstanding: PageBitmap,
+    /// Those of them that no ACK has carried yet.
+    unsent: PageBitmap,
     asked: u64,
-    queues: [VecDeque<Want>; LaneId::COUNT],
+    bulk_lanes: u64,
 }
 
 impl Wants {
-    pub(crate) fn new(layout: &Layout) -> Self {
-        Self { outstanding: PageBitmap::new(layout.pages()), asked: 0, queues: Default::default() }
+    pub(crate) fn new(layout: &Layout, bulk_lanes: u8) -> Self {
+        let (outstanding, unsent) = (PageBitmap::new(layout.pages()), PageBitmap::new(layout.pages()));
+        Self { outstanding, unsent, asked: 0, bulk_lanes: u64::from(bulk_lanes) }
     }
 
-    /// Asks for pages `first..first + count`, widened to whole install pages, on `lane`.
-    pub(crate) fn ask(&mut self, layout: &Layout, lane: LaneId, region: RegionId, first: u64, count: u64) {
+    /// Asks for pages `first..first + count`, widened to whole install pages.
+    pub(crate) fn ask(&mut self, layout: &Layout, region: RegionId, first: u64, count: u64) {
         let Some(known) = layout.region(region) else { return };
         let step = u64::from(known.install_size.pages());
         let start = first / step * step;
         let end = (first.saturating_add(count)).div_ceil(step).saturating_mul(step).min(known.pages());
-        let Some(queue) = self.queues.get_mut(lane.index()) else { return };
         for page in start..end {
-            if !self.outstanding.insert(u64::from(layout.place(region, page).0)) {
-                continue;
-            }
-            self.asked = self.asked.saturating_add(1);
-            match queue.back_mut() {
-                Some(last) if last.region == region.0 && last.first.saturating_add(u64::from(last.count)) == page => {
-                    last.count = last.count.saturating_add(1);
-                }
-                _ => queue.push_back(Want { region: region.0, first: page, count: 1 }),
+            let place = u64::from(layout.place(region, page).0);
+            if self.outstanding.insert(place) {
+                self.unsent.insert(place);
+                self.asked = self.asked.saturating_add(1);
             }
         }
     }
 
-    /// A page came.
+    /// A page was stated again.
     pub(crate) fn settle(&mut self, layout: &Layout, region: RegionId, page: u64) {
         if self.outstanding.count() > 0 {
-            self.outstanding.remove(u64::from(layout.place(region, page).0));
+            let place = u64::from(layout.place(region, page).0);
+            self.outstanding.remove(place);
+            self.unsent.remove(place);
         }
-    }
-
-    /// Whether `lane` has wants to send.
-    pub(crate) fn is_waiting(&self, lane: LaneId) -> bool {
-        self.queues.get(lane.index()).is_some_and(|queue| !queue.is_empty())
     }
 
     /// The next wants for an ACK of `lane`.
-    pub(crate) fn take(&mut self, lane: LaneId) -> Vec<Want> {
-        let Some(queue) = self.queues.get_mut(lane.index()) else { return Vec::new() };
-        queue.drain(..queue.len().min(WANTS_MAX)).collect()
+    pub(crate) fn take(&mut self, layout: &Layout, lane: LaneId) -> Vec<Want> {
+        let mut wants: Vec<Want> = Vec::new();
+        if self.unsent.count() == 0 {
+            return wants;
+        }
+        let mut next = 0;
+        while wants.len() < WANTS_MAX {
+            let Some(run) = self.unsent.runs(next..layout.pages()).next() else { break };
+            let (region, first) = layout.locate(Place(u32::try_from(run.start).unwrap_or(u32::MAX)));
+            let pages = layout.region(region).map_or(0, |region| region.pages());
+            let border = (first.0 / GROUP_PAGES).saturating_add(1).saturating_mul(GROUP_PAGES).min(pages);
+            let count = run.end.saturating_sub(run.start).min(border.saturating_sub(first.0)).max(1);
+            next = run.start.saturating_add(count);
+            let group = layout.group(region, first.0);
+            if group.checked_rem(self.bulk_lanes) == lane.bulk_index().map(u64::from) {
+                (run.start..next).for_each(|place| {
+                    self.unsent.remove(place);
+                });
+                wants.push(Want { region: region.0, first: first.0, count: u32::try_from(count).unwrap_or(1) });
+            }
+        }
+        wants
     }
 
     /// Pages asked for and not there.
@@ -78,5 +90,28 @@ impl Wants {
             return Err(Violation::WantFlood { wants: self.asked, pages: layout.pages() });
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pagewire_protocol::page::{InstallSize, Region};
+
+    #[test]
+    fn a_want_is_widened_asked_once_and_goes_on_its_pages_lane() {
+        let region = Region { bytes: 8 << 20, install_size: InstallSize::KIB_64 };
+        let layout = Layout::new(vec![region, region]).unwrap();
+        let mut wants = Wants::new(&layout, 2);
+        wants.ask(&layout, RegionId(0), 505, 10);
+        wants.ask(&layout, RegionId(0), 506, 1);
+        wants.ask(&layout, RegionId(1), 2047, 1);
+        let want = |region, first, count| Want { region, first, count };
+        assert_eq!(wants.take(&layout, LaneId::bulk(0)), [want(0, 496, 16)]);
+        assert_eq!(wants.take(&layout, LaneId::bulk(1)), [want(0, 512, 16), want(1, 2032, 16)]);
+        assert_eq!(wants.take(&layout, LaneId::bulk(1)), []);
+        assert_eq!((wants.outstanding(), wants.asked()), (48, 48));
+        wants.settle(&layout, RegionId(0), 496);
+        assert_eq!(wants.outstanding(), 47);
     }
 }

@@ -268,6 +268,10 @@ impl<M: GuestMemory> Machine for SenderEngine<M> {
         }
     }
 
+    fn handle_progress(&mut self, lane: LaneId, now: Time) {
+        self.endpoint.note_progress(lane, now);
+    }
+
     fn handle_peer_error(&mut self, error: PeerError, _now: Time) {
         self.fail(error.into());
     }

@@ -19,11 +19,10 @@ use pagewire_protocol::frame::{
     Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run,
 };
 use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES, WANTS_A_PAGE_MAX};
-use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, RegionId};
+use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Place, RegionId};
 use pagewire_protocol::session::Payload;
 use pagewire_protocol::time::Time;
 use pagewire_protocol::tree::{DigestTree, image_root};
-use std::collections::VecDeque;
 
 /// Bytes copied out and digested at once.
 const PIECE_BYTES: usize = 32 * PAGE_BYTES;
@@ -51,7 +50,8 @@ pub(crate) struct Sending<M> {
     pub(crate) lanes: Lanes,
     compress: CompressSwitch,
     announce: Vec<AnnounceSwitch>,
-    wants: VecDeque<PageRange>,
+    /// Places wanted and not answered yet.
+    wants: PageBitmap,
     /// Places wanted before: their next answer carries the bytes, whatever was sent elsewhere.
     wanted: PageBitmap,
     cover: Option<Cover>,
@@ -76,7 +76,7 @@ impl<M: GuestMemory> Sending<M> {
             lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers),
             compress: CompressSwitch::new(config.compress && zstd, config.workers),
             announce: layout.regions().iter().map(|_| AnnounceSwitch::default()).collect(),
-            wants: VecDeque::new(),
+            wants: PageBitmap::new(layout.pages()),
             wanted: PageBitmap::new(layout.pages()),
             cover: None,
             region: RegionId(0),
@@ -105,7 +105,8 @@ impl<M: GuestMemory> Sending<M> {
                 return Err(Violation::Entry { what: "want of a page that was not stated", region, first }.into());
             }
             self.counts.wants = self.counts.wants.saturating_add(u64::from(range.count));
-            self.wants.push_back(range);
+            let first = u64::from(self.layout.place(range.region, first).0);
+            self.wants.insert_range(first..first.saturating_add(u64::from(range.count)));
         }
         let pages = self.layout.pages();
         if self.counts.wants > pages.saturating_mul(WANTS_A_PAGE_MAX) {
@@ -140,7 +141,7 @@ impl<M: GuestMemory> Sending<M> {
             self.lanes.note_full(now);
             return Ok(Step::Waits);
         }
-        if let Some(range) = self.wants.pop_front() {
+        if let Some(range) = self.next_want() {
             return self.answer(range, now).map(|()| Step::Did);
         }
         if let Some(range) = self.next_range() {
@@ -211,6 +212,11 @@ impl<M: GuestMemory> Sending<M> {
     fn state_pages(&mut self, range: PageRange, buffer: Vec<u8>, announce: bool, now: Time) {
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let mut entries = Entries::over(buffer);
+        let all_zero = self.digests.iter().all(|digest| *digest == self.hasher.zero());
+        if !all_zero {
+            // The frame under construction comes behind it: frame numbers taken below count on that.
+            self.flush_cover();
+        }
         for (at, (page, &digest)) in range.numbers().zip(&self.digests).enumerate() {
             let place = self.layout.place(range.region, page);
             let kind = if digest == self.hasher.zero() {
@@ -225,21 +231,31 @@ impl<M: GuestMemory> Sending<M> {
         self.send(range, lane, entries, announce, now);
     }
 
-    /// Answers a want with the bytes, or with a reference to bytes that went on this lane meanwhile.
-    fn answer(&mut self, range: PageRange, now: Time) -> Result<(), ErrorKind> {
-        let Some(region) = self.layout.region(range.region) else { return Ok(()) };
-        let step = u64::from(region.install_size.pages()).max(self.batch_pages).min(GROUP_PAGES);
-        let border = (range.first.0 / step).saturating_add(1).saturating_mul(step).min(range.numbers().end);
-        let count = u32::try_from(border.saturating_sub(range.first.0)).unwrap_or(0);
-        let now_part = PageRange { count, ..range };
-        if count < range.count {
-            let rest = PageRange { first: PageNumber(border), count: range.count.saturating_sub(count), ..range };
-            self.wants.push_front(rest);
+    /// The next pages to answer a want with: whole install pages inside one group.
+    fn next_want(&mut self) -> Option<PageRange> {
+        if self.wants.count() == 0 {
+            return None;
         }
-        let buffer = self.read(now_part)?;
+        let run = self.wants.runs(0..self.layout.pages()).next()?;
+        let (region, first) = self.layout.locate(Place(u32::try_from(run.start).ok()?));
+        let known = self.layout.region(region)?;
+        let step = u64::from(known.install_size.pages()).max(self.batch_pages).min(GROUP_PAGES);
+        let border = (first.0 / step).saturating_add(1).saturating_mul(step).min(known.pages());
+        let count = run.end.saturating_sub(run.start).min(border.saturating_sub(first.0));
+        for place in run.start..run.start.saturating_add(count) {
+            self.wants.remove(place);
+        }
+        Some(PageRange { region, first, count: u32::try_from(count).ok()? })
+    }
+
+    /// Answers a want with the bytes, or with a reference to bytes that went on this lane meanwhile.
+    // SPEC 6.11
+    fn answer(&mut self, range: PageRange, now: Time) -> Result<(), ErrorKind> {
+        let buffer = self.read(range)?;
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let mut entries = Entries::over(buffer);
-        for (at, (page, &digest)) in now_part.numbers().zip(&self.digests).enumerate() {
+        self.flush_cover();
+        for (at, (page, &digest)) in range.numbers().zip(&self.digests).enumerate() {
             let tree = self.trees.get(usize::from(range.region.0));
             if tree.is_none_or(|tree| tree.leaf(page) != digest) {
                 let message = format!(
@@ -258,11 +274,12 @@ impl<M: GuestMemory> Sending<M> {
             };
             entries.push(kind, at, digest);
         }
-        self.send(now_part, lane, entries, false, now);
+        self.send(range, lane, entries, false, now);
         Ok(())
     }
 
-    /// Reads a range and digests it into `digests`.
+    /// Copies a range out and digests that copy into `digests`: what is sent are the bytes that were digested.
+    // SPEC 6.6
     fn read(&mut self, range: PageRange) -> Result<Vec<u8>, ErrorKind> {
         let count = usize::try_from(range.count).unwrap_or(0);
         let mut buffer = self.lanes.buffer(count.saturating_mul(PAGE_BYTES));
@@ -307,6 +324,10 @@ impl<M: GuestMemory> Sending<M> {
         }
         self.flush_cover();
         self.cover = Some(Cover { range, runs: runs.to_vec() });
+        if self.ended {
+            // An answer to a want, with nothing behind it that would push it out.
+            self.flush_cover();
+        }
     }
 
     fn flush_cover(&mut self) {

@@ -24,6 +24,8 @@ pub(crate) struct Lane {
     stream: Box<dyn Stream>,
     pub(crate) framer: Framer,
     out: Option<(Outgoing, usize)>,
+    /// Bytes moved in either direction since that was last told.
+    moved: u64,
     /// Since when the frame under way has been watched, and what came of it since.
     watched: (Time, u64),
     pub(crate) ended: bool,
@@ -32,7 +34,7 @@ pub(crate) struct Lane {
 
 impl Lane {
     pub(crate) fn new(stream: Box<dyn Stream>, framer: Framer, now: Time) -> Self {
-        Self { stream, framer, out: None, watched: (now, 0), ended: false, shut: false }
+        Self { stream, framer, out: None, moved: 0, watched: (now, 0), ended: false, shut: false }
     }
 
     /// Reads once; zero bytes are the end of the stream.
@@ -42,6 +44,7 @@ impl Lane {
         let count = space.filled().len();
         self.framer.filled(count);
         self.watched.1 = self.watched.1.saturating_add(count as u64);
+        self.moved = self.moved.saturating_add(count as u64);
         Poll::Ready(Ok(count))
     }
 
@@ -57,6 +60,15 @@ impl Lane {
         let trickle = self.watched.1 < PROGRESS_BYTES_MIN;
         self.watched = (now, 0);
         trickle
+    }
+
+    /// Whether enough has moved since it was last asked to count as a sign of life.
+    pub(crate) fn take_progress(&mut self) -> bool {
+        let enough = self.moved >= PROGRESS_BYTES_MIN;
+        if enough {
+            self.moved = 0;
+        }
+        enough
     }
 
     /// Whether a frame can be given to [`send`](Self::send).
@@ -100,6 +112,7 @@ impl Lane {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             *written = written.saturating_add(count);
+            self.moved = self.moved.saturating_add(count as u64);
         }
         Poll::Ready(Ok(None))
     }

@@ -146,6 +146,7 @@ impl<M: Machine> Pump<M> {
         for index in 0..self.lanes.len() {
             moved |= self.read_lane(index, cx);
             moved |= self.write_lane(index, cx);
+            self.note_progress(index);
         }
         moved
     }
@@ -216,6 +217,18 @@ impl<M: Machine> Pump<M> {
                 self.machine.handle_peer_error(PeerError::Broken { lane: number, reason: error.to_string() }, now);
                 true
             }
+        }
+    }
+
+    fn note_progress(&mut self, index: usize) {
+        let now = self.now();
+        let lane = self.lanes.get_mut(index).and_then(Option::as_mut);
+        let id = u8::try_from(index).ok().and_then(|number| LaneId::from_wire(number).ok());
+        if let (true, Some(id)) = (lane.is_some_and(Lane::take_progress), id) {
+            let carried = (1..LaneId::COUNT)
+                .filter(|_| self.single_stream)
+                .filter_map(|n| LaneId::from_wire(u8::try_from(n).ok()?).ok());
+            std::iter::once(id).chain(carried).for_each(|lane| self.machine.handle_progress(lane, now));
         }
     }
 

@@ -106,6 +106,12 @@ impl Hello {
             return Err(DecodeError::Unknown { field: "reserved bytes of HELLO", value: 1 });
         }
         let body: HelloBody = decode_body(reader.rest())?;
+        if body.features_required & !body.features_offered != 0 {
+            return Err(DecodeError::Unknown {
+                field: "required feature that is not offered",
+                value: body.features_required,
+            });
+        }
         at_most("agent bytes", body.agent.len(), AGENT_BYTES_MAX)?;
         at_most("extensions", body.extensions.len(), EXTENSIONS_MAX)?;
         for extension in &body.extensions {

@@ -115,6 +115,12 @@ impl Endpoint {
         Ok(())
     }
 
+    /// Enough of a frame under way on `lane` has moved to count as life.
+    // SPEC 9.5
+    pub fn note_progress(&mut self, lane: LaneId, now: Time) {
+        self.liveness.heard(lane, now);
+    }
+
     /// Starts to watch a lane that has been joined.
     pub fn open_lane(&mut self, lane: LaneId, now: Time) {
         self.liveness.open(lane, now);

@@ -1,7 +1,7 @@
 //! Signs of life, lane by lane, the same on every transport.
 //!
-//! A lane that is silent for [`PING_AFTER`] is asked; one that stays silent for [`SILENCE_MAX`] has lost its peer. Only
-//! whole frames count as life.
+//! A lane that is silent for [`PING_AFTER`] is asked; one that stays silent for [`SILENCE_MAX`] has lost its peer. Whole
+//! frames count as life, and so does a frame under way of which enough moves.
 
 use crate::frame::{Frame, LaneId, Ping};
 use crate::limits::{PING_AFTER, SILENCE_MAX};

@@ -95,6 +95,9 @@ pub trait Machine {
     /// A whole frame arrived. A machine that cannot go on says so by [`is_over`](Self::is_over).
     fn handle_frame(&mut self, lane: LaneId, kind: FrameKind, body: &[u8], now: Time);
 
+    /// A frame under way on `lane` made progress, in either direction: a slow link is not a dead one.
+    fn handle_progress(&mut self, lane: LaneId, now: Time);
+
     /// The transport cannot go on: a connection ended or broke, or bytes on it are no frame.
     fn handle_peer_error(&mut self, error: PeerError, now: Time);
 

@@ -2,7 +2,12 @@
 //!
 //! `PAGEWIRE_RECORD=1` writes the seeds that are made rather than found: golden vectors and the streams of simulated
 //! sessions.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code: a failed expectation is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: a failed expectation is a failed test"
+)]
 
 use pagewire_protocol::frame::{FrameKind, HEADER_BYTES};
 use pagewire_test_support::fuzz::TARGETS;
@@ -76,7 +81,8 @@ fn record_sessions() {
         config.record = true;
         let outcome = World::new(&image, &sink, config).run();
         for way in [true, false] {
-            let frames: Vec<&Vec<u8>> = outcome.recording.iter().filter(|(to, _)| *to == way).map(|(_, bytes)| bytes).collect();
+            let frames: Vec<&Vec<u8>> =
+                outcome.recording.iter().filter(|(to, _)| *to == way).map(|(_, bytes)| bytes).collect();
             let stream = frames.iter().flat_map(|bytes| bytes.iter().copied());
             keep("framing", &format!("session-{seed}-{way}"), &[200].into_iter().chain(stream).collect::<Vec<u8>>());
             for (at, bytes) in frames.iter().enumerate().filter(|(_, bytes)| bytes[4] == FrameKind::PAGES.0) {
@@ -100,7 +106,11 @@ fn record_operations() {
     keep("receiver_session", "whole", &whole);
     keep("receiver_session", "base", &[1, 5, 0, 13, 0, 0, 0, 200, 0, 0, 5, 0]);
     keep("sender_session", "whole", &[0x20, 5, 0, 10, 0, 0, 0, 9, 0, 0]);
-    keep("sender_session", "held", &[1, 10, 18, 255, 8, 0, 0, 0, 8, 1, 0, 0, 5, 0, 10, 0, 1, 0, 0, 1, 0, 5, 0, 9, 0, 0]);
+    keep(
+        "sender_session",
+        "held",
+        &[1, 10, 18, 255, 8, 0, 0, 0, 8, 1, 0, 0, 5, 0, 10, 0, 1, 0, 0, 1, 0, 5, 0, 9, 0, 0],
+    );
 }
 
 #[test]

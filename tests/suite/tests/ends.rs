@@ -1,7 +1,12 @@
 //! How sessions end that nobody attacks with frames: silence, trickles, cancels, ends of streams, broken destinations.
 //!
 //! Names are clauses of docs/SPEC.md; the ids are those of the project's lists of failures and attacks.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code: a failed expectation is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: a failed expectation is a failed test"
+)]
 
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::{CloseCode, PeerError};
@@ -39,7 +44,10 @@ fn a_handshake_that_takes_ten_seconds_ends_the_session() {
         }
         assert!(script.outcome().is_none());
         script.wait(Span::from_millis(2));
-        assert_eq!(script.failure(), (CloseCode::TIMEOUT, "the peer is too slow: handshake not complete after 10 s".to_owned()));
+        assert_eq!(
+            script.failure(),
+            (CloseCode::TIMEOUT, "the peer is too slow: handshake not complete after 10 s".to_owned())
+        );
     }
     for phase in [Phase::Greeting, Phase::Opening] {
         let mut script = AgainstSender::sender(&image, 1);
@@ -166,9 +174,18 @@ fn a_done_that_does_not_fit_is_a_failure() {
 fn a_destination_that_fails_says_so() {
     let image = image(300);
     for (faults, text) in [
-        (SinkFaults { fail_read_after: Some(0), ..SinkFaults::default() }, "destination: base cannot be read: cannot read"),
-        (SinkFaults { fail_write_after: Some(0), ..SinkFaults::default() }, "destination: cannot be written: no space left"),
-        (SinkFaults { fail_finish: true, ..SinkFaults::default() }, "destination: cannot be finished: cannot be synced"),
+        (
+            SinkFaults { fail_read_after: Some(0), ..SinkFaults::default() },
+            "destination: base cannot be read: cannot read",
+        ),
+        (
+            SinkFaults { fail_write_after: Some(0), ..SinkFaults::default() },
+            "destination: cannot be written: no space left",
+        ),
+        (
+            SinkFaults { fail_finish: true, ..SinkFaults::default() },
+            "destination: cannot be finished: cannot be synced",
+        ),
     ] {
         let sink = ImageSink::new(self::image(300), vec![300], true, faults);
         let mut script = AgainstReceiver::receiver(1);

@@ -1,15 +1,22 @@
 //! Raw peers against each engine: whatever they say, the engine ends the session with the right code and text, or goes
 //! on unharmed. Names are clauses of docs/SPEC.md; the ids are those of the project's list of attacks.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code: a failed expectation is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: a failed expectation is a failed test"
+)]
 
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::CloseCode;
-use pagewire_protocol::frame::{Ack, Close, Codec, Done, Frame, FrameKind, Have, Join, LaneId, Ping, Role, Root, RoundEnd, Want};
+use pagewire_protocol::frame::{
+    Ack, Close, Codec, Done, Frame, FrameKind, Have, Join, LaneId, Ping, Role, Root, RoundEnd, Want,
+};
 use pagewire_protocol::limits::WANTS_A_PAGE_MAX;
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::session::{Machine, Phase, check};
 use pagewire_test_support::image::{Image, Mix};
-use pagewire_test_support::memory::ImageSink;
+use pagewire_test_support::memory::{ImageSink, SinkFaults};
 use pagewire_test_support::peer::{AgainstReceiver, AgainstSender, Statement, digests};
 use pagewire_test_support::rng::Rng;
 
@@ -77,12 +84,21 @@ fn sample(kind: FrameKind, image: &Image) -> Vec<u8> {
 }
 
 /// One cell of the matrix: what `check` says is what the engine does.
-fn judge_cell(role: Role, phase: Phase, lane: LaneId, kind: FrameKind, outcome: Option<Result<(), String>>, close: Option<Close>) {
+fn judge_cell(
+    role: Role,
+    phase: Phase,
+    lane: LaneId,
+    kind: FrameKind,
+    outcome: Option<Result<(), String>>,
+    close: Option<Close>,
+) {
     let cell = format!("{} {} {lane:?} {kind}", role.name(), phase.name());
     let verdict = check(role, phase, lane, kind);
     match (phase, verdict) {
         (Phase::Over, _) => assert!(outcome.is_none() && close.is_none(), "{cell}: a session that is over stays so"),
-        (Phase::Parting, Err(_)) => assert_eq!(outcome, Some(Ok(())), "{cell}: the image lasts whatever the sender says"),
+        (Phase::Parting, Err(_)) => {
+            assert_eq!(outcome, Some(Ok(())), "{cell}: the image lasts whatever the sender says")
+        }
         (_, Err(violation)) => {
             assert_eq!(outcome, Some(Err(violation.to_string())), "{cell}");
             let close = close.unwrap_or_else(|| panic!("{cell}: the peer is told"));
@@ -100,7 +116,8 @@ fn judge_cell(role: Role, phase: Phase, lane: LaneId, kind: FrameKind, outcome: 
 fn every_frame_is_taken_or_refused_as_the_table_says() {
     let image = image(4);
     let sender_phases = [Phase::Greeting, Phase::Opening, Phase::Sending, Phase::Finishing, Phase::Over];
-    let receiver_phases = [Phase::Greeting, Phase::Waiting, Phase::Deciding, Phase::Receiving, Phase::Parting, Phase::Over];
+    let receiver_phases =
+        [Phase::Greeting, Phase::Waiting, Phase::Deciding, Phase::Receiving, Phase::Parting, Phase::Over];
     for &kind in FrameKind::ALL {
         for lane in [CONTROL, BULK, LaneId::URGENT] {
             for phase in sender_phases {
@@ -135,16 +152,36 @@ fn truncated_and_oversized_bodies_are_malformed() {
         assert_eq!(script.failure().0, CloseCode::MALFORMED, "cut at {cut}");
     }
     let longer = [body, vec![0]].concat();
-    refuses(BULK, FrameKind::PAGES, &longer, CloseCode::MALFORMED, "malformed PAGES frame: payload bytes: 4097, expected 4096");
-    refuses(BULK, FrameKind::ROUND, &[0; 17], CloseCode::MALFORMED, "malformed ROUND frame: 1 bytes too many after the last field");
-    refuses(CONTROL, FrameKind::ROOT, &[0; 47], CloseCode::MALFORMED, "malformed ROOT frame: digest: 32 bytes needed at offset 16, 31 left");
+    refuses(
+        BULK,
+        FrameKind::PAGES,
+        &longer,
+        CloseCode::MALFORMED,
+        "malformed PAGES frame: payload bytes: 4097, expected 4096",
+    );
+    refuses(
+        BULK,
+        FrameKind::ROUND,
+        &[0; 17],
+        CloseCode::MALFORMED,
+        "malformed ROUND frame: 1 bytes too many after the last field",
+    );
+    refuses(
+        CONTROL,
+        FrameKind::ROOT,
+        &[0; 47],
+        CloseCode::MALFORMED,
+        "malformed ROOT frame: digest: 32 bytes needed at offset 16, 31 left",
+    );
 }
 
 /// SPEC 6.1; A11: ranges that wrap, lie outside, or name no region; nothing is written.
 #[test]
 fn pages_outside_the_image_are_malformed() {
     let huge = [u64::MAX, u64::MAX - 1, 1 << 63, 1 << 32, 4, 3];
-    for (region, first, count) in huge.map(|first| (0, first, 2)).into_iter().chain([(0, 0, 5), (1, 0, 1), (u16::MAX, 0, 1)]) {
+    for (region, first, count) in
+        huge.map(|first| (0, first, 2)).into_iter().chain([(0, 0, 5), (1, 0, 1), (u16::MAX, 0, 1)])
+    {
         let (image, sink) = (image(4), ImageSink::empty(&image(4)));
         let mut script = AgainstReceiver::receiver(1);
         script.enter(Phase::Receiving, &image, &sink);
@@ -246,7 +283,13 @@ fn rounds_that_are_not_due_are_violations() {
 fn base_entries_without_a_base_are_violations() {
     let (_, image) = receiving();
     let body = Statement::at(0, 0).base(digests(&image)[0]).body();
-    refuses(BULK, FrameKind::PAGES, &body, CloseCode::VIOLATION, "base entry, but nothing is held for page 0 of region 0");
+    refuses(
+        BULK,
+        FrameKind::PAGES,
+        &body,
+        CloseCode::VIOLATION,
+        "base entry, but nothing is held for page 0 of region 0",
+    );
 }
 
 /// SPEC 6.15: a receiver that writes in place would lose what it has not read.
@@ -256,7 +299,10 @@ fn pages_stated_before_their_holdings_are_violations() {
     let mut script = AgainstReceiver::receiver(1);
     script.enter(Phase::Receiving, &base, &ImageSink::holding(base.clone()));
     script.raw(BULK, FrameKind::PAGES, &Statement::at(0, 300).zero().body());
-    assert_eq!(script.failure(), (CloseCode::VIOLATION, "pages stated before their holdings for page 300 of region 0".to_owned()));
+    assert_eq!(
+        script.failure(),
+        (CloseCode::VIOLATION, "pages stated before their holdings for page 300 of region 0".to_owned())
+    );
 }
 
 /// SPEC 6.8: a wrong belief about the base is asked again, not believed.
@@ -268,6 +314,24 @@ fn base_entries_that_are_not_the_base_are_wanted() {
     script.settle();
     let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("wants travel at once") };
     assert_eq!(ack, Ack { frames: 1, wants: vec![Want { region: 0, first: 0, count: 2 }] });
+}
+
+/// SPEC 6.8: a page of the base that was lost since it was announced is the receiver's trouble, not the sender's fault.
+#[test]
+fn base_entries_of_pages_that_were_lost_are_wanted() {
+    let base = image(400);
+    let faults = SinkFaults { rot: Some((0, 1)), ..SinkFaults::default() };
+    let mut script = AgainstReceiver::receiver(1);
+    script.enter(Phase::Receiving, &base, &ImageSink::new(base.clone(), vec![400], true, faults));
+    script.settle();
+    let lost = digests(&base)[300];
+    for (statement, first) in [(Statement::at(0, 0).reference(lost), 0), (Statement::at(0, 300).base(lost), 300)] {
+        script.raw(BULK, FrameKind::PAGES, &statement.body());
+        script.settle();
+        let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("wants travel at once") };
+        assert_eq!(ack.wants, [Want { region: 0, first, count: 1 }]);
+    }
+    assert!(script.outcome().is_none());
 }
 
 /// SPEC 6.3: pages on a lane that is not theirs, batches over more than one group.
@@ -296,7 +360,10 @@ fn a_flood_of_references_that_miss_ends_the_session() {
         assert!(script.outcome().is_none(), "round {round}");
         script.raw(BULK, FrameKind::PAGES, &body);
     }
-    assert_eq!(script.failure(), (CloseCode::VIOLATION, "16 wants for 4 pages: the peer cannot keep what it gets".to_owned()));
+    assert_eq!(
+        script.failure(),
+        (CloseCode::VIOLATION, "16 wants for 4 pages: the peer cannot keep what it gets".to_owned())
+    );
 }
 
 /// SPEC 6.12; A21: wants of all pages, again and again: a bounded number of answers, then the end.
@@ -311,7 +378,10 @@ fn a_flood_of_wants_ends_the_session() {
     assert!(script.outcome().is_none());
     assert!(script.said.iter().map(|said| said.body.len()).sum::<usize>() < 5 * 100 * 4200);
     script.say(BULK, &ack);
-    assert_eq!(script.failure(), (CloseCode::VIOLATION, "400 wants for 100 pages: the peer cannot keep what it gets".to_owned()));
+    assert_eq!(
+        script.failure(),
+        (CloseCode::VIOLATION, "400 wants for 100 pages: the peer cannot keep what it gets".to_owned())
+    );
 }
 
 /// A21: wants that are not answered because nothing is read leave the sender's memory bounded.
@@ -343,7 +413,10 @@ fn wants_of_pages_that_are_not_there_are_refused() {
     let mut script = AgainstSender::sender(&image, 1);
     script.enter(Phase::Sending, &image);
     script.say(BULK, &Frame::Ack(Ack { frames: 0, wants: vec![Want { region: 0, first: 0, count: 1 }] }));
-    assert_eq!(script.failure(), (CloseCode::VIOLATION, "want of a page that was not stated for page 0 of region 0".to_owned()));
+    assert_eq!(
+        script.failure(),
+        (CloseCode::VIOLATION, "want of a page that was not stated for page 0 of region 0".to_owned())
+    );
 }
 
 /// SPEC 6.16: acknowledgements of what was not sent, or that go back.
@@ -381,7 +454,9 @@ fn holdings_out_of_order_are_violations() {
 #[test]
 fn terms_beyond_what_was_asked_for_are_violations() {
     let image = image(10);
-    for (lanes, held_pages) in [(2, vec![0]), (8, vec![0]), (1, vec![]), (1, vec![0, 0]), (1, vec![11]), (1, vec![u64::MAX])] {
+    for (lanes, held_pages) in
+        [(2, vec![0]), (8, vec![0]), (1, vec![]), (1, vec![0, 0]), (1, vec![11]), (1, vec![u64::MAX])]
+    {
         let mut script = AgainstSender::sender(&image, 1);
         script.enter(Phase::Opening, &image);
         let mut accept = script.honest_accept(&image);
@@ -402,7 +477,10 @@ fn joins_that_prove_nothing_are_refused_and_the_session_goes_on() {
     assert!(script.join(LaneId::bulk(0), &honest).is_err(), "before ACCEPT");
     script.take(&sink);
     let refused = |script: &mut AgainstReceiver, lane: LaneId, join: &Join, text: &str| {
-        assert_eq!(script.join(lane, join).unwrap_err().to_string(), format!("lane {} cannot be joined: {text}", lane.number()));
+        assert_eq!(
+            script.join(lane, join).unwrap_err().to_string(),
+            format!("lane {} cannot be joined: {text}", lane.number())
+        );
     };
     refused(&mut script, LaneId::bulk(0), &Join { proof: Digest([0; 32]), ..honest.clone() }, "the proof is wrong");
     refused(&mut script, LaneId::bulk(0), &Join { session: [0; 16], ..honest.clone() }, "the proof is wrong");
@@ -505,7 +583,11 @@ fn a_reference_never_brings_bytes_beyond_the_end_of_a_region() {
     let sink = ImageSink::empty(&image);
     let mut script = AgainstReceiver::receiver(1);
     script.enter(Phase::Receiving, &image, &sink);
-    script.raw(BULK, FrameKind::PAGES, &Statement::at(0, 0).inline(page(&image, 0)).reference(digests(&image)[0]).body());
+    script.raw(
+        BULK,
+        FrameKind::PAGES,
+        &Statement::at(0, 0).inline(page(&image, 0)).reference(digests(&image)[0]).body(),
+    );
     script.settle();
     let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("the page is wanted") };
     assert_eq!(ack.wants, [Want { region: 0, first: 1, count: 1 }]);

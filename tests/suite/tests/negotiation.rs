@@ -1,5 +1,10 @@
 //! Two peers agree on the same session, or both say why not (SPEC 4.3, 4.9, 10; attacks A23, A25).
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code: a failed expectation is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: a failed expectation is a failed test"
+)]
 
 use pagewire_protocol::error::CloseCode;
 use pagewire_protocol::frame::{Codec, Frame, FrameKind, LaneId, Role};
@@ -31,7 +36,8 @@ fn texts(outcome: Outcome) -> [String; 2] {
 /// SPEC 4.3: the highest common version.
 #[test]
 fn a_peer_of_two_versions_speaks_with_one_of_the_first() {
-    for (sender, receiver) in [(speaks(1, 2), speaks(1, 1)), (speaks(1, 1), speaks(1, 2)), (speaks(1, 2), speaks(1, 2))] {
+    for (sender, receiver) in [(speaks(1, 2), speaks(1, 1)), (speaks(1, 1), speaks(1, 2)), (speaks(1, 2), speaks(1, 2))]
+    {
         let (outcome, image, sink) = session(sender, receiver);
         check_success(&outcome, &image, &sink);
     }
@@ -43,10 +49,13 @@ fn a_peer_of_another_version_is_refused_with_both_ranges_on_both_sides() {
     let (outcome, _, sink) = session(speaks(2, 2), speaks(1, 1));
     assert_eq!(sink.state().written, (0, 0));
     assert!(outcome.frames.iter().all(|(_, kind, _)| *kind == FrameKind::HELLO || *kind == FrameKind::CLOSE));
-    assert_eq!(texts(outcome), [
-        "no common protocol version: 2-2 here, 1-1 there".to_owned(),
-        "no common protocol version: 1-1 here, 2-2 there".to_owned(),
-    ]);
+    assert_eq!(
+        texts(outcome),
+        [
+            "no common protocol version: 2-2 here, 1-1 there".to_owned(),
+            "no common protocol version: 1-1 here, 2-2 there".to_owned(),
+        ]
+    );
 }
 
 /// SPEC 4.3: what one side insists on, the other must offer.
@@ -192,5 +201,8 @@ fn a_codec_that_was_not_agreed_is_refused() {
     script.join(LaneId::bulk(0), &AgainstReceiver::honest_join(LaneId::bulk(0))).unwrap();
     let statement = Statement::at(0, 0).inline(image.page(0, 0).first_chunk().unwrap());
     script.raw(LaneId::bulk(0), FrameKind::PAGES, &statement.compressed());
-    assert_eq!(script.failure(), (CloseCode::VIOLATION, "a codec that was not agreed for page 0 of region 0".to_owned()));
+    assert_eq!(
+        script.failure(),
+        (CloseCode::VIOLATION, "a codec that was not agreed for page 0 of region 0".to_owned())
+    );
 }

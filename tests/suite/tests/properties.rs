@@ -1,5 +1,10 @@
 //! What holds for every image, base, layout and fault: the slow twin of a transfer is a copy.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code: a failed expectation is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: a failed expectation is a failed test"
+)]
 
 use pagewire_protocol::frame::LaneId;
 use pagewire_protocol::page::{InstallSize, Region};
@@ -32,7 +37,8 @@ fn pages(image: &Image) -> Vec<u64> {
 
 fn run(image: &Image, sink: &ImageSink, change: impl FnOnce(&mut WorldConfig)) -> Outcome {
     let mut config = WorldConfig::new(1);
-    config.link = LinkConfig { delay: Span::from_millis(1), rate: Some(500_000_000), buffer: 1 << 20, piece_max: 1 << 18 };
+    config.link =
+        LinkConfig { delay: Span::from_millis(1), rate: Some(500_000_000), buffer: 1 << 20, piece_max: 1 << 18 };
     change(&mut config);
     World::new(image, sink, config).run()
 }
@@ -182,7 +188,8 @@ fn a_shorter_base_of_an_image_that_ends_in_zeros_is_used() {
 #[test]
 fn bases_of_several_regions_are_announced_under_their_own_names() {
     let region = |bytes| Region { bytes, install_size: InstallSize::KIB_4 };
-    let image = Image::filled(vec![region(3 << 20), region(0), region(40 << 20), region(5000)], Mix::MEMORY, &mut Rng::new(6));
+    let image =
+        Image::filled(vec![region(3 << 20), region(0), region(40 << 20), region(5000)], Mix::MEMORY, &mut Rng::new(6));
     let sink = ImageSink::holding(image.clone());
     let outcome = run(&image, &sink, |_| ());
     check_success(&outcome, &image, &sink);

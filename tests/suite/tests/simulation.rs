@@ -160,7 +160,8 @@ fn every_world_ends_and_the_last_session_delivers_the_image() {
 fn a_seed_replays_every_frame() {
     for seed in [3, 17, 29] {
         let trace = |outcomes: Vec<Outcome>| {
-            let shape = |outcome: &Outcome| (outcome.frames.clone(), outcome.wire, outcome.sender_over, outcome.receiver_over);
+            let shape =
+                |outcome: &Outcome| (outcome.frames.clone(), outcome.wire, outcome.sender_over, outcome.receiver_over);
             outcomes.iter().map(shape).collect::<Vec<_>>()
         };
         assert_eq!(trace(live(seed)), trace(live(seed)), "seed {seed}");

@@ -10,7 +10,9 @@ use crate::rng::Rng;
 use pagewire_protocol::compress::Decompressor;
 use pagewire_protocol::digest::{Digest, join_proof};
 use pagewire_protocol::error::PeerError;
-use pagewire_protocol::frame::{Ack, Done, Frame, FrameKind, HEADER_BYTES, Have, Join, LaneId, Pages, Root, RoundEnd, Want};
+use pagewire_protocol::frame::{
+    Ack, Done, Frame, FrameKind, HEADER_BYTES, Have, Join, LaneId, Pages, Root, RoundEnd, Want,
+};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Region};
@@ -123,7 +125,8 @@ impl<'a> Input<'a> {
     }
 
     fn bytes(&mut self) -> &'a [u8] {
-        let (head, rest) = self.0.split_at(usize::from(self.byte()).min(self.0.len().saturating_sub(1)).min(self.0.len()));
+        let (head, rest) =
+            self.0.split_at(usize::from(self.byte()).min(self.0.len().saturating_sub(1)).min(self.0.len()));
         self.0 = rest;
         head
     }
@@ -131,8 +134,8 @@ impl<'a> Input<'a> {
 
 /// Two regions of a few pages, with duplicates and zeros.
 fn small_image() -> Image {
-    let regions =
-        [(40_000, InstallSize::KIB_4), (70_000, InstallSize::KIB_64)].map(|(bytes, install_size)| Region { bytes, install_size });
+    let regions = [(40_000, InstallSize::KIB_4), (70_000, InstallSize::KIB_64)]
+        .map(|(bytes, install_size)| Region { bytes, install_size });
     Image::filled(regions.to_vec(), Mix::MEMORY, &mut Rng::new(11))
 }
 
@@ -165,7 +168,8 @@ pub fn receiver_session(data: &[u8]) {
     let image = small_image();
     let sink = if flags & 1 == 0 { ImageSink::empty(&image) } else { ImageSink::holding(older(&image)) };
     let mut script = AgainstReceiver::receiver(flags / 2 % 2 + 1);
-    let phases = [Phase::Receiving, Phase::Receiving, Phase::Receiving, Phase::Greeting, Phase::Waiting, Phase::Deciding];
+    let phases =
+        [Phase::Receiving, Phase::Receiving, Phase::Receiving, Phase::Greeting, Phase::Waiting, Phase::Deciding];
     script.enter(phases[usize::from(flags >> 4) % phases.len()], &image, &sink);
     let mut frames = [0u64; LaneId::COUNT];
     while !input.0.is_empty() && !script.engine.is_over() {
@@ -281,7 +285,11 @@ pub fn sender_session(data: &[u8]) {
                     &pagewire_protocol::domain::DedupDomain::public(),
                 ));
                 let digest = tree.get_mut(usize::from(region)).map(|tree| tree.subtree(0)).unwrap_or_default();
-                let have = Have { region, first: input.number() % 3, digests: vec![digest; usize::from(input.byte() % 3) + 1] };
+                let have = Have {
+                    region,
+                    first: input.number() % 3,
+                    digests: vec![digest; usize::from(input.byte() % 3) + 1],
+                };
                 script.say(LaneId::CONTROL, &Frame::Have(have));
             }
             9 => {

@@ -6,12 +6,14 @@
 use crate::image::Image;
 use crate::memory::{ImageMemory, ImageSink, SourceFaults};
 use pagewire_protocol::compress::Compressor;
-use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest, join_proof, page_digest, transcript_digest};
+use pagewire_protocol::digest::{
+    Digest, PageBytes, PageHasher, batch_digest, join_proof, page_digest, transcript_digest,
+};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{CloseCode, Violation, chain};
 use pagewire_protocol::frame::{
-    Accept, Close, Codec, Done, EntryKind, Frame, FrameHeader, FrameKind, HEADER_BYTES, Hello, ImageName, Join, LaneId, Open,
-    PagesHead, Role, Root, RoundEnd, Run,
+    Accept, Close, Codec, Done, EntryKind, Frame, FrameHeader, FrameKind, HEADER_BYTES, Hello, ImageName, Join, LaneId,
+    Open, PagesHead, Role, Root, RoundEnd, Run,
 };
 use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::{Job, Machine, Phase, Policy};
@@ -255,7 +257,8 @@ impl AgainstReceiver {
     pub fn take(&mut self, sink: &ImageSink) {
         while let Some(event) = self.engine.poll_event() {
             if matches!(event, Event::Offered(_)) {
-                let terms = Terms { sink: sink.clone(), lanes: self.lanes, window: WINDOW_BYTES, secret: SECRET, seed: 3 };
+                let terms =
+                    Terms { sink: sink.clone(), lanes: self.lanes, window: WINDOW_BYTES, secret: SECRET, seed: 3 };
                 self.engine.accept(terms, self.now);
             }
         }

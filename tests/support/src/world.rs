@@ -268,7 +268,8 @@ impl World {
     }
 
     fn next_time(&self) -> Time {
-        let pipes = self.connections.iter().flat_map(|connection| &connection.pipes).filter_map(|pipe| pipe.next(self.now));
+        let pipes =
+            self.connections.iter().flat_map(|connection| &connection.pipes).filter_map(|pipe| pipe.next(self.now));
         let sides = [self.sender.next(self.now), self.receiver.next(self.now)].into_iter().flatten();
         let next = pipes.chain(sides).min();
         next.unwrap_or_else(|| panic!("seed {}: nothing will ever happen again", self.config.seed))
@@ -299,7 +300,8 @@ impl World {
     fn decide(&mut self) {
         match self.config.decision.clone() {
             Decision::Accept => {
-                let (lanes, window, secret, seed) = (self.config.lanes, self.config.window, self.rng.key(), self.rng.word());
+                let (lanes, window, secret, seed) =
+                    (self.config.lanes, self.config.window, self.rng.key(), self.rng.word());
                 let terms = Terms { sink: self.sink.clone(), lanes, window, secret, seed };
                 self.receiver.machine.accept(terms, self.now);
             }
@@ -347,7 +349,8 @@ impl World {
         let lanes = std::iter::once(lane).chain((0..8).map(LaneId::bulk).filter(|_| single));
         let frame = {
             let (sender, receiver) = (&mut self.sender.machine, &mut self.receiver.machine);
-            let mut poll = |lane| if way == TO_RECEIVER { sender.poll_frame(lane, now) } else { receiver.poll_frame(lane, now) };
+            let mut poll =
+                |lane| if way == TO_RECEIVER { sender.poll_frame(lane, now) } else { receiver.poll_frame(lane, now) };
             lanes.into_iter().find_map(&mut poll)
         };
         let over = if way == TO_RECEIVER { self.sender.machine.is_over() } else { self.receiver.machine.is_over() };
@@ -384,7 +387,8 @@ impl World {
     }
 
     fn finish(mut self) -> Outcome {
-        let wire = [TO_RECEIVER, TO_SENDER].map(|way| self.connections.iter().map(|connection| connection.pipes[way].bytes).sum());
+        let wire = [TO_RECEIVER, TO_SENDER]
+            .map(|way| self.connections.iter().map(|connection| connection.pipes[way].bytes).sum());
         Outcome {
             sender: self.sender.machine.outcome().expect("a session that is over has an outcome"),
             receiver: self.receiver.machine.outcome().expect("a session that is over has an outcome"),
@@ -454,7 +458,9 @@ fn hand_over<M: Machine>(
         match connection.framers[way].next_frame() {
             Ok(None) => return,
             Ok(Some((header, body))) if !connection.carries[way] => {
-                let Ok(Frame::Join(join)) = Frame::decode(header.kind, body) else { panic!("a connection begins with JOIN") };
+                let Ok(Frame::Join(join)) = Frame::decode(header.kind, body) else {
+                    panic!("a connection begins with JOIN")
+                };
                 if machine.handle_join(header.lane, &join, now).is_err() {
                     connection.told[way] = true;
                     return;
