@@ -267,6 +267,7 @@ fn report(summary: &Summary) -> Report {
 }
 
 /// Finds the place of an offered image.
+// SPEC 3.9: what is announced is the image of that name; whoever may connect may read all of the folder.
 fn land(offer: &Offer, options: &ReceiveOptions) -> Result<FileSink, Refusal> {
     let (bytes, most) = (offer.open.layout.bytes(), options.image_bytes_max);
     if bytes > most {

@@ -54,6 +54,7 @@ impl Default for SendOptions {
 
 impl SendOptions {
     pub(crate) fn config(&self, name: ImageName) -> Result<SenderConfig, ErrorKind> {
+        // SPEC 4.10: no link is authenticated yet, so the domain stays the public one on all of them.
         Ok(SenderConfig {
             session: random()?,
             nonce: random()?,

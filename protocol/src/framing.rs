@@ -6,7 +6,7 @@
 
 use crate::error::DecodeError;
 use crate::frame::{FrameHeader, FrameKind, HEADER_BYTES};
-use alloc::vec::Vec;
+use crate::page_buffer::PageBuffer;
 
 /// Room a framer keeps ready when no frame is under way: many small frames come with one read.
 const READ_BYTES: usize = 16 * 1024;
@@ -17,7 +17,7 @@ pub type BadHeader = (FrameKind, DecodeError);
 /// Cuts the bytes of one stream into frames.
 #[derive(Debug, Default)]
 pub struct Framer {
-    buffer: Vec<u8>,
+    buffer: PageBuffer,
     /// Bytes of the buffer that came from the stream: `start..end` are not consumed.
     start: usize,
     end: usize,
@@ -40,7 +40,7 @@ impl Framer {
         }
         let limit = self.start.saturating_add(want).max(self.end.saturating_add(1));
         if self.buffer.len() < limit {
-            self.buffer.resize(limit, 0);
+            self.buffer.resize(limit);
         }
         let (end, limit) = (self.end, if under_way.is_some() { limit } else { self.buffer.len() });
         self.buffer.get_mut(end..limit).unwrap_or_default()
@@ -85,6 +85,7 @@ impl Framer {
 mod tests {
     use super::*;
     use crate::frame::{Frame, LaneId, Ping};
+    use alloc::vec::Vec;
     use proptest::prelude::*;
 
     proptest! {

@@ -23,6 +23,7 @@ pub mod frame;
 pub mod framing;
 pub mod limits;
 pub mod page;
+pub mod page_buffer;
 pub mod session;
 pub mod time;
 pub mod tree;

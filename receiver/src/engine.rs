@@ -21,6 +21,7 @@ use pagewire_protocol::frame::{
 };
 use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId};
+use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, Job, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
 use std::collections::VecDeque;
@@ -145,6 +146,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
         };
         let regions = (0..).map(RegionId).take(open.layout.regions().len());
         let base: Vec<u64> = regions.map(|region| sink.base_pages(region)).collect();
+        // SPEC 4.14
         let held: Vec<u64> = base.iter().map(|&pages| if open.fresh { 0 } else { pages }).collect();
         let bulk_lanes = lanes.clamp(1, open.lanes);
         let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
@@ -267,9 +269,11 @@ impl<S: GuestSink> ReceiverEngine<S> {
 
     fn handle_open(&mut self, open: Open) -> Result<(), ErrorKind> {
         let greeted = self.endpoint.greeted();
+        // SPEC 4.9
         if greeted.is_none_or(|greeted| greeted.transcript != open.transcript) {
             return Err(Violation::Transcript.into());
         }
+        // SPEC 4.8
         for region in open.layout.regions() {
             let size = region.install_size.bytes();
             if greeted.is_none_or(|greeted| greeted.agreement.install_sizes & (size / 4096) == 0) {
@@ -329,21 +333,26 @@ impl<S: GuestSink> Receiving<S> {
         let malformed = |source: DecodeError| PeerError::Decode { kind: FrameKind::PAGES, source };
         let range = self.open.layout.range(head.region, head.first, head.count).map_err(malformed)?;
         let (region, first) = (head.region, head.first);
+        // SPEC 6.21: there is one round, so no page is ever stated by an earlier one.
         if head.round != self.round {
             return Err(Violation::Round { got: head.round, expected: self.round }.into());
         }
         let group = self.open.layout.group(range.region, first);
+        // SPEC 6.3
         if lane.bulk_index().map(u64::from) != group.checked_rem(u64::from(self.bulk_lanes)) {
             return Err(Violation::PageLane { region, first, lane: lane.number() }.into());
         }
+        // SPEC 5.6
         if self.codecs & head.codec.bit() == 0 {
             return Err(Violation::Entry { what: "a codec that was not agreed", region, first }.into());
         }
         let looks = pages.runs().any(|run| matches!(run.kind, EntryKind::REFERENCE | EntryKind::INLINE));
         let last = range.numbers().end.saturating_sub(1);
+        // SPEC 6.3
         if looks && first / GROUP_PAGES != last / GROUP_PAGES {
             return Err(Violation::Entry { what: "a batch that crosses a group", region, first }.into());
         }
+        // SPEC 6.15
         if !self.scan.has_announced(range.region, first, head.count) {
             return Err(Violation::Entry { what: "pages stated before their holdings", region, first }.into());
         }
@@ -382,6 +391,7 @@ impl<S: GuestSink> Receiving<S> {
             return Ok(false);
         }
         let ours = if present == pages { self.map.root(&self.hasher) } else { Digest::default() };
+        // SPEC 7.5
         if present != pages || root.pages != pages || root.digest != ours {
             let mismatch = Violation::Root { theirs: root.digest, their_pages: root.pages, ours, our_pages: present };
             return Err(mismatch.into());
@@ -436,6 +446,7 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
         let FinishOutput { sink, result } = output;
         receiving.sink = Some(sink);
         match result {
+            // SPEC 7.6
             Ok(()) => {
                 let root = receiving.root.map(|root| root.digest).unwrap_or_default();
                 let done = Done { pages: receiving.open.layout.pages(), root };
@@ -449,6 +460,7 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
     fn handle_join(&mut self, lane: LaneId, join: &Join, now: Time) -> Result<(), Violation> {
         let refuse = |why| Violation::Join { lane: lane.number(), why };
         let Some(receiving) = self.receiving.as_mut() else { return Err(refuse("no image is being received")) };
+        // SPEC 4.16
         let granted = lane.bulk_index().is_some_and(|index| index < receiving.bulk_lanes);
         if receiving.open.single_stream || !granted {
             return Err(refuse("it was not granted"));
@@ -512,7 +524,7 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
         acks.chain(self.endpoint.poll_timeout()).chain(self.joining_until()).min()
     }
 
-    fn recycle(&mut self, _buffer: Vec<u8>) {}
+    fn recycle(&mut self, _buffer: PageBuffer) {}
 
     fn is_over(&self) -> bool {
         self.endpoint.phase() == Phase::Over

@@ -15,6 +15,7 @@ use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, PageRange, RegionId};
+use pagewire_protocol::page_buffer::PageBuffer;
 use std::ops::Range;
 
 /// What a frame left to ask for.
@@ -41,7 +42,7 @@ enum Belief {
 #[derive(Debug)]
 pub(crate) struct Resolver {
     decompressor: Decompressor,
-    payload: Vec<u8>,
+    payload: PageBuffer,
     digests: Vec<Digest>,
 }
 
@@ -60,7 +61,7 @@ fn failed(what: &'static str) -> impl Fn(std::io::Error) -> ErrorKind {
 
 impl Resolver {
     pub(crate) fn new() -> std::io::Result<Self> {
-        Ok(Self { decompressor: Decompressor::new()?, payload: Vec::new(), digests: Vec::new() })
+        Ok(Self { decompressor: Decompressor::new()?, payload: PageBuffer::default(), digests: Vec::new() })
     }
 
     /// Applies a frame whose range lies in the image.
@@ -74,6 +75,7 @@ impl Resolver {
         let result = self.unpack(pages, &mut payload).and_then(|bytes| {
             check_padding(range, pages, bytes, to)?;
             let belief = self.digest_entries(range, pages, bytes, to)?;
+            // SPEC 6.7, 6.8
             let fits = batch_digest(to.hasher.domain(), range.first.0, [self.digests.as_slice()]) == pages.head.digest;
             if belief == Belief::Lost || !fits {
                 if belief != Belief::None {
@@ -89,13 +91,13 @@ impl Resolver {
     }
 
     /// The inline pages of a frame, decompressed into `buffer` if need be.
-    fn unpack<'b>(&mut self, pages: &Pages<'b>, buffer: &'b mut Vec<u8>) -> Result<&'b [PageBytes], ErrorKind> {
+    fn unpack<'b>(&mut self, pages: &Pages<'b>, buffer: &'b mut PageBuffer) -> Result<&'b [PageBytes], ErrorKind> {
         if pages.head.codec == Codec::NONE {
             return Ok(pages.payload.as_chunks().0);
         }
         let size = pages.inline_pages().saturating_mul(PAGE_BYTES);
         if buffer.len() < size {
-            buffer.resize(size, 0);
+            buffer.resize(size);
         }
         let space = buffer.get_mut(..size).unwrap_or_default();
         let malformed = |source| PeerError::Decode { kind: FrameKind::PAGES, source };
@@ -120,6 +122,7 @@ impl Resolver {
             match run.kind {
                 EntryKind::BASE => {
                     for page in next..end {
+                        // SPEC 6.4
                         if !to.scan.is_held(range.region, page) {
                             return Err(entry("base entry, but nothing is held").into());
                         }
@@ -219,6 +222,7 @@ impl Resolver {
         let Some((from, number)) = to.map.find(&digest) else { return Ok(false) };
         let mut bytes: PageBytes = [0; PAGE_BYTES];
         to.sink.read(from, number, &mut bytes).map_err(failed("cannot be read"))?;
+        // SPEC 6.9
         if page_digest(to.hasher.domain(), &bytes) != digest {
             // Not what was read or written there: a miss, never a wrong page. One that was counted on is lost for good.
             if to.map.is_present(from, number) {
@@ -277,6 +281,7 @@ fn check_padding<S>(
     let last = range.numbers().end.saturating_sub(1);
     let used = used_bytes(to.map.layout(), range.region, last);
     let ends_inline = pages.runs().last().is_some_and(|run| run.kind == EntryKind::INLINE);
+    // SPEC 5.7
     let padding = inline.last().filter(|_| ends_inline).and_then(|page| page.get(used..));
     if padding.is_none_or(is_zero) {
         return Ok(());

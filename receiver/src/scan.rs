@@ -4,17 +4,15 @@
 
 use crate::memory::GuestSink;
 use crate::page_map::PageMap;
-use pagewire_protocol::digest::{PageBytes, PageHasher};
+use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::frame::Have;
-use pagewire_protocol::limits::{PAGE_BYTES, SUBTREE_PAGES};
+use pagewire_protocol::limits::{PAGE_BYTES, SUBTREE_BYTES, SUBTREE_PAGES};
 use pagewire_protocol::page::RegionId;
+use pagewire_protocol::page_buffer::PageBuffer;
 use std::io;
 
 /// Digests that wait before a HAVE goes out: few enough that the sender starts soon, enough to hide the header.
 const HAVE_AFTER: usize = 16;
-
-/// Pages read and digested at once: 128 KiB stay in a core's own cache between the two.
-const PIECE_PAGES: usize = 32;
 
 /// The progress through the base.
 #[derive(Debug)]
@@ -24,7 +22,8 @@ pub(crate) struct Scan {
     /// The next subtree of the region.
     next: u64,
     pending: Have,
-    buffer: Vec<u8>,
+    buffer: PageBuffer,
+    digests: Vec<Digest>,
 }
 
 impl Scan {
@@ -35,7 +34,8 @@ impl Scan {
             region: 0,
             next: 0,
             pending: Have { region: 0, first: 0, digests: Vec::new() },
-            buffer: Vec::new(),
+            buffer: PageBuffer::default(),
+            digests: Vec::new(),
         };
         scan.skip_finished();
         scan
@@ -71,14 +71,12 @@ impl Scan {
         let held = self.held.get(usize::from(self.region)).copied().unwrap_or(0);
         let first = self.next.saturating_mul(SUBTREE_PAGES as u64);
         let count = usize::try_from(held.saturating_sub(first)).unwrap_or(usize::MAX).min(SUBTREE_PAGES);
-        self.buffer.resize(PIECE_PAGES.saturating_mul(PAGE_BYTES), 0);
-        for piece in (0..count).step_by(PIECE_PAGES) {
-            let pages = PIECE_PAGES.min(count.saturating_sub(piece));
-            let bytes = self.buffer.get_mut(..pages.saturating_mul(PAGE_BYTES)).unwrap_or_default();
-            let start = first.saturating_add(piece as u64);
-            sink.read_base(region, start, bytes)?;
-            learn(map, hasher, region, start, bytes.as_chunks().0);
-        }
+        self.buffer.resize(SUBTREE_BYTES);
+        let bytes = self.buffer.get_mut(..count.saturating_mul(PAGE_BYTES)).unwrap_or_default();
+        sink.read_base(region, first, bytes)?;
+        self.digests.clear();
+        hasher.digest_nonzero(bytes.as_chunks().0, &mut self.digests);
+        (first..).zip(&self.digests).for_each(|(page, digest)| map.set(region, page, *digest));
         self.pending.digests.push(map.subtree(region, self.next));
         self.next = self.next.saturating_add(1);
         Ok(self.announce(held))
@@ -106,14 +104,7 @@ impl Scan {
         }
         self.pending.region = self.region;
         if self.is_finished() {
-            self.buffer = Vec::new();
+            self.buffer = PageBuffer::default();
         }
     }
-}
-
-/// Digests pages that were just read.
-fn learn(map: &mut PageMap, hasher: &PageHasher, region: RegionId, start: u64, pages: &[PageBytes]) {
-    let mut digests = Vec::with_capacity(PIECE_PAGES);
-    hasher.digest_nonzero(pages, &mut digests);
-    (start..).zip(digests).for_each(|(page, digest)| map.set(region, page, digest));
 }

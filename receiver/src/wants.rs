@@ -86,6 +86,7 @@ impl Wants {
 
     /// No session asks for everything again and again.
     pub(crate) fn check(&self, layout: &Layout) -> Result<(), Violation> {
+        // SPEC 6.12
         if self.asked > layout.pages().saturating_mul(WANTS_A_PAGE_MAX) {
             return Err(Violation::WantFlood { wants: self.asked, pages: layout.pages() });
         }

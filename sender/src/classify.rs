@@ -9,6 +9,7 @@ use pagewire_protocol::digest::Digest;
 use pagewire_protocol::frame::{EntryKind, LaneId, Run};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, PageRange, Place};
+use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::Payload;
 use pagewire_protocol::tree::DigestTree;
 use pagewire_store::DigestIndex;
@@ -84,7 +85,7 @@ pub(crate) struct Entries {
 
 impl Entries {
     /// Entries over the pages of `buffer`.
-    pub(crate) fn over(buffer: Vec<u8>) -> Self {
+    pub(crate) fn over(buffer: PageBuffer) -> Self {
         Self { payload: Payload { buffer, ranges: Vec::new() }, ..Self::default() }
     }
 

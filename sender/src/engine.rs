@@ -15,6 +15,7 @@ use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{GuestAt, Incompatible, PeerError, Violation, chain};
 use pagewire_protocol::frame::{Accept, Codec, Done, Frame, FrameKind, ImageName, Join, LaneId, Open, Role, Root};
 use pagewire_protocol::page::Layout;
+use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
 use std::collections::VecDeque;
@@ -201,6 +202,7 @@ impl<M: GuestMemory> SenderEngine<M> {
 
     fn handle_accept(&mut self, accept: &Accept, now: Time) -> Result<(), ErrorKind> {
         let (Some(greeted), Some(memory)) = (self.endpoint.greeted(), self.memory.take()) else { return Ok(()) };
+        // SPEC 4.9
         if accept.transcript != greeted.transcript {
             return Err(Violation::Transcript.into());
         }
@@ -224,12 +226,14 @@ impl<M: GuestMemory> SenderEngine<M> {
 
     fn handle_done(&mut self, done: Done) -> Result<(), ErrorKind> {
         let Some(root) = self.root else { return Ok(()) };
+        // SPEC 7.6
         if (done.pages, done.root) != (root.pages, root.digest) {
             let (theirs, their_pages) = (done.root, done.pages);
             return Err(Violation::Root { theirs, their_pages, ours: root.digest, our_pages: root.pages }.into());
         }
         self.endpoint.push_frame(LaneId::CONTROL, &Frame::Done(done));
         self.endpoint.finish();
+        // SPEC 7.7: the only place where a session of this side succeeds.
         self.outcome = Some(Ok(()));
         self.events.push_back(Event::Finished);
         Ok(())
@@ -338,7 +342,7 @@ impl<M: GuestMemory> Machine for SenderEngine<M> {
         pace.into_iter().chain(self.endpoint.poll_timeout()).min()
     }
 
-    fn recycle(&mut self, buffer: Vec<u8>) {
+    fn recycle(&mut self, buffer: PageBuffer) {
         if let Some(sending) = self.sending.as_mut() {
             sending.lanes.recycle(buffer);
         }

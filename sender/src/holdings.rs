@@ -58,6 +58,7 @@ impl Holdings {
         let wrong = Violation::Have { region: have.region, got: have.first, expected };
         let Some(region) = self.regions.get_mut(usize::from(have.region)) else { return Err(wrong) };
         let come = have.first.saturating_add(have.digests.len() as u64);
+        // SPEC 6.13
         if have.first != region.come || come > region.promised {
             return Err(wrong);
         }

@@ -9,6 +9,7 @@ use pagewire_protocol::compress::Compressor;
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::Violation;
 use pagewire_protocol::frame::{Codec, Frame, FrameKind, HEADER_BYTES, LaneId, PagesHead, Run, seal};
+use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Job, Outgoing, Payload};
 use pagewire_protocol::time::Time;
 use std::collections::VecDeque;
@@ -45,7 +46,7 @@ pub struct EncodeOutput {
     pub(crate) raw: usize,
     pub(crate) compressed: usize,
     pub(crate) compressor: Compressor,
-    pub(crate) spare: Vec<u8>,
+    spare: PageBuffer,
     planned: Planned,
 }
 
@@ -59,12 +60,13 @@ impl Job for EncodeJob {
         let pages = batch.payload.buffer.get(..raw).unwrap_or_default();
         let smaller = compressor.compress(pages, level, &mut out);
         let compressed = if smaller { out.len() } else { raw };
+        let mut spare = PageBuffer::from(out);
         if smaller {
             batch.head.codec = Codec::ZSTD;
-            std::mem::swap(&mut out, &mut batch.payload.buffer);
+            std::mem::swap(&mut spare, &mut batch.payload.buffer);
             batch.payload.ranges = std::iter::once(0..compressed).collect();
         }
-        EncodeOutput { lane, level, raw, compressed, compressor, spare: out, planned: Planned::new(batch, lane) }
+        EncodeOutput { lane, level, raw, compressed, compressor, spare, planned: Planned::new(batch, lane) }
     }
 }
 
@@ -129,7 +131,9 @@ pub(crate) struct Lanes {
     pace: Option<Pace>,
     jobs: VecDeque<EncodeJob>,
     compressors: Vec<Compressor>,
-    buffers: Vec<Vec<u8>>,
+    buffers: Vec<PageBuffer>,
+    /// Where compressed batches went, to be used again.
+    outs: Vec<Vec<u8>>,
     pub(crate) goodput: Goodput,
 }
 
@@ -144,6 +148,7 @@ impl Lanes {
             jobs: VecDeque::new(),
             compressors: Vec::new(),
             buffers: Vec::new(),
+            outs: Vec::new(),
             goodput: Goodput::default(),
         }
     }
@@ -174,17 +179,22 @@ impl Lanes {
     }
 
     /// A buffer of `len` bytes with any content.
-    pub(crate) fn buffer(&mut self, len: usize) -> Vec<u8> {
+    pub(crate) fn buffer(&mut self, len: usize) -> PageBuffer {
         let mut buffer = self.buffers.pop().unwrap_or_default();
-        if buffer.len() != len {
-            buffer.resize(len, 0);
-        }
+        buffer.resize(len);
         buffer
     }
 
     /// A buffer to be used again.
-    pub(crate) fn recycle(&mut self, buffer: Vec<u8>) {
-        if self.buffers.len() < self.batches_max && buffer.capacity() > 0 {
+    pub(crate) fn recycle(&mut self, buffer: PageBuffer) {
+        if buffer.is_unallocated() {
+            return;
+        }
+        if !buffer.is_aligned() {
+            if self.outs.len() < self.batches_max {
+                self.outs.push(buffer.into());
+            }
+        } else if self.buffers.len() < self.batches_max {
             self.buffers.push(buffer);
         }
     }
@@ -193,7 +203,7 @@ impl Lanes {
     pub(crate) fn plan(&mut self, lane: LaneId, batch: Batch, level: Option<i32>) {
         let level = level.filter(|_| !batch.payload.is_empty());
         let compressor = level.and_then(|_| self.compressors.pop().or_else(|| Compressor::new().ok()));
-        let out = if compressor.is_some() { self.buffer(0) } else { Vec::new() };
+        let out = compressor.as_ref().and_then(|_| self.outs.pop()).unwrap_or_default();
         let Some(state) = self.lane_mut(lane) else { return };
         state.planned = state.planned.saturating_add(1);
         match (level, compressor) {
@@ -234,6 +244,7 @@ impl Lanes {
         let (window, open) = (self.window, self.pace.as_ref().is_none_or(|pace| pace.is_open(now)));
         let state = self.lane_mut(lane)?;
         let bytes = state.slots.front()?.as_ref()?.outgoing.len() as u64;
+        // SPEC 6.17
         let fits = state.in_flight.is_empty() || state.in_flight_bytes.saturating_add(bytes) <= window;
         if !fits || !open {
             return None;
@@ -262,6 +273,7 @@ impl Lanes {
         let Some(state) = self.lane_mut(lane) else { return Ok(Vec::new()) };
         let news = frames.checked_sub(state.acked).and_then(|news| usize::try_from(news).ok());
         let sent = state.acked.saturating_add(state.in_flight.len() as u64);
+        // SPEC 6.16
         let Some(news) = news.filter(|&news| news <= state.in_flight.len()) else {
             return Err(Violation::Ack { got: frames, sent });
         };

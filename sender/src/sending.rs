@@ -20,12 +20,10 @@ use pagewire_protocol::frame::{
 };
 use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES, WANTS_A_PAGE_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Place, RegionId};
+use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::Payload;
 use pagewire_protocol::time::Time;
 use pagewire_protocol::tree::{DigestTree, image_root};
-
-/// Bytes copied out and digested at once.
-const PIECE_BYTES: usize = 32 * PAGE_BYTES;
 
 /// What a step did.
 #[derive(Debug)]
@@ -109,6 +107,7 @@ impl<M: GuestMemory> Sending<M> {
             self.wants.insert_range(first..first.saturating_add(u64::from(range.count)));
         }
         let pages = self.layout.pages();
+        // SPEC 6.12
         if self.counts.wants > pages.saturating_mul(WANTS_A_PAGE_MAX) {
             return Err(Violation::WantFlood { wants: self.counts.wants, pages }.into());
         }
@@ -155,6 +154,7 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     /// The next part of the image: whole install pages inside one group, whole subtrees where something is held.
+    // SPEC 6.18
     fn next_range(&mut self) -> Option<PageRange> {
         loop {
             let region = *self.layout.region(self.region)?;
@@ -209,7 +209,7 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     /// States pages one by one.
-    fn state_pages(&mut self, range: PageRange, buffer: Vec<u8>, announce: bool, now: Time) {
+    fn state_pages(&mut self, range: PageRange, buffer: PageBuffer, announce: bool, now: Time) {
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let mut entries = Entries::over(buffer);
         let all_zero = self.digests.iter().all(|digest| *digest == self.hasher.zero());
@@ -280,18 +280,12 @@ impl<M: GuestMemory> Sending<M> {
 
     /// Copies a range out and digests that copy into `digests`: what is sent are the bytes that were digested.
     // SPEC 6.6
-    fn read(&mut self, range: PageRange) -> Result<Vec<u8>, ErrorKind> {
+    fn read(&mut self, range: PageRange) -> Result<PageBuffer, ErrorKind> {
         let count = usize::try_from(range.count).unwrap_or(0);
         let mut buffer = self.lanes.buffer(count.saturating_mul(PAGE_BYTES));
         self.digests.clear();
-        let mut first = range.first.0;
-        // Piece by piece, so that what was copied out is still in the core's own cache when it is digested.
-        for piece in buffer.chunks_mut(PIECE_BYTES) {
-            self.memory.read(range.region, first, piece).map_err(ErrorKind::Source)?;
-            let pages = piece.as_chunks().0;
-            self.hasher.digest_nonzero(pages, &mut self.digests);
-            first = first.saturating_add(pages.len() as u64);
-        }
+        self.memory.read(range.region, range.first.0, &mut buffer).map_err(ErrorKind::Source)?;
+        self.hasher.digest_nonzero(buffer.as_chunks().0, &mut self.digests);
         Ok(buffer)
     }
 
@@ -353,6 +347,7 @@ impl<M: GuestMemory> Sending<M> {
     fn end_round(&mut self) -> Result<Root, ErrorKind> {
         self.flush_cover();
         self.memory.check_unchanged().map_err(ErrorKind::Source)?;
+        // SPEC 6.19
         for lane in self.lanes.ids() {
             let end = RoundEnd { round: 0, frames: self.lanes.planned(lane) };
             self.lanes.plan_frame(lane, &Frame::Round(end));

@@ -6,6 +6,7 @@
 use crate::socket::Stream;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{PROGRESS_BYTES_MIN, PROGRESS_SPAN};
+use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::Outgoing;
 use pagewire_protocol::time::Time;
 use std::io::{self, IoSlice};
@@ -17,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 const PIECES_MAX: usize = 64;
 
 /// The buffer of a frame that is written, and the frame's length.
-pub(crate) type Written = (Vec<u8>, usize);
+pub(crate) type Written = (PageBuffer, usize);
 
 /// A connection and what is under way on it.
 pub(crate) struct Lane {

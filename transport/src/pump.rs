@@ -74,7 +74,7 @@ impl<M: Machine> Pump<M> {
 
     /// The time as the machine knows it.
     pub fn now(&self) -> Time {
-        Time::from_nanos(u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
+        since(self.start)
     }
 
     /// Bytes on the wire so far.
@@ -140,7 +140,8 @@ impl<M: Machine> Pump<M> {
         poll_fn(|cx| if self.turn(cx) { Poll::Ready(()) } else { sleep.as_mut().poll(cx) }).await;
     }
 
-    /// One turn over everything that can move; says whether anything did.
+    // SPEC 2.8
+    /// One turn over everything that can move; says whether anything did. A write that blocks keeps no read waiting.
     fn turn(&mut self, cx: &mut Context<'_>) -> bool {
         let mut moved = self.poll_joins(cx) | self.poll_jobs(cx);
         for index in 0..self.lanes.len() {
@@ -188,10 +189,11 @@ impl<M: Machine> Pump<M> {
     }
 
     fn read_lane(&mut self, index: usize, cx: &mut Context<'_>) -> bool {
-        let now = self.now();
+        let start = self.start;
         let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut).filter(|lane| !lane.ended) else {
             return false;
         };
+        let now = since(start);
         let number = u8::try_from(index).unwrap_or(u8::MAX);
         match lane.poll_read(cx) {
             Poll::Pending => {
@@ -221,10 +223,10 @@ impl<M: Machine> Pump<M> {
     }
 
     fn note_progress(&mut self, index: usize) {
-        let now = self.now();
         let lane = self.lanes.get_mut(index).and_then(Option::as_mut);
         let id = u8::try_from(index).ok().and_then(|number| LaneId::from_wire(number).ok());
         if let (true, Some(id)) = (lane.is_some_and(Lane::take_progress), id) {
+            let now = self.now();
             let carried = (1..LaneId::COUNT)
                 .filter(|_| self.single_stream)
                 .filter_map(|n| LaneId::from_wire(u8::try_from(n).ok()?).ok());
@@ -254,8 +256,9 @@ impl<M: Machine> Pump<M> {
 
     /// Writes at most one frame: what arrives meanwhile decides what goes next.
     fn write_lane(&mut self, index: usize, cx: &mut Context<'_>) -> bool {
-        let now = self.now();
+        let start = self.start;
         let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut) else { return false };
+        let now = since(start);
         let mut moved = false;
         if lane.is_free() {
             let Some(outgoing) = next_frame(&mut self.machine, index, self.single_stream, now) else { return false };
@@ -306,6 +309,11 @@ impl<M: Machine> Pump<M> {
         }
         parted
     }
+}
+
+/// The time since a session's start, as its machine knows it.
+fn since(start: Instant) -> Time {
+    Time::from_nanos(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// The machine's next frame for a connection: the control connection may carry every lane, control first.

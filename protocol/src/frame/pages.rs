@@ -13,13 +13,27 @@
 //! | 24..56 | digest | the batch digest: over the digests of all pages covered, resolved as meant |
 //! | 56.. | runs | 4 bytes each: entry kind u8 (1 zero, 2 base, 3 reference, 4 inline), reserved u8, count u16 |
 //! | .. | references | 32 bytes for each reference page, in page order |
+//! | .. | padding | zeros, only before a payload, so that it begins a multiple of 64 bytes from the frame's first |
 //! | .. | payload | the inline pages in page order, 4096 bytes each, under the codec |
 
 use crate::coding::{Reader, Writer};
 use crate::digest::Digest;
 use crate::error::DecodeError;
+use crate::frame::HEADER_BYTES;
 use crate::limits::{BATCH_PAGES_MAX, COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX};
 use alloc::vec::Vec;
+
+/// Bytes of the fixed part.
+const HEAD_BYTES: usize = 56;
+/// What a payload's place in the frame is a multiple of: a cache line, so that pages are hashed where they arrived.
+const PAYLOAD_ALIGN: usize = 64;
+const PADDING: [u8; PAYLOAD_ALIGN] = [0; PAYLOAD_ALIGN];
+
+/// Padding behind `body` bytes of a body.
+fn padding(body: usize) -> usize {
+    let before = HEADER_BYTES.saturating_add(body);
+    before.next_multiple_of(PAYLOAD_ALIGN).saturating_sub(before)
+}
 
 /// How the payload is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -93,6 +107,12 @@ impl PagesHead {
         for reference in references {
             writer.bytes(&reference.0);
         }
+        if runs.iter().any(|run| run.kind == EntryKind::INLINE) {
+            let body = HEAD_BYTES
+                .saturating_add(runs.len().saturating_mul(4))
+                .saturating_add(references.len().saturating_mul(32));
+            writer.bytes(PADDING.get(..padding(body)).unwrap_or_default());
+        }
     }
 }
 
@@ -130,6 +150,13 @@ impl<'a> Pages<'a> {
         let runs = reader.bytes("runs", usize::from(run_count).saturating_mul(4))?.as_chunks().0;
         let (references, inline) = tally(runs, count)?;
         let references = reader.bytes("references", references.saturating_mul(32))?.as_chunks().0;
+        if inline > 0 {
+            let before = HEAD_BYTES
+                .saturating_add(runs.len().saturating_mul(4))
+                .saturating_add(references.len().saturating_mul(32));
+            let zeros = reader.bytes("padding", padding(before))?;
+            reserved(u16::from(zeros.iter().any(|&byte| byte != 0)))?;
+        }
         let payload = reader.rest();
         check_payload(codec, inline, payload.len())?;
         let head = PagesHead { round, region, codec, first, count, digest };

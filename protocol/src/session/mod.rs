@@ -16,6 +16,7 @@ pub use table::{Phase, check};
 
 use crate::error::{PeerError, Violation};
 use crate::frame::{Frame, FrameKind, Join, LaneId};
+use crate::page_buffer::PageBuffer;
 use crate::time::{Span, Time};
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -59,7 +60,7 @@ impl Outgoing {
 #[derive(Debug, Default)]
 pub struct Payload {
     /// The buffer; given back to the machine when it is written.
-    pub buffer: Vec<u8>,
+    pub buffer: PageBuffer,
     /// The parts of it, in order.
     pub ranges: Vec<Range<usize>>,
 }
@@ -132,7 +133,7 @@ pub trait Machine {
     fn poll_timeout(&self) -> Option<Time>;
 
     /// A page buffer whose frame has been written, to be used again.
-    fn recycle(&mut self, buffer: Vec<u8>);
+    fn recycle(&mut self, buffer: PageBuffer);
 
     /// Whether the session has ended and only frames that are queued remain to be sent.
     fn is_over(&self) -> bool;

@@ -21,6 +21,8 @@ pub struct FileMemory {
     path: PathBuf,
     layout: Layout,
     opened_as: Metadata,
+    /// It has as many blocks as bytes: looking for holes would only cost.
+    is_dense: bool,
     /// The hole or data that was found last, and whether it was a hole.
     extent: (Range<u64>, bool),
 }
@@ -39,11 +41,15 @@ impl FileMemory {
         }
         let region = Region { bytes: opened_as.len(), install_size };
         let layout = Layout::new(vec![region]).map_err(|error: DecodeError| io::Error::other(error.to_string()))?;
-        Ok(Self { file, path: path.to_path_buf(), layout, opened_as, extent: (0..0, false) })
+        let is_dense = opened_as.blocks().saturating_mul(512) >= opened_as.len();
+        Ok(Self { file, is_dense, path: path.to_path_buf(), layout, opened_as, extent: (0..0, false) })
     }
 
     /// Whether all of `start..end` is a hole, by the file system's word.
     fn is_hole(&mut self, start: u64, end: u64) -> bool {
+        if self.is_dense {
+            return false;
+        }
         if !self.extent.0.contains(&start) {
             let (end, hole) = match fs::seek(&self.file, SeekFrom::Data(start)) {
                 Ok(data) if data > start => (data, true),
