@@ -195,8 +195,14 @@ fn size(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Below this a single batch would take longer than a receiver waits.
+const RATE_MIN: u64 = 64 * 1024;
+
 fn rate(text: &str) -> Result<u64, String> {
-    size(text.strip_suffix("/s").unwrap_or(text))
+    match size(text.strip_suffix("/s").unwrap_or(text))? {
+        rate if rate < RATE_MIN => Err("must be at least 64KiB".to_owned()),
+        rate => Ok(rate),
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

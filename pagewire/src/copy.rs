@@ -16,6 +16,7 @@ use pagewire_transport::{Sessions, Socket};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// How to copy.
 #[derive(Clone, Debug, Default)]
@@ -78,7 +79,8 @@ fn join(
         let landing = Landing::start(dir, file, offer.open.layout.bytes(), landing).map_err(|error| refusal(&error))?;
         Ok(FileSink::new(landing, offer.open.layout.clone()))
     };
-    let arriving = Arriving { socket: there, framer: Framer::new(), single_stream: true, lanes: 1 };
+    let arriving =
+        Arriving { socket: there, framer: Framer::new(), single_stream: true, lanes: 1, start: Instant::now() };
     let options = SendOptions { lanes: 1, ..options.send.clone() };
     std::thread::scope(|scope| {
         let sessions = Sessions::default();

@@ -17,7 +17,7 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Connections that have not said yet what they are.
 const STRANGERS_MAX: usize = 64;
@@ -156,16 +156,12 @@ impl Server {
             }
             match self.listener.accept(PATIENCE) {
                 Ok(Some((socket, peer))) => {
-                    self.shared.strangers.fetch_add(1, Ordering::Relaxed);
-                    let (shared, tell) = (Arc::clone(&self.shared), Arc::clone(&tell));
+                    let (shared, tell, start) = (Arc::clone(&self.shared), Arc::clone(&tell), Instant::now());
+                    let stranger = Stranger::new(&self.shared);
                     let name = "pagewire-session".to_owned();
-                    let started =
-                        std::thread::Builder::new().name(name).spawn(move || shared.welcome(socket, &peer, &tell));
-                    match started {
-                        Ok(thread) => threads.push(thread),
-                        // The closure is gone, and with it the connection.
-                        Err(_) => drop(self.shared.strangers.fetch_sub(1, Ordering::Relaxed)),
-                    }
+                    let welcome = move || shared.welcome(Connection { socket, start, stranger }, &peer, &tell);
+                    // If no thread can be had, the closure is gone, and with it the connection.
+                    threads.extend(std::thread::Builder::new().name(name).spawn(welcome));
                 }
                 Ok(None) => {}
                 Err(error) => {
@@ -178,21 +174,41 @@ impl Server {
     }
 }
 
+/// A connection that has not named an image yet; there are [`STRANGERS_MAX`] at most.
+struct Stranger(Arc<Shared>);
+
+impl Stranger {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.strangers.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        self.0.strangers.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A connection that was accepted.
+struct Connection {
+    socket: Socket,
+    start: Instant,
+    stranger: Stranger,
+}
+
 impl Shared {
     /// Finds out what a connection is, and runs its session if it begins one.
-    fn welcome(&self, socket: Socket, peer: &str, tell: &Tell) {
-        let arrival = Arrival::greet(socket);
-        self.strangers.fetch_sub(1, Ordering::Relaxed);
-        match arrival {
+    fn welcome(&self, connection: Connection, peer: &str, tell: &Tell) {
+        let Connection { socket, start, stranger } = connection;
+        match Arrival::greet(socket, start) {
             Ok(Arrival::Lane(joining)) => self.sessions.deliver(joining),
             Ok(Arrival::Session(socket, framer)) => {
                 let session = self.count.fetch_add(1, Ordering::Relaxed).saturating_add(1);
-                let open = self.open.fetch_add(1, Ordering::Relaxed);
                 tell(ServerEvent::Connected { session, peer });
-                let full = open >= self.options.sessions_max;
+                let arriving = Arriving { socket, framer, single_stream: false, lanes: self.options.lanes, start };
                 let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
-                let (named, outcome) = self.run(socket, framer, full, observe);
-                self.open.fetch_sub(1, Ordering::Relaxed);
+                let (named, outcome) = self.run(arriving, stranger, observe);
                 tell(ServerEvent::Ended { session, outcome: &outcome });
                 if self.options.once && named {
                     self.options.cancel.cancel();
@@ -202,18 +218,23 @@ impl Shared {
         }
     }
 
-    /// Runs one session; says whether it got as far as naming an image.
-    fn run(&self, socket: Socket, framer: Framer, full: bool, observe: impl FnMut(&Event)) -> (bool, Outcome) {
+    /// Runs one session; says whether it got as far as naming an image. Until then its peer is a stranger.
+    fn run(&self, arriving: Arriving, stranger: Stranger, observe: impl FnMut(&Event)) -> (bool, Outcome) {
         let options = &self.options;
+        let mut stranger = Some(stranger);
         let decide = |offer: &Offer| {
-            if full {
+            stranger = None;
+            if self.open.fetch_add(1, Ordering::Relaxed) >= options.sessions_max {
                 let reason = format!("{} sessions are open, which is the limit here", options.sessions_max);
                 return Err(Refusal { code: CloseCode::BUSY, reason });
             }
             land(offer, options)
         };
-        let begin = Arriving { socket, framer, single_stream: false, lanes: options.lanes };
-        session(begin, &self.sessions, &options.cancel, decide, observe)
+        let (named, outcome) = session(arriving, &self.sessions, &options.cancel, decide, observe);
+        if stranger.is_none() {
+            self.open.fetch_sub(1, Ordering::Relaxed);
+        }
+        (named, outcome)
     }
 }
 
@@ -223,6 +244,8 @@ pub(crate) struct Arriving {
     pub(crate) framer: Framer,
     pub(crate) single_stream: bool,
     pub(crate) lanes: u8,
+    /// When it was accepted.
+    pub(crate) start: Instant,
 }
 
 /// Runs one session and makes the report.
@@ -233,7 +256,7 @@ pub(crate) fn session(
     decide: impl FnMut(&Offer) -> Result<FileSink, Refusal>,
     mut observe: impl FnMut(&Event),
 ) -> (bool, Outcome) {
-    let Arriving { socket, framer, single_stream, lanes } = arriving;
+    let Arriving { socket, framer, single_stream, lanes, start } = arriving;
     let entropy = || Ok(Entropy { nonce: random()?, secret: random()?, seed: u64::from_le_bytes(random()?) });
     let entropy: Entropy = match entropy() {
         Ok(entropy) => entropy,
@@ -241,7 +264,7 @@ pub(crate) fn session(
             return (false, Report::new(Role::Receiver, String::new()).close(Some(ErrorKind::at_sender(kind))));
         }
     };
-    let begin = Beginning { socket, framer, single_stream, lanes, entropy };
+    let begin = Beginning { socket, framer, single_stream, lanes, start, entropy };
     let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, |progress| {
         observe(&Event::Progress {
             pages: progress.pages,

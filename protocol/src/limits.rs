@@ -60,6 +60,8 @@ pub const JOIN_SPAN_MAX: Span = Span::from_secs(5);
 pub const PING_AFTER: Span = Span::from_secs(5);
 /// A session that hears nothing this long has lost its peer.
 pub const SILENCE_MAX: Span = Span::from_secs(15);
+/// A receiver waits this long for the next statement, or the next part of its own base, whatever signs of life come.
+pub const STALL_SPAN_MAX: Span = Span::from_secs(120);
 /// A frame that has begun must bring `PROGRESS_BYTES_MIN` in each span of this length: a trickle is not life.
 pub const PROGRESS_SPAN: Span = Span::from_secs(15);
 /// See [`PROGRESS_SPAN`].

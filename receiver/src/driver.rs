@@ -70,6 +70,8 @@ pub struct Beginning {
     pub single_stream: bool,
     /// Lanes granted at most.
     pub lanes: u8,
+    /// When the connection was accepted: the handshake's time counts from here.
+    pub start: Instant,
     /// Randomness.
     pub entropy: Entropy,
 }
@@ -99,11 +101,11 @@ async fn drive<S: GuestSink>(
     mut observe: impl FnMut(Progress),
     summary: &mut Summary,
 ) -> Result<(), ErrorKind> {
-    let Beginning { socket, framer, single_stream, lanes, entropy } = begin;
+    let Beginning { socket, framer, single_stream, lanes, start, entropy } = begin;
     let failed = |source| ErrorKind::Destination { what: "control connection", source };
     let stream = socket.into_stream().map_err(failed)?;
     let engine = ReceiverEngine::new(&Policy::default(), entropy.nonce, Time::ZERO);
-    let mut pump = Pump::new(engine, stream, framer, Instant::now());
+    let mut pump = Pump::new(engine, stream, framer, start);
     if single_stream {
         pump.carry_all_lanes();
     }

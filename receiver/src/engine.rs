@@ -19,7 +19,7 @@ use pagewire_protocol::error::{CloseCode, DecodeError, GuestAt, Incompatible, Pe
 use pagewire_protocol::frame::{
     Accept, Ack, Done, EntryKind, Frame, FrameKind, Join, LaneId, Open, Pages, Role, Root, RoundEnd,
 };
-use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX};
+use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX, STALL_SPAN_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, Job, Machine, Outgoing, Phase, Policy};
@@ -83,7 +83,8 @@ impl<S: GuestSink> Job for FinishJob<S> {
 #[derive(Clone, Copy, Debug, Default)]
 struct Lane {
     joined: bool,
-    ended: bool,
+    /// The round whose frames are due here.
+    round: u32,
     frames: u64,
     unacked_bytes: u64,
     ack_due: Option<Time>,
@@ -103,7 +104,8 @@ struct Receiving<S> {
     resolver: Resolver,
     lanes: [Lane; LaneId::COUNT],
     bulk_lanes: u8,
-    round: u32,
+    /// When something was last stated, or read from the base.
+    moved: Time,
     /// Until when every granted lane must have joined.
     joined_until: Time,
     root: Option<Root>,
@@ -160,7 +162,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
             resolver,
             lanes: Default::default(),
             bulk_lanes,
-            round: 0,
+            moved: now,
             joined_until: now + HANDSHAKE_SPAN_MAX,
             root: None,
             sink: Some(sink),
@@ -243,6 +245,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
             }
             frame => {
                 let Some(receiving) = self.receiving.as_mut() else { return Ok(()) };
+                receiving.moved = now;
                 match frame {
                     Frame::Pages(pages) => {
                         receiving.handle_pages(lane, &pages, body.len() as u64, &mut self.counts, now)?
@@ -257,6 +260,12 @@ impl<S: GuestSink> ReceiverEngine<S> {
                 Ok(())
             }
         }
+    }
+
+    /// When the sender has stated nothing for too long; never while the image is made to last.
+    fn stalled_at(&self) -> Option<Time> {
+        let receiving = self.receiving.as_ref().filter(|receiving| receiving.sink.is_some())?;
+        Some(receiving.moved + STALL_SPAN_MAX).filter(|_| self.endpoint.phase() == Phase::Receiving)
     }
 
     /// Until when lanes may join, if some have not.
@@ -315,6 +324,9 @@ impl<S: GuestSink> Receiving<S> {
                 missing.iter().for_each(|&page| self.wants.ask(&self.open.layout, range.region, page, 1));
             }
             Resolved::Disbelieved => {
+                for page in range.numbers() {
+                    self.map.mark_absent(range.region, page);
+                }
                 self.wants.ask(&self.open.layout, range.region, range.first.0, u64::from(range.count));
             }
         }
@@ -333,9 +345,10 @@ impl<S: GuestSink> Receiving<S> {
         let malformed = |source: DecodeError| PeerError::Decode { kind: FrameKind::PAGES, source };
         let range = self.open.layout.range(head.region, head.first, head.count).map_err(malformed)?;
         let (region, first) = (head.region, head.first);
-        // SPEC 6.21: there is one round, so no page is ever stated by an earlier one.
-        if head.round != self.round {
-            return Err(Violation::Round { got: head.round, expected: self.round }.into());
+        // SPEC 6.21: a page has one lane, and there rounds only rise.
+        let due = self.lanes.get(lane.index()).map_or(0, |lane| lane.round);
+        if head.round != due {
+            return Err(Violation::Round { got: head.round, expected: due }.into());
         }
         let group = self.open.layout.group(range.region, first);
         // SPEC 6.3
@@ -361,20 +374,20 @@ impl<S: GuestSink> Receiving<S> {
 
     fn handle_round(&mut self, lane: LaneId, end: RoundEnd, now: Time) -> Result<(), ErrorKind> {
         let Some(state) = self.lanes.get_mut(lane.index()) else { return Ok(()) };
-        if end.round != self.round || state.ended {
-            return Err(Violation::Round { got: end.round, expected: self.round }.into());
+        if end.round != state.round {
+            return Err(Violation::Round { got: end.round, expected: state.round }.into());
         }
         if end.frames != state.frames {
             return Err(Violation::Ack { got: end.frames, sent: state.frames }.into());
         }
-        state.ended = true;
+        state.round = state.round.saturating_add(1);
         state.ack_due = Some(now);
         Ok(())
     }
 
     fn handle_root(&mut self, root: Root) -> Result<(), ErrorKind> {
-        if self.root.is_some() || root.round != self.round {
-            return Err(Violation::Round { got: root.round, expected: self.round }.into());
+        if let Some(known) = self.root {
+            return Err(Violation::Round { got: root.round, expected: known.round }.into());
         }
         self.root = Some(root);
         Ok(())
@@ -382,10 +395,11 @@ impl<S: GuestSink> Receiving<S> {
 
     /// Whether everything has come; if so the finish job is ready.
     fn check_complete(&mut self) -> Result<bool, ErrorKind> {
-        let rounds_end = (0..self.bulk_lanes)
-            .map(LaneId::bulk)
-            .all(|lane| self.lanes.get(lane.index()).is_some_and(|lane| lane.ended));
-        let Some(root) = self.root.filter(|_| rounds_end && self.sink.is_some()) else { return Ok(false) };
+        let Some(root) = self.root.filter(|_| self.sink.is_some()) else { return Ok(false) };
+        let has_ended = |lane: LaneId| self.lanes.get(lane.index()).is_some_and(|lane| lane.round > root.round);
+        if !(0..self.bulk_lanes).map(LaneId::bulk).all(has_ended) {
+            return Ok(false);
+        }
         let (pages, present, wanted) = (self.open.layout.pages(), self.map.present_pages(), self.wants.outstanding());
         if present < pages && wanted > 0 {
             return Ok(false);
@@ -427,6 +441,9 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
 
     fn handle_progress(&mut self, lane: LaneId, now: Time) {
         self.endpoint.note_progress(lane, now);
+        if let Some(receiving) = self.receiving.as_mut() {
+            receiving.moved = now;
+        }
     }
 
     fn handle_peer_error(&mut self, error: PeerError, _now: Time) {
@@ -434,9 +451,15 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
     }
 
     fn handle_timeout(&mut self, now: Time) {
-        let late = self.joining_until().is_some_and(|until| now >= until);
-        let late = if late { Err(PeerError::Timeout("a granted lane was not joined within 10 s")) } else { Ok(()) };
-        if let Err(error) = late.and_then(|()| self.endpoint.handle_timeout(now)) {
+        let passed = |until: Option<Time>| until.is_some_and(|until| now >= until);
+        let late = if passed(self.joining_until()) {
+            Err(PeerError::Timeout("a granted lane was not joined within 10 s"))
+        } else if passed(self.stalled_at()) {
+            Err(PeerError::Timeout("no page was stated for 120 s"))
+        } else {
+            self.endpoint.handle_timeout(now)
+        };
+        if let Err(error) = late {
             self.fail(error.into());
         }
     }
@@ -479,15 +502,16 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
 
     fn handle_lane_open(&mut self, _lane: LaneId, _now: Time) {}
 
-    fn work(&mut self, _now: Time) -> bool {
+    fn work(&mut self, now: Time) -> bool {
         if self.endpoint.phase() != Phase::Receiving {
             return false;
         }
         let Some(receiving) = self.receiving.as_mut() else { return false };
-        let Receiving { scan, map, sink: Some(sink), hasher, .. } = receiving.as_mut() else { return false };
+        let Receiving { scan, map, sink: Some(sink), hasher, moved, .. } = receiving.as_mut() else { return false };
         if scan.is_finished() {
             return false;
         }
+        *moved = now;
         match scan.step(map, sink, hasher) {
             Ok(have) => {
                 self.counts.scanned =
@@ -521,7 +545,7 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
         // Once the image is whole nobody asks for acknowledgements any more, and none must wake anybody.
         let receiving = self.receiving.as_ref().filter(|_| self.endpoint.phase() == Phase::Receiving);
         let acks = receiving.into_iter().flat_map(|receiving| receiving.lanes.iter().filter_map(|lane| lane.ack_due));
-        acks.chain(self.endpoint.poll_timeout()).chain(self.joining_until()).min()
+        acks.chain(self.endpoint.poll_timeout()).chain(self.joining_until()).chain(self.stalled_at()).min()
     }
 
     fn recycle(&mut self, _buffer: PageBuffer) {}

@@ -73,6 +73,11 @@ impl PageMap {
         self.present.insert(u64::from(self.layout.place(region, page).0))
     }
 
+    /// The page was stated anew and is not there yet.
+    pub fn mark_absent(&mut self, region: RegionId, page: u64) -> bool {
+        self.present.remove(u64::from(self.layout.place(region, page).0))
+    }
+
     /// Whether the page is as the sender means it.
     pub fn is_present(&self, region: RegionId, page: u64) -> bool {
         self.present.contains(u64::from(self.layout.place(region, page).0))

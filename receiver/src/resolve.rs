@@ -176,6 +176,8 @@ impl Resolver {
                 if self.fetch(region, start, page, to)? {
                     count_present(EntryKind::REFERENCE, region, page..page.saturating_add(1), to);
                 } else {
+                    // A later round may state a page again that was present.
+                    to.map.mark_absent(region, page);
                     missing.push(page);
                 }
             }

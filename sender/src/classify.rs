@@ -14,6 +14,9 @@ use pagewire_protocol::session::Payload;
 use pagewire_protocol::tree::DigestTree;
 use pagewire_store::DigestIndex;
 
+/// Pages that the index has room for from the start (4 GiB of them); it grows beyond, and a sparse image needs less.
+const INDEX_START_MAX: usize = 1 << 20;
+
 /// Which bytes have gone to the receiver, and when.
 #[derive(Debug)]
 pub(crate) struct SentPages {
@@ -52,9 +55,16 @@ impl SentPages {
             let (region, page) = layout.locate(place);
             trees.get(usize::from(region.0)).map(|tree| tree.leaf(page.0)).unwrap_or_default()
         };
-        let known =
-            self.index.as_mut().and_then(|index| index.insert(digest, place, of)).filter(|&known| known != place);
-        if let Some(known) = known.filter(|known| self.inline.contains(u64::from(known.0))) {
+        let pages = usize::try_from(layout.pages()).unwrap_or(usize::MAX).min(INDEX_START_MAX);
+        let known = self.index.as_mut().and_then(|index| {
+            if index.is_empty() {
+                index.reserve(pages, of);
+            }
+            index.insert(digest, place, of)
+        });
+        if let Some(known) =
+            known.filter(|&known| known != place).filter(|known| self.inline.contains(u64::from(known.0)))
+        {
             let (region, page) = layout.locate(known);
             let group = layout.group(region, page.0);
             let home = lanes.lane_of(group);

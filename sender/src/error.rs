@@ -62,7 +62,7 @@ impl ErrorKind {
 
     /// Whether the peer needs to be told: not if it said so itself, or is not there any more.
     pub(crate) fn tells_peer(&self) -> bool {
-        !matches!(self, Self::Peer(PeerError::Closed { .. } | PeerError::Broken { .. }))
+        !matches!(self, Self::Peer(PeerError::Closed { .. } | PeerError::Broken { lane: 0, .. }))
     }
 }
 

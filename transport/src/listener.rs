@@ -13,8 +13,9 @@ use std::collections::HashMap;
 use std::io::{self, Read};
 use std::net::TcpListener;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -64,8 +65,7 @@ impl Listener {
     pub fn bind(address: &Address) -> io::Result<Self> {
         let kind = match address {
             Address::Unix(path) => {
-                let listener = UnixListener::bind(path)?;
-                std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+                let listener = bind_private(path)?;
                 listener.set_nonblocking(true)?;
                 Kind::Unix(listener, path.clone())
             }
@@ -121,6 +121,33 @@ impl Listener {
     }
 }
 
+/// Binds a Unix socket that nobody else could ever open: it is made in a folder of its own and moved into place.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    let stale = path.symlink_metadata().is_ok_and(|info| info.file_type().is_socket());
+    if stale && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+        // Left by a receiver that was killed.
+        std::fs::remove_file(path)?;
+    }
+    if path.symlink_metadata().is_ok() {
+        return Err(io::ErrorKind::AddrInUse.into());
+    }
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut folder = path.as_os_str().to_owned();
+    folder.push(format!(".{}", std::process::id()));
+    let folder = PathBuf::from(folder);
+    std::fs::DirBuilder::new().mode(0o700).create(&folder)?;
+    let made = folder.join(name);
+    let bound = UnixListener::bind(&made).and_then(|listener| {
+        std::fs::set_permissions(&made, PermissionsExt::from_mode(0o600))?;
+        std::fs::rename(&made, path)?;
+        Ok(listener)
+    });
+    // What is left of it is of no use to anybody.
+    let _ = std::fs::remove_file(&made);
+    let _ = std::fs::remove_dir(&folder);
+    bound
+}
+
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Kind::Unix(_, path) = &self.kind {
@@ -131,25 +158,28 @@ impl Drop for Listener {
 }
 
 impl Arrival {
-    /// Reads the first frame's header, and for a JOIN its body, within the handshake's time.
+    /// Reads a connection's first header, and for a JOIN its whole frame. `begin` is when it was accepted.
     ///
     /// # Errors
     /// Too slow, gone, or not a pagewire peer.
-    pub fn greet(mut socket: Socket) -> io::Result<Self> {
-        let begin = Instant::now();
+    // SPEC 9.3
+    pub fn greet(mut socket: Socket, begin: Instant) -> io::Result<Self> {
         let mut framer = Framer::new();
-        let mut limit = HANDSHAKE_SPAN_MAX;
         let refuse = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());
         loop {
-            match framer.peek().map_err(|(kind, error)| refuse(&format!("{kind}: {error}")))? {
-                Some(header) if header.kind == FrameKind::HELLO => {
+            let first = framer.peek().map_err(|(kind, error)| refuse(&format!("{kind}: {error}")))?;
+            let limit = match first.map(|header| header.kind) {
+                None => HANDSHAKE_SPAN_MAX,
+                Some(FrameKind::HELLO) => {
+                    // The session's own handshake limit counts from `begin` too.
                     socket.set_read_timeout(None)?;
                     return Ok(Self::Session(socket, framer));
                 }
-                Some(header) if header.kind == FrameKind::JOIN => limit = JOIN_SPAN_MAX,
-                Some(header) => return Err(refuse(&format!("{} is not how a connection begins", header.kind))),
-                None => {}
-            }
+                Some(FrameKind::JOIN) => JOIN_SPAN_MAX,
+                Some(kind) => return Err(refuse(&format!("{kind} is not how a connection begins"))),
+            };
+            let left = Duration::from_nanos(limit.as_nanos()).checked_sub(begin.elapsed());
+            let left = left.filter(|left| !left.is_zero()).ok_or_else(|| refuse("no first frame in time"))?;
             let frame = framer.next_frame().map_err(|(kind, error)| refuse(&format!("{kind}: {error}")))?;
             if let Some((header, body)) = frame {
                 let Ok(Frame::Join(join)) = Frame::decode(header.kind, body) else {
@@ -158,8 +188,6 @@ impl Arrival {
                 socket.set_read_timeout(None)?;
                 return Ok(Self::Lane(Joining { lane: header.lane, join, socket, framer }));
             }
-            let left = Duration::from_nanos(limit.as_nanos()).checked_sub(begin.elapsed());
-            let left = left.filter(|left| !left.is_zero()).ok_or_else(|| refuse("no first frame in time"))?;
             socket.set_read_timeout(Some(left))?;
             let count = socket.read(framer.space())?;
             if count == 0 {
