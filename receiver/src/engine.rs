@@ -83,7 +83,9 @@ impl<S: GuestSink> Job for FinishJob<S> {
 #[derive(Clone, Copy, Debug, Default)]
 struct Lane {
     joined: bool,
-    /// The round whose frames are due here.
+    /// Rounds that have ended here, and so the round that is due.
+    ended: u32,
+    /// The round of the last pages.
     round: u32,
     frames: u64,
     unacked_bytes: u64,
@@ -333,6 +335,7 @@ impl<S: GuestSink> Receiving<S> {
         self.wants.check(&self.open.layout)?;
         if let Some(state) = self.lanes.get_mut(lane.index()) {
             state.frames = state.frames.saturating_add(1);
+            state.round = pages.head.round;
             state.unacked_bytes = state.unacked_bytes.saturating_add(bytes);
             state.ack_due.get_or_insert(now + ACK_DELAY_MAX);
         }
@@ -345,10 +348,10 @@ impl<S: GuestSink> Receiving<S> {
         let malformed = |source: DecodeError| PeerError::Decode { kind: FrameKind::PAGES, source };
         let range = self.open.layout.range(head.region, head.first, head.count).map_err(malformed)?;
         let (region, first) = (head.region, head.first);
-        // SPEC 6.21: a page has one lane, and there rounds only rise.
-        let due = self.lanes.get(lane.index()).map_or(0, |lane| lane.round);
-        if head.round != due {
-            return Err(Violation::Round { got: head.round, expected: due }.into());
+        // SPEC 6.21: a page has one lane, and there rounds only rise; answers to wants may follow the end of theirs.
+        let state = self.lanes.get(lane.index()).copied().unwrap_or_default();
+        if !(state.round..=state.ended).contains(&head.round) {
+            return Err(Violation::Round { got: head.round, expected: state.ended }.into());
         }
         let group = self.open.layout.group(range.region, first);
         // SPEC 6.3
@@ -374,13 +377,13 @@ impl<S: GuestSink> Receiving<S> {
 
     fn handle_round(&mut self, lane: LaneId, end: RoundEnd, now: Time) -> Result<(), ErrorKind> {
         let Some(state) = self.lanes.get_mut(lane.index()) else { return Ok(()) };
-        if end.round != state.round {
-            return Err(Violation::Round { got: end.round, expected: state.round }.into());
+        if end.round != state.ended {
+            return Err(Violation::Round { got: end.round, expected: state.ended }.into());
         }
         if end.frames != state.frames {
             return Err(Violation::Ack { got: end.frames, sent: state.frames }.into());
         }
-        state.round = state.round.saturating_add(1);
+        state.ended = state.ended.saturating_add(1);
         state.ack_due = Some(now);
         Ok(())
     }
@@ -396,7 +399,7 @@ impl<S: GuestSink> Receiving<S> {
     /// Whether everything has come; if so the finish job is ready.
     fn check_complete(&mut self) -> Result<bool, ErrorKind> {
         let Some(root) = self.root.filter(|_| self.sink.is_some()) else { return Ok(false) };
-        let has_ended = |lane: LaneId| self.lanes.get(lane.index()).is_some_and(|lane| lane.round > root.round);
+        let has_ended = |lane: LaneId| self.lanes.get(lane.index()).is_some_and(|lane| lane.ended > root.round);
         if !(0..self.bulk_lanes).map(LaneId::bulk).all(has_ended) {
             return Ok(false);
         }
