@@ -95,7 +95,7 @@ impl io::Read for Socket {
     }
 }
 
-const PAIR_BUFFER: usize = 1 << 20;
+const PAIR_BUFFER: usize = 512 * 1024;
 
 /// What every TCP connection of a session needs: no waiting for more, little unsent, a bounded wait for a dead peer.
 pub(crate) fn tune(stream: &TcpStream) -> io::Result<()> {

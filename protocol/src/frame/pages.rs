@@ -19,7 +19,7 @@
 use crate::coding::{Reader, Writer};
 use crate::digest::Digest;
 use crate::error::DecodeError;
-use crate::frame::HEADER_BYTES;
+use crate::frame::{Codec, EntryKind, HEADER_BYTES, Run};
 use crate::limits::{BATCH_PAGES_MAX, COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX};
 use alloc::vec::Vec;
 
@@ -29,52 +29,15 @@ const HEAD_BYTES: usize = 56;
 const PAYLOAD_ALIGN: usize = 64;
 const PADDING: [u8; PAYLOAD_ALIGN] = [0; PAYLOAD_ALIGN];
 
-/// Padding behind `body` bytes of a body.
-fn padding(body: usize) -> usize {
-    let before = HEADER_BYTES.saturating_add(body);
+/// Bytes of a body before its padding.
+fn fields(runs: usize, references: usize) -> usize {
+    HEAD_BYTES.saturating_add(runs.saturating_mul(4)).saturating_add(references.saturating_mul(32))
+}
+
+/// Padding behind that many bytes of a body.
+fn padding(fields: usize) -> usize {
+    let before = HEADER_BYTES.saturating_add(fields);
     before.next_multiple_of(PAYLOAD_ALIGN).saturating_sub(before)
-}
-
-/// How the payload is encoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Codec(u8);
-
-impl Codec {
-    /// As it is.
-    pub const NONE: Self = Self(0);
-    /// One zstd frame.
-    pub const ZSTD: Self = Self(1);
-    /// The bits of HELLO for all of them.
-    pub const ALL_BITS: u32 = 0b11;
-
-    /// The bit of HELLO.
-    pub const fn bit(self) -> u32 {
-        1 << self.0
-    }
-}
-
-/// The ways to state a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct EntryKind(u8);
-
-impl EntryKind {
-    /// All bytes zero.
-    pub const ZERO: Self = Self(1);
-    /// As in the base at the same page.
-    pub const BASE: Self = Self(2);
-    /// Whatever has this digest.
-    pub const REFERENCE: Self = Self(3);
-    /// The bytes come along.
-    pub const INLINE: Self = Self(4);
-}
-
-/// Neighbouring pages stated alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
-    /// How.
-    pub kind: EntryKind,
-    /// How many.
-    pub count: u16,
 }
 
 /// The fixed part.
@@ -95,7 +58,7 @@ pub struct PagesHead {
 }
 
 impl PagesHead {
-    /// Appends everything before the payload: fixed part, runs, references.
+    /// Appends everything before the payload: fixed part, runs, references, padding.
     pub fn encode(&self, runs: &[Run], references: &[Digest], out: &mut Vec<u8>) {
         let count = u16::try_from(runs.len()).unwrap_or(u16::MAX);
         let mut writer = Writer(out);
@@ -108,10 +71,7 @@ impl PagesHead {
             writer.bytes(&reference.0);
         }
         if runs.iter().any(|run| run.kind == EntryKind::INLINE) {
-            let body = HEAD_BYTES
-                .saturating_add(runs.len().saturating_mul(4))
-                .saturating_add(references.len().saturating_mul(32));
-            writer.bytes(PADDING.get(..padding(body)).unwrap_or_default());
+            writer.bytes(PADDING.get(..padding(fields(runs.len(), references.len()))).unwrap_or_default());
         }
     }
 }
@@ -150,12 +110,10 @@ impl<'a> Pages<'a> {
         let runs = reader.bytes("runs", usize::from(run_count).saturating_mul(4))?.as_chunks().0;
         let (references, inline) = tally(runs, count)?;
         let references = reader.bytes("references", references.saturating_mul(32))?.as_chunks().0;
+        // SPEC 5.14
         if inline > 0 {
-            let before = HEAD_BYTES
-                .saturating_add(runs.len().saturating_mul(4))
-                .saturating_add(references.len().saturating_mul(32));
-            let zeros = reader.bytes("padding", padding(before))?;
-            reserved(u16::from(zeros.iter().any(|&byte| byte != 0)))?;
+            let padding = reader.bytes("padding", padding(fields(runs.len(), references.len())))?;
+            padding.iter().try_for_each(|&byte| reserved(u16::from(byte)))?;
         }
         let payload = reader.rest();
         check_payload(codec, inline, payload.len())?;

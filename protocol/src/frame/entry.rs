@@ -1,0 +1,45 @@
+//! The words of a PAGES frame: how its payload is encoded, and in which ways its pages are stated.
+//!
+//! Values are those of SPEC 5.3 and 5.5. Only `pages.rs` makes one from a byte, after it has judged it.
+
+/// How the payload is encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Codec(pub(super) u8);
+
+impl Codec {
+    /// As it is.
+    pub const NONE: Self = Self(0);
+    /// One zstd frame.
+    pub const ZSTD: Self = Self(1);
+    /// The bits of HELLO for all of them.
+    pub const ALL_BITS: u32 = 0b11;
+
+    /// The bit of HELLO.
+    pub const fn bit(self) -> u32 {
+        1 << self.0
+    }
+}
+
+/// The ways to state a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct EntryKind(pub(super) u8);
+
+impl EntryKind {
+    /// All bytes zero.
+    pub const ZERO: Self = Self(1);
+    /// As in the base at the same page.
+    pub const BASE: Self = Self(2);
+    /// Whatever has this digest.
+    pub const REFERENCE: Self = Self(3);
+    /// The bytes come along.
+    pub const INLINE: Self = Self(4);
+}
+
+/// Neighbouring pages stated alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// How.
+    pub kind: EntryKind,
+    /// How many.
+    pub count: u16,
+}
