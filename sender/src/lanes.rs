@@ -106,6 +106,7 @@ impl Planned {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct InFlight {
     bytes: u64,
+    payload: u64,
     /// The region of its pages.
     pub(crate) region: u16,
     /// How many of them were announced.
@@ -251,7 +252,8 @@ impl Lanes {
         }
         let Planned { outgoing, is_pages, region, announced } = state.slots.pop_front().flatten()?;
         if is_pages {
-            state.in_flight.push_back(InFlight { bytes, region, announced });
+            let payload = outgoing.payload.len() as u64;
+            state.in_flight.push_back(InFlight { bytes, payload, region, announced });
             state.in_flight_bytes = state.in_flight_bytes.saturating_add(bytes);
         }
         if let Some(pace) = &mut self.pace {
@@ -281,8 +283,9 @@ impl Lanes {
         let applied: Vec<InFlight> = state.in_flight.drain(..news).collect();
         let bytes = applied.iter().fold(0u64, |sum, frame| sum.saturating_add(frame.bytes));
         state.in_flight_bytes = state.in_flight_bytes.saturating_sub(bytes);
+        let payload = applied.iter().fold(0u64, |sum, frame| sum.saturating_add(frame.payload));
         let more = self.lanes.iter().map(|lane| lane.in_flight_bytes).sum();
-        self.goodput.delivered(bytes, more, now);
+        self.goodput.delivered(payload, more, now);
         Ok(applied)
     }
 

@@ -25,6 +25,9 @@ use pagewire_protocol::session::Payload;
 use pagewire_protocol::time::Time;
 use pagewire_protocol::tree::{DigestTree, image_root};
 
+/// Pages between two wanted ones that are stated again rather than ending the frame: 256 bytes of digests at most.
+const GAP_PAGES: u64 = 8;
+
 /// What a step did.
 #[derive(Debug)]
 pub(crate) enum Step {
@@ -153,6 +156,11 @@ impl<M: GuestMemory> Sending<M> {
         self.end_round().map(Step::Stated)
     }
 
+    /// Pages of a batch: what stays in cache, or what compresses well.
+    fn step_pages(&self) -> u64 {
+        if self.compress.is_on() { self.batch_pages.max(SUBTREE_PAGES as u64) } else { self.batch_pages }
+    }
+
     /// The next part of the image: whole install pages inside one group, whole subtrees where something is held.
     // SPEC 6.18
     fn next_range(&mut self) -> Option<PageRange> {
@@ -162,8 +170,9 @@ impl<M: GuestMemory> Sending<M> {
             if left > 0 {
                 let held = self.holdings.look(self.region, self.next / SUBTREE_PAGES as u64) != Held::Nothing;
                 let least = u64::from(region.install_size.pages()).max(if held { SUBTREE_PAGES as u64 } else { 1 });
-                let step = self.batch_pages.max(least).min(GROUP_PAGES);
-                let count = u32::try_from(step.min(left)).unwrap_or(0);
+                let step = self.step_pages().max(least).min(GROUP_PAGES);
+                let border = (self.next / step).saturating_add(1).saturating_mul(step);
+                let count = u32::try_from(border.saturating_sub(self.next).min(left)).unwrap_or(0);
                 return Some(PageRange { region: self.region, first: PageNumber(self.next), count });
             }
             self.region = RegionId(self.region.0.saturating_add(1));
@@ -231,21 +240,26 @@ impl<M: GuestMemory> Sending<M> {
         self.send(range, lane, entries, announce, now);
     }
 
-    /// The next pages to answer a want with: whole install pages inside one group.
+    /// The next pages to answer wants with: whole install pages inside one group, and what lies between near ones.
     fn next_want(&mut self) -> Option<PageRange> {
         if self.wants.count() == 0 {
             return None;
         }
-        let run = self.wants.runs(0..self.layout.pages()).next()?;
-        let (region, first) = self.layout.locate(Place(u32::try_from(run.start).ok()?));
+        let mut runs = self.wants.runs(0..self.layout.pages());
+        let first = runs.next()?;
+        let (region, page) = self.layout.locate(Place(u32::try_from(first.start).ok()?));
         let known = self.layout.region(region)?;
-        let step = u64::from(known.install_size.pages()).max(self.batch_pages).min(GROUP_PAGES);
-        let border = (first.0 / step).saturating_add(1).saturating_mul(step).min(known.pages());
-        let count = run.end.saturating_sub(run.start).min(border.saturating_sub(first.0));
-        for place in run.start..run.start.saturating_add(count) {
-            self.wants.remove(place);
+        let step = u64::from(known.install_size.pages()).max(self.step_pages()).min(GROUP_PAGES);
+        let border = (page.0 / step).saturating_add(1).saturating_mul(step).min(known.pages());
+        let last = first.start.saturating_add(border.saturating_sub(page.0));
+        let near =
+            |end: u64, next: &std::ops::Range<u64>| next.start < last && next.start.saturating_sub(end) <= GAP_PAGES;
+        let mut end = first.end;
+        while let Some(next) = runs.next().filter(|next| near(end, next)) {
+            end = next.end;
         }
-        Some(PageRange { region, first, count: u32::try_from(count).ok()? })
+        let count = end.min(last).saturating_sub(first.start);
+        Some(PageRange { region, first: page, count: u32::try_from(count).ok()? })
     }
 
     /// Answers a want with the bytes, or with a reference to bytes that went on this lane meanwhile.
@@ -254,6 +268,7 @@ impl<M: GuestMemory> Sending<M> {
         let buffer = self.read(range)?;
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let mut entries = Entries::over(buffer);
+        let mut between = Counts::default();
         self.flush_cover();
         for (at, (page, &digest)) in range.numbers().zip(&self.digests).enumerate() {
             let tree = self.trees.get(usize::from(range.region.0));
@@ -264,17 +279,27 @@ impl<M: GuestMemory> Sending<M> {
                 return Err(ErrorKind::Source(std::io::Error::other(message)));
             }
             let place = self.layout.place(range.region, page);
-            let again = !self.wanted.insert(u64::from(place.0));
-            self.counts.take_back(digest == self.hasher.zero(), self.sent.is_inline(place));
-            let gone = self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes));
-            let kind = match (digest == self.hasher.zero(), gone && !again) {
-                (true, _) => EntryKind::ZERO,
-                (_, true) => EntryKind::REFERENCE,
-                _ => EntryKind::INLINE,
+            let zero = digest == self.hasher.zero();
+            let kind = if self.wants.remove(u64::from(place.0)) {
+                let again = !self.wanted.insert(u64::from(place.0));
+                self.counts.take_back(zero, self.sent.is_inline(place));
+                let gone = self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes));
+                if gone && !again { EntryKind::REFERENCE } else { EntryKind::INLINE }
+            } else {
+                // Between two wants: stated once more, which costs less than a frame for each of them.
+                between = Counts {
+                    zero: between.zero + u64::from(zero),
+                    reference: between.reference + u64::from(!zero),
+                    ..between
+                };
+                EntryKind::REFERENCE
             };
+            let kind = if zero { EntryKind::ZERO } else { kind };
             entries.push(kind, at, digest);
         }
         self.send(range, lane, entries, false, now);
+        self.counts.zero = self.counts.zero.saturating_sub(between.zero);
+        self.counts.reference = self.counts.reference.saturating_sub(between.reference);
         Ok(())
     }
 

@@ -12,19 +12,37 @@ use pagewire_protocol::time::{Span, Time};
 const LEVELS: [i32; 2] = [-1, 1];
 /// Compression must promise at least this share less time than raw before it is switched on.
 const GAIN_MIN: f64 = 0.2;
+/// Batches at the start that are compressed to measure, each level in turn.
+const PROBES_FIRST: usize = 4;
 /// Every so many batches a way that is not in use is measured again.
 const PROBE_EVERY: u64 = 64;
 /// A goodput sample lasts at least this long.
 const SAMPLE_SPAN: Span = Span::from_millis(4);
+/// And brings at least so many bytes of pages, if it does not last long.
+const SAMPLE_BYTES: u64 = 256 * 1024;
+/// However few bytes come, a sample ends after this.
+const SAMPLE_SPAN_MAX: Span = Span::from_millis(500);
+/// While the link is not the brake it is thought a little faster, once in so long: it may have become so.
+const RAISE_SPAN: Span = Span::from_millis(250);
+/// By how much.
+const RAISE: f64 = 1.1;
 /// Weight of a new sample in an average.
 const FRESH: f64 = 0.3;
+/// Weight of a new compression ratio: contents differ from batch to batch, and levels are compared over many.
+const FRESH_RATIO: f64 = 0.08;
+/// A level in use is left only for one that takes at most this share of its time.
+const BETTER: f64 = 0.85;
 /// What a page costs that was announced in vain: it is read and digested again (measured, 0.6–1 µs).
 const REREAD_NANOS: f64 = 1_000.0;
 /// Announcements that make a sample.
 const ANNOUNCED_MIN: u64 = 256;
 
 fn blend(old: Option<f64>, sample: f64) -> Option<f64> {
-    Some(old.map_or(sample, |old| old + FRESH * (sample - old)))
+    average(old, sample, FRESH)
+}
+
+fn average(old: Option<f64>, sample: f64, weight: f64) -> Option<f64> {
+    Some(old.map_or(sample, |old| old + weight * (sample - old)))
 }
 
 /// Goodput of the link as far as the link is what limits it, in bytes a nanosecond.
@@ -35,6 +53,7 @@ pub(crate) struct Goodput {
     bytes: u64,
     blocked: Span,
     blocked_since: Option<Time>,
+    raised: Time,
 }
 
 impl Goodput {
@@ -50,23 +69,32 @@ impl Goodput {
         }
     }
 
-    /// The receiver has applied `bytes` more; `more` are under way.
+    /// The receiver has applied frames with `bytes` of payload; `more` bytes are under way.
     pub(crate) fn delivered(&mut self, bytes: u64, more: u64, now: Time) {
         let Some(since) = self.since else {
             self.since = Some(now);
             return;
         };
+        if bytes == 0 && self.bytes == 0 {
+            // Statements without page bytes are limited by whoever reads and digests, not by the link.
+            (self.since, self.blocked) = (Some(now), Span::ZERO);
+            self.blocked_since = self.blocked_since.map(|_| now);
+            return;
+        }
         self.bytes = self.bytes.saturating_add(bytes);
         let span = now.since(since);
-        if span >= SAMPLE_SPAN {
+        if span >= SAMPLE_SPAN && (self.bytes >= SAMPLE_BYTES || span >= SAMPLE_SPAN_MAX) {
             let rate = self.bytes as f64 / span.as_nanos() as f64;
             let blocked = self.blocked + self.blocked_since.map_or(Span::ZERO, |since| now.since(since));
             let share = blocked.as_nanos() as f64 / span.as_nanos() as f64;
             self.rate = if share > 0.3 {
+                self.raised = now;
                 blend(self.rate, rate)
             } else {
-                // Something else is the brake: the link can do at least this, and more than was thought.
-                self.rate.map(|known| (known * 1.25).max(rate))
+                // Something else is the brake: the link can do at least this, and perhaps more than was thought.
+                let patient = now.since(self.raised) >= RAISE_SPAN;
+                self.raised = if patient { now } else { self.raised };
+                self.rate.map(|known| if patient { (known * RAISE).max(rate) } else { known.max(rate) })
             };
             (self.since, self.bytes, self.blocked) = (Some(now), 0, Span::ZERO);
             self.blocked_since = self.blocked_since.map(|_| now);
@@ -118,15 +146,18 @@ impl CompressSwitch {
             return None;
         }
         self.batches = self.batches.saturating_add(1);
-        if let Some(level) =
-            LEVELS.iter().zip(&self.levels).find(|(_, level)| level.ratio.is_none()).map(|(level, _)| *level)
-            && (self.batches <= 2 || self.current.is_some())
-        {
-            return Some(level);
+        // The first batches measure each level, so that the first sample of the link decides.
+        let probe = self.batches.checked_sub(1).and_then(|at| usize::try_from(at).ok());
+        if let Some(level) = probe.filter(|&at| at < PROBES_FIRST).and_then(|at| LEVELS.get(at % LEVELS.len())) {
+            return Some(*level);
         }
         let link = goodput.nanos_a_byte()?;
         let candidates = (0..LEVELS.len()).filter_map(|level| self.cost(level, link).map(|cost| (level, cost)));
         let best = candidates.min_by(|a, b| a.1.total_cmp(&b.1)).filter(|&(_, cost)| cost < link * (1.0 - GAIN_MIN));
+        let current = self.current.and_then(|level| self.cost(level, link).map(|cost| (level, cost)));
+        // A way in use is left only for one that is clearly better.
+        let stays = current.filter(|&(_, cost)| cost < link && best.is_none_or(|(_, best)| best > cost * BETTER));
+        let best = stays.or(best);
         self.decide(best, link, now, decisions);
         if self.batches.is_multiple_of(PROBE_EVERY) {
             let other = self.current.map_or(0, |current| (current + 1) % LEVELS.len());
@@ -166,8 +197,13 @@ impl CompressSwitch {
             return;
         };
         let raw = raw.max(1) as f64;
-        slot.ratio = blend(slot.ratio, compressed as f64 / raw);
+        slot.ratio = average(slot.ratio, compressed as f64 / raw, FRESH_RATIO);
         slot.nanos_a_byte = blend(slot.nanos_a_byte, spent.as_nanos() as f64 / raw);
+    }
+
+    /// Whether batches are being compressed, and so worth making larger.
+    pub(crate) fn is_on(&self) -> bool {
+        self.current.is_some()
     }
 
     /// Nanoseconds that a page with its bytes costs now.
@@ -257,7 +293,7 @@ mod tests {
         for (level, nanos) in LEVELS.into_iter().zip([1.3, 2.6]) {
             switch.measured(level, 1_000_000, (ratio * 1e6) as usize, Span::from_nanos((nanos * 1e6) as u64));
         }
-        switch.batches = 2;
+        switch.batches = PROBES_FIRST as u64;
         switch
     }
 
@@ -272,14 +308,14 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_never_brakes_is_thought_faster_and_faster() {
+    fn a_link_that_never_brakes_is_thought_faster_little_by_little() {
         let mut goodput = link(50);
         let before = goodput.nanos_a_byte().unwrap();
         goodput.unblock(at(500));
-        for step in 51..100 {
+        for step in 51..400 {
             goodput.delivered(500_000, 1, at(step * 10));
         }
-        assert!(goodput.nanos_a_byte().unwrap() < before / 10.0);
+        assert!(goodput.nanos_a_byte().unwrap() < before / 2.0);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use pagewire_protocol::frame::LaneId;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::session::{Job, Machine, Outgoing};
 use pagewire_protocol::time::{Span, Time};
+use rustix::time::{ClockId, clock_gettime};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -171,9 +172,9 @@ impl<M: Machine> Pump<M> {
     fn poll_jobs(&mut self, cx: &mut Context<'_>) -> bool {
         while let Some(job) = self.machine.poll_job() {
             self.jobs.push_back(tokio::task::spawn_blocking(move || {
-                let begin = Instant::now();
+                let begin = processor_time();
                 let output = job.run();
-                (output, Span::from_nanos(u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX)))
+                (output, processor_time().since(begin))
             }));
         }
         let mut moved = false;
@@ -309,6 +310,13 @@ impl<M: Machine> Pump<M> {
         }
         parted
     }
+}
+
+/// Processor time of the current thread: what a job costs, however busy the machine is.
+fn processor_time() -> Time {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    let nanos = time.tv_sec.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec);
+    Time::from_nanos(u64::try_from(nanos).unwrap_or(0))
 }
 
 /// The time since a session's start, as its machine knows it.
