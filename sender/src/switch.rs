@@ -12,8 +12,10 @@ use pagewire_protocol::time::{Span, Time};
 const LEVELS: [i32; 2] = [-1, 1];
 /// Compression must promise at least this share less time than raw before it is switched on.
 const GAIN_MIN: f64 = 0.2;
-/// Batches at the start that are compressed to measure, each level in turn.
-const PROBES_FIRST: usize = 4;
+/// Batches at the start that are compressed to measure, at most.
+const PROBES_FIRST_MAX: u64 = 64;
+/// Bytes that make a sample of a level: small batches alone would make it look slow.
+const LEVEL_SAMPLE_BYTES: usize = 256 * 1024;
 /// Every so many batches a way that is not in use is measured again.
 const PROBE_EVERY: u64 = 64;
 /// A goodput sample lasts at least this long.
@@ -22,6 +24,10 @@ const SAMPLE_SPAN: Span = Span::from_millis(4);
 const SAMPLE_BYTES: u64 = 256 * 1024;
 /// However few bytes come, a sample ends after this.
 const SAMPLE_SPAN_MAX: Span = Span::from_millis(500);
+/// The link is what limits a session that waits for it for this share of the time.
+const LIMITED_SHARE: f64 = 0.7;
+/// Enough for a first idea of it.
+const LIMITED_SHARE_FIRST: f64 = 0.3;
 /// While the link is not the brake it is thought a little faster, once in so long: it may have become so.
 const RAISE_SPAN: Span = Span::from_millis(250);
 /// By how much.
@@ -87,7 +93,7 @@ impl Goodput {
             let rate = self.bytes as f64 / span.as_nanos() as f64;
             let blocked = self.blocked + self.blocked_since.map_or(Span::ZERO, |since| now.since(since));
             let share = blocked.as_nanos() as f64 / span.as_nanos() as f64;
-            self.rate = if share > 0.3 {
+            self.rate = if share > if self.rate.is_some() { LIMITED_SHARE } else { LIMITED_SHARE_FIRST } {
                 self.raised = now;
                 blend(self.rate, rate)
             } else {
@@ -115,6 +121,10 @@ impl Goodput {
 struct Measured {
     nanos_a_byte: Option<f64>,
     ratio: Option<f64>,
+    /// Of the sample under way.
+    raw: usize,
+    compressed: usize,
+    spent: Span,
 }
 
 /// Whether batches are compressed, and how hard.
@@ -147,9 +157,9 @@ impl CompressSwitch {
         }
         self.batches = self.batches.saturating_add(1);
         // The first batches measure each level, so that the first sample of the link decides.
-        let probe = self.batches.checked_sub(1).and_then(|at| usize::try_from(at).ok());
-        if let Some(level) = probe.filter(|&at| at < PROBES_FIRST).and_then(|at| LEVELS.get(at % LEVELS.len())) {
-            return Some(*level);
+        let unmeasured = self.levels.iter().position(|level| level.ratio.is_none());
+        if let Some(level) = unmeasured.filter(|_| self.batches <= PROBES_FIRST_MAX) {
+            return LEVELS.get(level).copied();
         }
         let link = goodput.nanos_a_byte()?;
         let candidates = (0..LEVELS.len()).filter_map(|level| self.cost(level, link).map(|cost| (level, cost)));
@@ -196,9 +206,16 @@ impl CompressSwitch {
         let Some(slot) = LEVELS.iter().position(|&known| known == level).and_then(|at| self.levels.get_mut(at)) else {
             return;
         };
-        let raw = raw.max(1) as f64;
-        slot.ratio = average(slot.ratio, compressed as f64 / raw, FRESH_RATIO);
-        slot.nanos_a_byte = blend(slot.nanos_a_byte, spent.as_nanos() as f64 / raw);
+        slot.raw = slot.raw.saturating_add(raw);
+        slot.compressed = slot.compressed.saturating_add(compressed);
+        slot.spent = slot.spent + spent;
+        if slot.raw < LEVEL_SAMPLE_BYTES {
+            return;
+        }
+        let raw = slot.raw as f64;
+        slot.ratio = average(slot.ratio, slot.compressed as f64 / raw, FRESH_RATIO);
+        slot.nanos_a_byte = blend(slot.nanos_a_byte, slot.spent.as_nanos() as f64 / raw);
+        (slot.raw, slot.compressed, slot.spent) = (0, 0, Span::ZERO);
     }
 
     /// Whether batches are being compressed, and so worth making larger.
@@ -207,8 +224,7 @@ impl CompressSwitch {
     }
 
     /// Nanoseconds that a page with its bytes costs now.
-    fn page_nanos(&self, goodput: &Goodput) -> f64 {
-        let link = goodput.nanos_a_byte().unwrap_or(0.5);
+    fn page_nanos(&self, link: f64) -> f64 {
         let byte = self.current.and_then(|level| self.cost(level, link)).unwrap_or(link);
         byte * PAGE_BYTES as f64
     }
@@ -256,9 +272,11 @@ impl AnnounceSwitch {
         self.hits = blend(self.hits, hits);
         (self.announced, self.wanted) = (0, 0);
         let (compress, goodput) = costs;
+        // Until the link has been the brake nobody knows what a page costs; announcing is the careful way.
+        let Some(link) = goodput.nanos_a_byte() else { return };
         let share = self.hits.unwrap_or(hits);
-        let gain = share * compress.page_nanos(goodput);
-        let price = 32.0 * goodput.nanos_a_byte().unwrap_or(0.5) + (1.0 - share) * REREAD_NANOS;
+        let gain = share * compress.page_nanos(link);
+        let price = 32.0 * link + (1.0 - share) * REREAD_NANOS;
         let on = gain > price;
         if on != self.on {
             self.on = on;
@@ -293,7 +311,7 @@ mod tests {
         for (level, nanos) in LEVELS.into_iter().zip([1.3, 2.6]) {
             switch.measured(level, 1_000_000, (ratio * 1e6) as usize, Span::from_nanos((nanos * 1e6) as u64));
         }
-        switch.batches = PROBES_FIRST as u64;
+        switch.batches = PROBES_FIRST_MAX;
         switch
     }
 
