@@ -1,8 +1,10 @@
 //! Exit codes by where the guest is, and errors as people read them.
 
-use pagewire::{Error, GuestAt, chain};
+use pagewire::{Error, chain};
 use std::process::ExitCode;
 
+/// The guest is where it was.
+const FAILED: u8 = 1;
 /// Wrong usage.
 const USAGE: u8 = 2;
 /// Somebody stopped it: as a shell counts SIGINT.
@@ -13,9 +15,8 @@ pub(crate) fn code(error: &Error) -> ExitCode {
     ExitCode::from(match error {
         _ if error.kind.is_cancelled() => CANCELLED,
         _ if error.kind.is_usage() => USAGE,
-        Error { guest_at: GuestAt::Sender, .. } => 1,
-        // It arrived, and something after that failed.
-        Error { guest_at: GuestAt::Receiver, .. } => 5,
+        // No transfer fails behind DONE: the guest is at the sender.
+        _ => FAILED,
     })
 }
 
@@ -34,5 +35,5 @@ pub(crate) fn explain_transfer(error: &Error) -> ExitCode {
 /// Prints any other error with its causes.
 pub(crate) fn explain(error: &anyhow::Error) -> ExitCode {
     eprintln!("pagewire: {error:#}");
-    ExitCode::from(error.downcast_ref::<Error>().map_or(1, |error| if error.kind.is_usage() { USAGE } else { 1 }))
+    ExitCode::from(error.downcast_ref::<Error>().filter(|error| error.kind.is_usage()).map_or(FAILED, |_| USAGE))
 }

@@ -1,4 +1,5 @@
 //! `pagewire copy`: cold, warm, resumed, and everything that can be wrong with two files.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
 mod support;
 
@@ -179,7 +180,8 @@ fn a_source_that_changes_while_it_is_read_is_named_and_nothing_is_lost() {
     let grow = |file: &File| file.set_len(40 * MIB as u64).unwrap();
     let shrink = |file: &File| file.set_len(5000).unwrap();
     let rewrite = |file: &File| file.write_all_at(&noise(77, 16 * MIB), 8 * MIB as u64).unwrap();
-    let changes: [(&str, &dyn Fn(&File)); 3] = [("grew", &grow), ("shrank", &shrink), ("changed", &rewrite)];
+    type Change<'a> = (&'a str, &'a dyn Fn(&File));
+    let changes: [Change<'_>; 3] = [("grew", &grow), ("shrank", &shrink), ("changed", &rewrite)];
     for (what, change) in changes {
         let pair = Pair::new(32 * MIB);
         let (src, dst) = (pair.src(), pair.dst());

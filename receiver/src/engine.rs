@@ -327,6 +327,7 @@ impl<S: GuestSink> Receiving<S> {
             }
             Resolved::Disbelieved => {
                 for page in range.numbers() {
+                    self.wants.settle(&self.open.layout, range.region, page);
                     self.map.mark_absent(range.region, page);
                 }
                 self.wants.ask(&self.open.layout, range.region, range.first.0, u64::from(range.count));
@@ -365,7 +366,7 @@ impl<S: GuestSink> Receiving<S> {
         let looks = pages.runs().any(|run| matches!(run.kind, EntryKind::REFERENCE | EntryKind::INLINE));
         let last = range.numbers().end.saturating_sub(1);
         // SPEC 6.3
-        if looks && first / GROUP_PAGES != last / GROUP_PAGES {
+        if (looks || self.bulk_lanes > 1) && first / GROUP_PAGES != last / GROUP_PAGES {
             return Err(Violation::Entry { what: "a batch that crosses a group", region, first }.into());
         }
         // SPEC 6.15

@@ -338,7 +338,10 @@ impl<M: GuestMemory> Sending<M> {
 
     /// Adds pages that need no look to the run of them that is under way.
     fn cover(&mut self, range: PageRange, runs: &[Run]) {
-        if self.cover.as_mut().is_some_and(|cover| cover.extend(range, runs, COVER_PAGES_MAX, RUNS_MAX)) {
+        // With several lanes a later round of one must never be overtaken by a frame of another: each keeps to its groups.
+        let new_group = range.first.0.is_multiple_of(GROUP_PAGES) && self.lanes.ids().count() > 1;
+        let cover = self.cover.as_mut().filter(|_| !new_group);
+        if cover.is_some_and(|cover| cover.extend(range, runs, COVER_PAGES_MAX, RUNS_MAX)) {
             return;
         }
         self.flush_cover();

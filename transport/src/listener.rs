@@ -9,6 +9,7 @@ use pagewire_protocol::frame::{Frame, FrameKind, Join, LaneId};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{HANDSHAKE_SPAN_MAX, JOIN_SPAN_MAX};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use std::collections::HashMap;
 use std::io::{self, Read};
 use std::net::TcpListener;
@@ -139,7 +140,8 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let made = folder.join(name);
     let bound = UnixListener::bind(&made).and_then(|listener| {
         std::fs::set_permissions(&made, PermissionsExt::from_mode(0o600))?;
-        std::fs::rename(&made, path)?;
+        // Somebody else's socket that appeared meanwhile is not replaced.
+        renameat_with(CWD, &made, CWD, path, RenameFlags::NOREPLACE)?;
         Ok(listener)
     });
     // What is left of it is of no use to anybody.

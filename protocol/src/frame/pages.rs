@@ -110,7 +110,7 @@ impl<'a> Pages<'a> {
         let runs = reader.bytes("runs", usize::from(run_count).saturating_mul(4))?.as_chunks().0;
         let (references, inline) = tally(runs, count)?;
         let references = reader.bytes("references", references.saturating_mul(32))?.as_chunks().0;
-        // SPEC 5.14
+        // SPEC 5.4
         if inline > 0 {
             let padding = reader.bytes("padding", padding(fields(runs.len(), references.len())))?;
             padding.iter().try_for_each(|&byte| reserved(u16::from(byte)))?;

@@ -199,6 +199,39 @@ fn rejects_pages_with_unknown_or_reserved_values() {
     }
 }
 
+/// SPEC 5.3, 5.4
+#[test]
+fn payloads_are_aligned_whatever_goes_before_them_and_padding_is_zero() {
+    let page = [7; PAGE_BYTES];
+    for (runs, references) in (1..=33).flat_map(|runs| (0..=4).map(move |references| (runs, references))) {
+        // The last run is the inline page; zero and base alternate before it, then the references, one run each.
+        let zeros = (0..runs - 1).map(|at| if at % 2 == 0 { EntryKind::ZERO } else { EntryKind::BASE });
+        let kinds = zeros.chain((0..references).map(|_| EntryKind::REFERENCE)).chain([EntryKind::INLINE]);
+        let runs: Vec<Run> = kinds.map(|kind| Run { kind, count: 1 }).collect();
+        let count = runs.len() as u32;
+        let head = PagesHead { round: 0, region: 0, codec: Codec::NONE, first: 0, count, digest: Digest([1; 32]) };
+        let mut body = Vec::new();
+        head.encode(&runs, &vec![Digest([2; 32]); references], &mut body);
+        let (fields, payload) = (56 + 4 * runs.len() + 32 * references, body.len());
+        assert_eq!((HEADER_BYTES + payload) % 64, 0);
+        assert_eq!(payload - fields, (64 - (4 * runs.len() + 32 * references) % 64) % 64, "as SPEC 5.3 computes it");
+        body.extend_from_slice(&page);
+        assert_eq!(Pages::decode(&body).unwrap().payload, page);
+        for at in fields..payload {
+            let mut bad = body.clone();
+            bad[at] = 1;
+            assert!(Pages::decode(&bad).is_err(), "padding at {at}");
+        }
+    }
+    let none = [Run { kind: EntryKind::REFERENCE, count: 1 }];
+    let head = PagesHead { round: 0, region: 0, codec: Codec::NONE, first: 0, count: 1, digest: Digest([1; 32]) };
+    let mut body = Vec::new();
+    head.encode(&none, &[Digest([2; 32])], &mut body);
+    assert_eq!(body.len(), 56 + 4 + 32, "no payload, no padding");
+    body.resize(body.len() + 28, 0);
+    assert!(Pages::decode(&body).is_err(), "padding without a payload");
+}
+
 #[test]
 fn rejects_hellos_of_strangers_and_over_limits() {
     let encoded = |hello: &Hello| {

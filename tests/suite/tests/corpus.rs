@@ -97,13 +97,19 @@ fn record_operations() {
     let text = [7u8; 8192];
     assert!(pagewire_protocol::compress::Compressor::new().unwrap().compress(&text, 1, &mut compressed));
     keep("decompress", "two-pages", &[&[1], compressed.as_slice()].concat());
-    // A receiver that is told everything in two frames, the rounds, the root; a sender that is acknowledged and done.
+    // A receiver that is told everything in two frames, the round, the root; a sender that is acknowledged and done.
     let mut whole = vec![0u8, 13, 0, 0, 0, 9];
     whole.extend([0; 11]);
     whole.extend([13, 0, 1, 0, 17]);
     whole.extend([0; 19]);
-    whole.extend([10, 0, 2, 0, 11, 0, 0, 5, 0, 12]);
+    let mut twice = whole.clone();
+    whole.extend([10, 0, 0, 0, 11, 0, 0, 5, 0, 12]);
     keep("receiver_session", "whole", &whole);
+    // The same, and the pages of the second frame again in round 1, which the root closes.
+    twice.extend([10, 0, 0, 0, 13, 0, 65, 0, 17]);
+    twice.extend([0; 19]);
+    twice.extend([10, 0, 0, 64, 11, 0, 64, 5, 0, 12]);
+    keep("receiver_session", "rounds", &twice);
     keep("receiver_session", "base", &[1, 5, 0, 13, 0, 0, 0, 200, 0, 0, 5, 0]);
     keep("sender_session", "whole", &[0x20, 5, 0, 10, 0, 0, 0, 9, 0, 0]);
     keep(

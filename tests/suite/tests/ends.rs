@@ -11,12 +11,12 @@
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::{CloseCode, PeerError};
 use pagewire_protocol::frame::{Done, Frame, FrameKind, LaneId, Ping};
-use pagewire_protocol::limits::SILENCE_MAX;
+use pagewire_protocol::limits::{HANDSHAKE_SPAN_MAX, SILENCE_MAX, STALL_SPAN_MAX};
 use pagewire_protocol::session::{Machine, Phase};
 use pagewire_protocol::time::Span;
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::memory::{ImageSink, SinkFaults};
-use pagewire_test_support::peer::{AgainstReceiver, AgainstSender, Script};
+use pagewire_test_support::peer::{AgainstReceiver, AgainstSender, Script, Statement};
 use pagewire_test_support::rng::Rng;
 
 const CONTROL: LaneId = LaneId::CONTROL;
@@ -91,6 +91,82 @@ fn a_single_silent_lane_ends_the_session() {
         ask(&mut script, CONTROL);
         ask(&mut script, BULK);
     }
+    assert_eq!(script.failure().0, CloseCode::TIMEOUT);
+}
+
+/// SPEC 9.7; A18: a lane that is granted and never joined.
+#[test]
+fn a_granted_lane_that_nobody_joins_ends_the_session() {
+    let image = image(4);
+    let sink = ImageSink::empty(&image);
+    let mut script = AgainstReceiver::receiver(2);
+    script.enter(Phase::Deciding, &image, &sink);
+    script.take(&sink);
+    script.join(BULK, &AgainstReceiver::honest_join(BULK)).unwrap();
+    script.wait(Span::from_millis(9_999));
+    assert!(script.outcome().is_none());
+    // Signs of life on the others do not extend it.
+    ask(&mut script, CONTROL);
+    ask(&mut script, BULK);
+    script.wait(Span::from_millis(2));
+    let text = "the peer is too slow: a granted lane was not joined within 10 s".to_owned();
+    assert_eq!((HANDSHAKE_SPAN_MAX, script.failure()), (Span::from_secs(10), (CloseCode::TIMEOUT, text)));
+}
+
+/// SPEC 9.8; A18: a peer that lives and states nothing; each page it states gives it as long again.
+#[test]
+fn a_peer_that_lives_and_states_nothing_is_given_up_after_two_minutes() {
+    let image = image(4);
+    let mut script = AgainstReceiver::receiver(1);
+    script.enter(Phase::Receiving, &image, &ImageSink::empty(&image));
+    let live = |script: &mut AgainstReceiver, seconds: u64| {
+        for _ in 0..seconds / 10 {
+            script.wait(Span::from_secs(10));
+            ask(script, CONTROL);
+            ask(script, BULK);
+        }
+    };
+    live(&mut script, 110);
+    let page = image.page(0, 0).first_chunk().unwrap();
+    script.raw(BULK, FrameKind::PAGES, &Statement::at(0, 0).inline(page).body());
+    live(&mut script, 110);
+    assert!(script.outcome().is_none());
+    live(&mut script, 10);
+    let text = "the peer is too slow: no page was stated for 120 s".to_owned();
+    assert_eq!((STALL_SPAN_MAX, script.failure()), (Span::from_secs(120), (CloseCode::TIMEOUT, text)));
+}
+
+/// SPEC 8.2: that a lane broke is told, unless it is the one on which to tell.
+#[test]
+fn a_broken_lane_is_told_while_the_control_lane_works() {
+    let image = image(4);
+    for (lane, told) in [(1, true), (0, false)] {
+        let broken = || PeerError::Broken { lane, reason: "reset".to_owned() };
+        let mut script = AgainstReceiver::receiver(1);
+        script.enter(Phase::Receiving, &image, &ImageSink::empty(&image));
+        script.engine.handle_peer_error(broken(), script.now);
+        assert_eq!((script.outcome().unwrap().is_err(), script.closed().is_some()), (true, told), "receiver, {lane}");
+        let mut script = AgainstSender::sender(&image, 1);
+        script.enter(Phase::Sending, &image);
+        script.engine.handle_peer_error(broken(), script.now);
+        assert_eq!((script.outcome().unwrap().is_err(), script.closed().is_some()), (true, told), "sender, {lane}");
+    }
+}
+
+/// SPEC 9.5: bytes of a frame under way are life, in either direction.
+#[test]
+fn a_large_frame_on_a_slow_link_is_a_sign_of_life() {
+    let image = image(4);
+    let mut script = AgainstReceiver::receiver(1);
+    script.enter(Phase::Receiving, &image, &ImageSink::empty(&image));
+    for _ in 0..6 {
+        script.wait(Span::from_secs(14));
+        for lane in [CONTROL, BULK] {
+            script.engine.handle_progress(lane, script.now);
+        }
+    }
+    assert!(script.outcome().is_none());
+    script.wait(SILENCE_MAX);
     assert_eq!(script.failure().0, CloseCode::TIMEOUT);
 }
 

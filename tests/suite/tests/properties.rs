@@ -84,7 +84,7 @@ proptest! {
         check_success(&outcome, &image, &second);
     }
 
-    /// DESIGN §2: cold, on one lane, every content travels once.
+    /// Cold, on one lane, every content travels once.
     #[test]
     fn duplicates_travel_once(regions in regions(), mix in mix(), seed: u64) {
         let image = Image::filled(regions, mix, &mut Rng::new(seed));
@@ -95,7 +95,7 @@ proptest! {
         prop_assert_eq!(outcome.received.wants, 0);
     }
 
-    /// DESIGN §2: an unchanged image costs next to nothing, whatever its regions.
+    /// An unchanged image costs next to nothing, whatever its regions.
     #[test]
     fn an_unchanged_image_sends_no_page(regions in regions(), mix in mix(), seed: u64) {
         let image = Image::filled(regions, mix, &mut Rng::new(seed));
@@ -211,7 +211,7 @@ fn a_damaged_page_that_was_counted_on_ends_the_session() {
     assert_eq!(text, "destination: returned other bytes than were put there");
 }
 
-/// DESIGN §2: a memory that changes between two looks is named as the source's fault.
+/// A memory that changes between two looks is named as the source's fault.
 #[test]
 fn memory_that_changes_between_two_looks_is_the_sources_fault() {
     let mut rng = Rng::new(8);

@@ -168,7 +168,7 @@ fn a_seed_replays_every_frame() {
     }
 }
 
-/// HOUSE §4 and SPEC 7.1: HELLO both ways ½, OPEN ½, ACCEPT ½, then pages, ROUND and ROOT in one go ½, DONE ½.
+/// SPEC 7.1; docs/ARCHITECTURE.md, section 5: HELLO both ways ½, OPEN ½, ACCEPT ½, then pages, ROUND and ROOT in one go ½, DONE ½.
 #[test]
 fn a_cold_transfer_takes_two_and_a_half_round_trips_and_waits_for_no_acknowledgement() {
     let rtt = 100_000_000;
@@ -188,7 +188,7 @@ fn a_cold_transfer_takes_two_and_a_half_round_trips_and_waits_for_no_acknowledge
     }
 }
 
-/// HOUSE §4: a page that is held, zero or base costs no round trip; a base is compared while pages travel.
+/// A page that is held, zero or base costs no round trip; a base is compared while pages travel.
 #[test]
 fn an_unchanged_image_takes_no_more_round_trips_than_a_cold_one() {
     let rtt = 100_000_000;
@@ -202,7 +202,7 @@ fn an_unchanged_image_takes_no_more_round_trips_than_a_cold_one() {
     assert_eq!(outcome.sender_over.since(Time::ZERO + Span::from_secs(1)), Span::from_nanos(rtt * 5 / 2));
 }
 
-/// HOUSE §4: a reference that misses costs one round trip, however many miss.
+/// A reference that misses costs one round trip, however many miss.
 #[test]
 fn missed_references_cost_one_round_trip_together() {
     let rtt = 100_000_000;

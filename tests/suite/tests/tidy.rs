@@ -11,8 +11,8 @@ use syn::visit::{self, Visit};
 const FILE_LINES_MAX: usize = 600;
 const FUNCTION_LINES_MAX: usize = 70;
 const FRAME_FILE_LINES_MAX: usize = 150;
-/// Frame files over their limit: PAGES is four shapes in one.
-const FRAME_FILE_ALLOWANCES: &[(&str, usize)] = &[("protocol/src/frame/pages.rs", 216)];
+/// Frame files over their limit: PAGES is four ways to state a page in one.
+const FRAME_FILE_ALLOWANCES: &[(&str, usize)] = &[("protocol/src/frame/pages.rs", 205)];
 /// How far an allowance may lie above what it allows.
 const SLACK: usize = 10;
 
@@ -213,7 +213,7 @@ const SOCKETS: &[&str] =
     &["tokio", "tokio-util", "tokio-rustls", "quinn", "rustls", "socket2", "mio", "pagewire-transport"];
 const ROLES: &[&str] = &["pagewire-sender", "pagewire-receiver"];
 
-/// Whether `folder` may depend on `name`, outside of its own tests. HOUSE §3.
+/// Whether `folder` may depend on `name`, outside of its own tests: docs/ARCHITECTURE.md, section 2.
 fn may_depend(folder: &str, name: &str) -> bool {
     let above = ["pagewire", "pagewire-cli", "pagewire-test-support", "pagewire-test-suite"].contains(&name);
     let by_folder = match folder {
@@ -254,7 +254,7 @@ fn crates_depend_on_what_they_may() {
             }
         }
     }
-    none("dependencies against HOUSE §3", &wrong);
+    none("dependencies against docs/ARCHITECTURE.md, section 2", &wrong);
 }
 
 // Imports
@@ -348,7 +348,7 @@ fn sources_name_what_they_may() {
             }
         }
     }
-    none("imports against HOUSE §3", &wrong);
+    none("imports against docs/ARCHITECTURE.md, section 2", &wrong);
 }
 
 /// The rules above would hold of a parser that sees nothing, too.

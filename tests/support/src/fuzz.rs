@@ -190,8 +190,9 @@ pub fn receiver_session(data: &[u8]) {
             }
             11 => {
                 let pages = image.pages().wrapping_add(input.number());
-                let digest = if input.byte() & 1 == 0 { image.root(&[0; 32]) } else { Digest([1; 32]) };
-                script.say(LaneId::CONTROL, &Frame::Root(Root { round: 0, pages, digest }));
+                let flags = input.byte();
+                let digest = if flags & 1 == 0 { image.root(&[0; 32]) } else { Digest([1; 32]) };
+                script.say(LaneId::CONTROL, &Frame::Root(Root { round: u32::from(flags / 64), pages, digest }));
             }
             12 => script.say(LaneId::CONTROL, &Frame::Done(Done { pages: image.pages(), root: image.root(&[0; 32]) })),
             _ => {
@@ -219,10 +220,11 @@ fn older(image: &Image) -> Image {
 
 /// Statements about pages: mostly true ones.
 fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
-    let region = input.byte() % 2;
+    let flags = input.byte();
+    let region = flags % 2;
     let first = input.number();
     let count = u64::from(input.byte() % 20) + 1;
-    let mut statement = Statement::at(u16::from(region), first);
+    let mut statement = Statement { round: u32::from(flags / 64), ..Statement::at(u16::from(region), first) };
     let known = [digests(image), digests(&older(image))].concat();
     for page in first..first.saturating_add(count) {
         let inside = page < image.regions[usize::from(region)].pages();

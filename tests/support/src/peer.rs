@@ -316,16 +316,21 @@ impl AgainstReceiver {
             self.raw(LaneId::bulk(0), FrameKind::PAGES, &statement.body());
         }
         self.end_round(u64::from(image.pages() > 0));
-        let root = Root { round: 0, pages: image.pages(), digest: image.root(&[0; 32]) };
-        self.say(LaneId::CONTROL, &Frame::Root(root));
+        self.end_with(0, image);
     }
 
-    /// ROUND on every lane, where the first has had `frames` frames and the others none.
+    /// ROUND for round 0 on every lane, where the first has had `frames` frames and the others none.
     pub fn end_round(&mut self, frames: u64) {
         for lane in 0..self.lanes {
             let frames = if lane == 0 { frames } else { 0 };
             self.say(LaneId::bulk(lane), &Frame::Round(RoundEnd { round: 0, frames }));
         }
+    }
+
+    /// The ROOT of an honest sender whose last round is `round`.
+    pub fn end_with(&mut self, round: u32, image: &Image) {
+        let root = Root { round, pages: image.pages(), digest: image.root(&[0; 32]) };
+        self.say(LaneId::CONTROL, &Frame::Root(root));
     }
 
     /// How the session ended.
