@@ -8,7 +8,8 @@ use crate::args::Demo;
 use crate::show::{print_json, size};
 use anyhow::{Context, Result, bail, ensure};
 use pagewire::{
-    Address, CancellationToken, ImageName, Into, NoObserver, ReceiveOptions, Report, SendOptions, Server, send,
+    Address, CancellationToken, ImageName, Into, LandingOptions, NoObserver, ReceiveOptions, Report, SendOptions,
+    Server, send,
 };
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -97,7 +98,9 @@ struct Host {
 impl Host {
     fn start(dir: PathBuf) -> Result<Self> {
         std::fs::create_dir(&dir)?;
-        let options = ReceiveOptions::new(Into::Folder(dir.clone()));
+        // In place: what comes back only writes what changed to the image that was left here.
+        let landing = LandingOptions { inplace: true, fresh: false };
+        let options = ReceiveOptions { landing, ..ReceiveOptions::new(Into::Folder(dir.clone())) };
         let cancel = options.cancel.clone();
         let server = Server::bind(&"tcp://127.0.0.1:0".parse()?, options)?;
         let address = server.address()?;
@@ -111,6 +114,10 @@ impl Host {
     }
 
     fn receive_from(&self, other: &Self) -> Result<Report> {
+        // What the guest wrote before is on the disk already: the time shown is that of the transfer.
+        for image in [self.image(), other.image()].into_iter().filter(|image| image.exists()) {
+            File::open(image)?.sync_all()?;
+        }
         let options = SendOptions::default();
         let report =
             send(&other.image(), &ImageName::new("guest")?, &self.address, &options, &mut NoObserver).into_result()?;
