@@ -9,22 +9,9 @@ use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::Policy;
 use pagewire_protocol::time::{Span, Time};
-use pagewire_transport::{CancellationToken, Pump, Registration, Sessions, Socket, Wire, block_on};
-use std::time::{Duration, Instant};
-
-/// How often progress is told.
-const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-
-/// How far a session is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Pages present.
-    pub pages: u64,
-    /// Pages of the image.
-    pub pages_total: u64,
-    /// Bytes on the wire.
-    pub wire: Wire,
-}
+pub use pagewire_transport::Progress;
+use pagewire_transport::{CancellationToken, PROGRESS_EVERY, Pump, Registration, Sessions, Socket, Wire, block_on};
+use std::time::Instant;
 
 /// What a session did, however it ended.
 #[derive(Debug, Default)]

@@ -8,23 +8,10 @@ use pagewire_protocol::error::{GuestAt, PeerError};
 use pagewire_protocol::frame::LaneId;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::time::Span;
-use pagewire_transport::{Address, CancellationToken, Pump, Socket, Wire, block_on};
+pub use pagewire_transport::Progress;
+use pagewire_transport::{Address, CancellationToken, PROGRESS_EVERY, Pump, Socket, Wire, block_on};
 use std::io;
 use std::time::{Duration, Instant};
-
-/// How often progress is told.
-const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-
-/// How far a session is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Pages stated.
-    pub pages: u64,
-    /// Pages of the image.
-    pub pages_total: u64,
-    /// Bytes on the wire.
-    pub wire: Wire,
-}
 
 /// What a session did, however it ended.
 #[derive(Debug, Default)]

@@ -14,7 +14,7 @@ mod socket;
 
 pub use address::{Address, AddressError};
 pub use listener::{Arrival, Joining, Listener, Registration, Sessions};
-pub use pump::{Pump, Wire};
+pub use pump::{PROGRESS_EVERY, Progress, Pump, Wire};
 pub use socket::{Socket, Stream};
 pub use tokio_util::sync::CancellationToken;
 

@@ -35,6 +35,20 @@ pub struct Wire {
     pub received_bytes: u64,
 }
 
+/// How often a driver tells progress.
+pub const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// How far a session is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Pages stated, or present at the receiver.
+    pub pages: u64,
+    /// Pages of the image; zero until it is known.
+    pub pages_total: u64,
+    /// Bytes on the wire.
+    pub wire: Wire,
+}
+
 type Done<M> = (<<M as Machine>::Job as Job>::Output, Span);
 
 /// A machine and the connections of its session.
