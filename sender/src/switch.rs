@@ -352,4 +352,27 @@ mod tests {
         feed(&mut announce, 0);
         assert!(announce.on);
     }
+
+    #[test]
+    fn small_batches_are_no_sample_of_a_level_until_they_are_many() {
+        let mut switch = CompressSwitch::new(true, 1);
+        let feed = |switch: &mut CompressSwitch, batches: usize| {
+            (0..batches).for_each(|_| switch.measured(1, 4096, 1000, Span::from_nanos(50_000)));
+        };
+        feed(&mut switch, LEVEL_SAMPLE_BYTES / 4096 - 1);
+        assert!(switch.levels[1].ratio.is_none());
+        feed(&mut switch, 1);
+        assert!(switch.levels[1].ratio.is_some());
+    }
+
+    #[test]
+    fn statements_without_page_bytes_say_nothing_of_the_link() {
+        let mut goodput = Goodput::default();
+        goodput.block(at(0));
+        (0..100).for_each(|step| goodput.delivered(0, 1, at(step * 10)));
+        assert!(goodput.nanos_a_byte().is_none());
+        let mut announce = AnnounceSwitch::default();
+        announce.measured(1000, 1000, 0, (&switch(0.25), &goodput), at(1), &mut Vec::new());
+        assert!(announce.on, "until the link is known");
+    }
 }
