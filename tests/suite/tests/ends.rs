@@ -10,8 +10,9 @@
 
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::{CloseCode, PeerError};
-use pagewire_protocol::frame::{Done, Frame, FrameKind, LaneId, Ping};
+use pagewire_protocol::frame::{Ack, Done, Frame, FrameKind, LaneId, Ping, Want};
 use pagewire_protocol::limits::{HANDSHAKE_SPAN_MAX, SILENCE_MAX, STALL_SPAN_MAX};
+use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::session::{Machine, Phase};
 use pagewire_protocol::time::Span;
 use pagewire_test_support::image::{Image, Mix};
@@ -275,4 +276,17 @@ fn a_destination_that_fails_says_so() {
         script.settle();
         assert_eq!(script.failure(), (CloseCode::DESTINATION, text.to_owned()));
     }
+}
+
+/// An answer of zeros alone has nothing behind it that would push it out.
+#[test]
+fn a_want_of_zero_pages_after_everything_was_stated_is_answered() {
+    let image = Image::zeros(vec![Region { bytes: 1 << 20, install_size: InstallSize::KIB_4 }]);
+    let mut script = AgainstSender::sender(&image, 1);
+    script.enter(Phase::Finishing, &image);
+    let before = script.frames(BULK);
+    let wants = vec![Want { region: 0, first: 3, count: 1 }];
+    script.say(BULK, &Frame::Ack(Ack { frames: before, wants }));
+    script.settle();
+    assert_eq!(script.frames(BULK), before + 1);
 }
