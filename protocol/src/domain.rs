@@ -6,6 +6,26 @@
 
 use crate::digest::Key;
 
+/// One guest through all its hosts and visits: a random number made when it first leaves a host that keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LineageId(pub [u8; 16]);
+
+/// What a domain is called where its key must not be seen, in the names of files for instance.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DomainId(pub [u8; 16]);
+
+impl core::fmt::Display for DomainId {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl core::fmt::Debug for DomainId {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        core::fmt::Display::fmt(self, f)
+    }
+}
+
 /// The keys of one dedup domain.
 #[derive(Clone)]
 pub struct DedupDomain {
@@ -13,6 +33,7 @@ pub struct DedupDomain {
     pub(crate) node: Key,
     pub(crate) batch: Key,
     pub(crate) root: Key,
+    id: DomainId,
 }
 
 impl DedupDomain {
@@ -24,13 +45,24 @@ impl DedupDomain {
             node: subkey("pagewire 1 tree node"),
             batch: subkey("pagewire 1 batch"),
             root: subkey("pagewire 1 root"),
+            id: DomainId(half(blake3::derive_key("pagewire 1 domain id", key))),
         }
+    }
+
+    /// Its id, from which nobody learns the key.
+    pub fn id(&self) -> DomainId {
+        self.id
     }
 
     /// The domain whose key is thirty-two zero bytes.
     pub fn public() -> Self {
         Self::new(&[0; 32])
     }
+}
+
+/// The first half of 32 bytes.
+fn half(bytes: [u8; 32]) -> [u8; 16] {
+    bytes.first_chunk().copied().unwrap_or_default()
 }
 
 impl core::fmt::Debug for DedupDomain {

@@ -19,7 +19,7 @@ type Leaves = [Digest; SUBTREE_PAGES];
 const UNSET: Digest = Digest([0; 32]);
 
 /// The digests of one region's pages and the nodes above them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DigestTree {
     domain: DedupDomain,
     zero: Digest,
@@ -72,6 +72,30 @@ impl DigestTree {
         {
             *leaf = stored;
             *node = UNSET;
+        }
+    }
+
+    /// The stored digests below lowest node `index`, thirty-two zero bytes for a zero page; `None` if all are zero.
+    pub fn leaves(&self, index: u64) -> Option<&[Digest; SUBTREE_PAGES]> {
+        self.leaves.get(usize::try_from(index).ok()?)?.as_deref()
+    }
+
+    /// Takes all digests below lowest node `index` as [`leaves`](Self::leaves) gives them; those beyond the end of the
+    /// region must be zero bytes, and so are made to be.
+    pub fn set_leaves(&mut self, index: u64, digests: &[Digest; SUBTREE_PAGES]) {
+        let pages = self.subtree_pages(index);
+        let at = usize::try_from(index).unwrap_or(usize::MAX);
+        let (Some(slot), Some(node)) = (self.leaves.get_mut(at), self.nodes.get_mut(at)) else { return };
+        let count = usize::try_from(pages.end.saturating_sub(pages.start)).unwrap_or(0);
+        *node = UNSET;
+        *slot = None;
+        let used = digests.get(..count).unwrap_or_default();
+        if used.iter().any(|digest| *digest != UNSET) {
+            let mut leaves = Box::new([UNSET; SUBTREE_PAGES]);
+            for (leaf, &digest) in leaves.iter_mut().zip(used) {
+                *leaf = if digest == self.zero { UNSET } else { digest };
+            }
+            *slot = Some(leaves);
         }
     }
 
@@ -197,6 +221,11 @@ mod tests {
             }
             let expected = level.first().copied().unwrap_or_else(|| node_digest(hasher.domain(), 0, &[]));
             prop_assert_eq!(tree.root(), expected);
+            let mut loaded = DigestTree::new(&hasher, pages);
+            for index in 0..tree.subtrees() {
+                if let Some(leaves) = tree.leaves(index) { loaded.set_leaves(index, leaves); }
+            }
+            prop_assert_eq!(loaded.root(), expected);
             prop_assert_eq!(tree.batch(0, pages as u32), batch_digest(hasher.domain(), 0, [twin.as_slice()]));
         }
     }
