@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import images
 import processes
 from links import CappedLink, Loopback
-from sides import PagewireCopy, PagewireNetwork, RsyncCopy, RsyncNetwork, SocatNetwork
+from sides import PagewireCopy, PagewireNetwork, RsyncCopy, RsyncNetwork, SocatNetwork, ZstdPipe
 from tables import Table, percent, plain, size
 
 INPLACE = ("-I", "--inplace", "--no-whole-file")
@@ -209,6 +209,8 @@ def cold_1gbit(bench):
             table.costs(f"{which}: wall", walls, ideals, bar=1.15)
             table.costs(f"{which}: wire (ideal: zstd -1)", pair.wires[0], [packed] * len(pair.mine or pair.other), write=size)
             table.costs(f"{which}: wall by plain socat's", *pair.walls)
+            pipe = compare(bench, table, PagewireNetwork(bench, link, inplace=True, fresh=True), ZstdPipe(bench, link), source, fill)
+            table.costs(f"{which}: wall by that of zstd -1 -T2, socat, zstd -d", *pipe.walls)
     return table
 
 

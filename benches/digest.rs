@@ -2,7 +2,8 @@
 //!
 //! `cargo run --release -p pagewire-benches --bin digest` prints one row for each SIMD level of this machine. Both sides
 //! hash the same pages in turn, so that a machine that slows down slows both; the medians and their ratio count. The
-//! one-shot call always uses the widest level, so only that level's row is a fair pair; the others show the floor.
+//! one-shot call always uses the widest level, so only that level's row is a fair pair; `--features avx2`, `sse41` or
+//! `portable` takes the levels above away from both.
 
 use pagewire_protocol::digest::{PageBytes, PageHasher};
 use pagewire_protocol::domain::DedupDomain;

@@ -182,11 +182,19 @@ class SocatNetwork(Side):
         super().__init__(bench)
         self.link = link
 
+    def receiver(self, listen):
+        """Return the command that fills the destination from what listen brings."""
+        return [*listen.split(), f"OPEN:{self.destination},wronly"]
+
+    def sender(self, source, to):
+        """Return the command that sends the source."""
+        return ["socat", "-u", "-b", "1048576", f"OPEN:{source},rdonly", to]
+
     def run(self, source, watch=None):
         """Time both socats from the start of the sender until both have ended."""
         port = processes.free_port()
-        receive = [*self.link.receiver, "socat", "-u", "-b", "1048576", f"TCP-LISTEN:{port},reuseaddr", f"OPEN:{self.destination},wronly"]
-        send = [*self.link.sender, "socat", "-u", "-b", "1048576", f"OPEN:{source},rdonly", f"TCP:{self.link.address}:{port}"]
+        receive = [*self.link.receiver, *self.receiver(f"socat -u -b 1048576 TCP-LISTEN:{port},reuseaddr")]
+        send = [*self.link.sender, *self.sender(source, f"TCP:{self.link.address}:{port}")]
         if not self.commands:
             self.say(receive)
             self.say(send)
@@ -200,3 +208,17 @@ class SocatNetwork(Side):
         wall = time.perf_counter() - begin
         counted = None if before is None else self.link.counted() - before
         return Sample(wall, os.path.getsize(source), counted)
+
+
+class ZstdPipe(SocatNetwork):
+    """`zstd -1` on two threads, `socat`, `zstd -d`: what a shell user would write."""
+
+    name = "zstd-pipe"
+
+    def receiver(self, listen):
+        """Decompress on the way into the destination's pages."""
+        return ["sh", "-c", f"{listen} - | zstd -q -d -c 1<>{self.destination}"]
+
+    def sender(self, source, to):
+        """Compress on the way out."""
+        return ["sh", "-c", f"zstd -1 -T2 -q -c {source} | socat -u -b 1048576 - {to}"]
