@@ -6,6 +6,7 @@
 use crate::error::DecodeError;
 use alloc::string::ToString;
 use alloc::vec::Vec;
+use zstd::zstd_safe::{CCtx, CParameter, DCtx, get_error_name};
 
 /// Compresses batches; keeps its context.
 pub struct Compressor {
@@ -38,6 +39,58 @@ impl Compressor {
     }
 }
 
+/// The level of deltas: a fast match finder is enough where most of a page is the old page.
+const DELTA_LEVEL: i32 = 1;
+
+/// Appends the zstd frame of `pages` with the prefix `old` to `out`; false, with `out` as it was, if it would not be
+/// smaller than `most` bytes. A prefix is bound to the context that knows it, so each call has a context of its own.
+pub fn compress_delta(pages: &[u8], old: &[u8], most: usize, out: &mut Vec<u8>) -> bool {
+    let start = out.len();
+    out.resize(start.saturating_add(most.min(pages.len())), 0);
+    let Some(space) = out.get_mut(start..) else { return false };
+    // The window reaches the front of the prefix, and a quarter as many table slots as bytes remember it.
+    let window = pages.len().saturating_add(old.len()).next_power_of_two().ilog2().clamp(10, 22);
+    let slots = window.saturating_sub(2).max(10);
+    let mut context = CCtx::create();
+    let ready = context
+        .set_parameter(CParameter::CompressionLevel(DELTA_LEVEL))
+        .and_then(|_| context.set_parameter(CParameter::WindowLog(window)))
+        .and_then(|_| context.set_parameter(CParameter::HashLog(slots)))
+        .and_then(|_| context.ref_prefix(old));
+    let written = ready.and_then(|_| context.compress2(space, pages)).ok().filter(|&written| written < pages.len());
+    out.truncate(start.saturating_add(written.unwrap_or(0)));
+    written.is_some()
+}
+
+/// Fills `out` exactly from one zstd frame with the prefix `old`.
+///
+/// # Errors
+/// Not one zstd frame with this prefix, or not of exactly that size.
+pub fn decompress_delta(payload: &[u8], old: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
+    whole_frame(payload)?;
+    let mut context = DCtx::create();
+    let error = |code| DecodeError::Compressed(get_error_name(code).to_string());
+    context.ref_prefix(old).map_err(error)?;
+    let written = context.decompress(out, payload).map_err(error)?;
+    exactly(written, out.len())
+}
+
+// SPEC 5.5
+fn whole_frame(payload: &[u8]) -> Result<(), DecodeError> {
+    let whole = zstd::zstd_safe::find_frame_compressed_size(payload).ok();
+    if whole == Some(payload.len()) {
+        return Ok(());
+    }
+    Err(DecodeError::Compressed("not one whole zstd frame".to_string()))
+}
+
+fn exactly(written: usize, expected: usize) -> Result<(), DecodeError> {
+    if written == expected {
+        return Ok(());
+    }
+    Err(DecodeError::Mismatch { field: "decompressed bytes", value: written as u64, expected: expected as u64 })
+}
+
 impl core::fmt::Debug for Compressor {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("Compressor").field("level", &self.level).finish_non_exhaustive()
@@ -63,21 +116,13 @@ impl Decompressor {
     /// # Errors
     /// Not one zstd frame, or not of exactly that size.
     pub fn decompress(&mut self, payload: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
-        // SPEC 5.5
-        let whole = zstd::zstd_safe::find_frame_compressed_size(payload).ok();
-        if whole != Some(payload.len()) {
-            return Err(DecodeError::Compressed("not one whole zstd frame".to_string()));
-        }
+        whole_frame(payload)?;
         let expected = out.len();
         let written = self
             .context
             .decompress_to_buffer(payload, out)
             .map_err(|error| DecodeError::Compressed(error.to_string()))?;
-        if written != expected {
-            let (value, expected) = (written as u64, expected as u64);
-            return Err(DecodeError::Mismatch { field: "decompressed bytes", value, expected });
-        }
-        Ok(())
+        exactly(written, expected)
     }
 }
 
@@ -121,15 +166,42 @@ mod tests {
         assert!(decompressor.decompress(&twice, &mut [0; 8192]).is_err());
     }
 
+    fn noise(bytes: usize) -> Vec<u8> {
+        let mut state = 1u64;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_le_bytes()[7]
+        };
+        (0..bytes).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn a_delta_is_small_and_needs_the_very_prefix() {
+        // As large as a frame can be: a delta must find what stands at the front of its prefix.
+        for bytes in [4096, 256 << 10, 2 << 20] {
+            let old = noise(bytes);
+            let mut new = old.clone();
+            new[1000] ^= 1;
+            let (mut payload, mut back) = (Vec::new(), alloc::vec![0; bytes]);
+            assert!(compress_delta(&new, &old, bytes, &mut payload));
+            assert!(payload.len() < 64 + bytes / 1000, "{bytes} became {}", payload.len());
+            assert_eq!(decompress_delta(&payload, &old, &mut back), Ok(()));
+            assert_eq!(back, new);
+            let other = alloc::vec![7; bytes];
+            assert!(decompress_delta(&payload, &other, &mut back).is_err() || back != new);
+            assert!(decompress_delta(&payload, &[], &mut back).is_err() || back != new);
+            assert!(decompress_delta(&payload, &old, &mut alloc::vec![0; bytes - 1]).is_err());
+            payload.push(0);
+            assert!(decompress_delta(&payload, &old, &mut back).is_err());
+        }
+        let mut out = alloc::vec![9];
+        assert!(!compress_delta(&noise(4096), &[5; 4096], 4096, &mut out));
+        assert_eq!(out, [9]);
+    }
+
     #[test]
     fn leaves_noise_alone() {
-        let mut state = 1u64;
-        let noise: Vec<u8> = (0..4096)
-            .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                state.to_le_bytes()[7]
-            })
-            .collect();
+        let noise = noise(4096);
         let mut out = alloc::vec![9];
         assert!(!Compressor::new().unwrap().compress(&noise, 1, &mut out));
         assert_eq!(out, [9]);

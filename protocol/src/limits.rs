@@ -28,6 +28,8 @@ pub const REGIONS_MAX: usize = 64;
 pub const IMAGE_PAGES_MAX: u64 = u32::MAX as u64;
 /// Image bytes a receiver accepts unless told otherwise (1 TiB).
 pub const IMAGE_BYTES_DEFAULT: u64 = 1 << 40;
+/// Roots of earlier images that OPEN names: the visits of one guest that a host may still know.
+pub const ROOTS_MAX: usize = 8;
 /// Bytes of an image name: letters, digits, `.`, `_`, `-`.
 pub const NAME_BYTES_MAX: usize = 64;
 /// Bytes of the text in CLOSE.

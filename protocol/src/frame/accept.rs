@@ -1,8 +1,9 @@
-//! ACCEPT: on which terms the receiver takes the image. bincode: transcript, secret, lanes, window, pages held a region.
+//! ACCEPT: on which terms the receiver takes the image. bincode: transcript, secret, lanes, window, pages held a region,
+//! agreed root, whether the base stays.
 
 use crate::coding::{decode_body, encode_body};
 use crate::error::DecodeError;
-use crate::limits::{BULK_LANES_MAX, REGIONS_MAX, WINDOW_BYTES};
+use crate::limits::{BULK_LANES_MAX, REGIONS_MAX, ROOTS_MAX, WINDOW_BYTES};
 use alloc::vec::Vec;
 
 /// The receiver's terms.
@@ -16,8 +17,13 @@ pub struct Accept {
     pub lanes: u8,
     /// Bytes that may be under way on a lane without acknowledgement.
     pub window: u64,
-    /// For each region, how many of its first pages the receiver holds something for; their HAVE will come.
+    /// For each region, how many of its first pages the receiver holds something for. Their HAVE will come, unless a
+    /// root is agreed.
     pub held_pages: Vec<u64>,
+    /// Which of OPEN's known roots is that of the base, counted from 1; 0 for none.
+    pub agreed: u8,
+    /// The base stays as it is until the session ends: pages may refer to any place of it, whatever was stated there.
+    pub base_stays: bool,
 }
 
 impl Accept {
@@ -36,6 +42,9 @@ impl Accept {
         }
         if accept.held_pages.len() > REGIONS_MAX {
             return Err(DecodeError::limit("regions held", accept.held_pages.len() as u64, REGIONS_MAX as u64));
+        }
+        if usize::from(accept.agreed) > ROOTS_MAX {
+            return Err(DecodeError::limit("agreed root", u64::from(accept.agreed), ROOTS_MAX as u64));
         }
         Ok(accept)
     }

@@ -11,8 +11,10 @@ impl Codec {
     pub const NONE: Self = Self(0);
     /// One zstd frame.
     pub const ZSTD: Self = Self(1);
+    /// One zstd frame whose prefix is the old bytes of the pages: what they have in common with them costs nothing.
+    pub const DELTA: Self = Self(2);
     /// The bits of HELLO for all of them.
-    pub const ALL_BITS: u32 = 0b11;
+    pub const ALL_BITS: u32 = 0b111;
 
     /// The bit of HELLO.
     pub const fn bit(self) -> u32 {

@@ -1,10 +1,13 @@
-//! OPEN: what the sender wants to send. bincode: transcript, session, name, flags, lanes, domain key, regions.
+//! OPEN: what the sender wants to send. bincode: transcript, session, name, flags, lanes, domain key, regions, lineage,
+//! roots it knows.
 //!
 //! The name is the only text of a peer that ever becomes part of a path, so it is a type of its own.
 
 use crate::coding::{decode_body, encode_body};
+use crate::digest::Digest;
+use crate::domain::LineageId;
 use crate::error::DecodeError;
-use crate::limits::{BULK_LANES_MAX, NAME_BYTES_MAX};
+use crate::limits::{BULK_LANES_MAX, NAME_BYTES_MAX, ROOTS_MAX};
 use crate::page::{InstallSize, Layout, Region};
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -59,6 +62,8 @@ struct Body {
     lanes: u8,
     domain_key: [u8; 32],
     regions: Vec<RegionSpec>,
+    lineage: [u8; 16],
+    known: Vec<[u8; 32]>,
 }
 
 /// What the sender wants to send, and how.
@@ -80,6 +85,10 @@ pub struct Open {
     pub domain_key: [u8; 32],
     /// The image's regions.
     pub layout: Layout,
+    /// Which guest it is through all its visits; zeros for one that nobody has kept.
+    pub lineage: LineageId,
+    /// Roots of earlier images of this guest whose digests the sender knows, the newest first.
+    pub known: Vec<Digest>,
 }
 
 impl Open {
@@ -88,11 +97,17 @@ impl Open {
     /// # Errors
     /// A name, a count of lanes or a layout outside its limits, or an unknown install size.
     pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
-        let Body { transcript, session, name, fresh, single_stream, lanes, domain_key, regions } = decode_body(body)?;
+        let Body { transcript, session, name, fresh, single_stream, lanes, domain_key, regions, lineage, known } =
+            decode_body(body)?;
         // SPEC 4.7
         if lanes == 0 || lanes > BULK_LANES_MAX {
             return Err(DecodeError::limit("lanes (from 1)", u64::from(lanes), u64::from(BULK_LANES_MAX)));
         }
+        if known.len() > ROOTS_MAX {
+            return Err(DecodeError::limit("known roots", known.len() as u64, ROOTS_MAX as u64));
+        }
+        let known = known.into_iter().map(Digest).collect();
+        let lineage = LineageId(lineage);
         let regions = regions.into_iter().map(|spec| {
             let unknown = DecodeError::Unknown { field: "install size", value: u64::from(spec.install_size) };
             let install_size = InstallSize::from_bytes(spec.install_size).ok_or(unknown)?;
@@ -100,7 +115,7 @@ impl Open {
         });
         let layout = Layout::new(regions.collect::<Result<_, DecodeError>>()?)?;
         let name = ImageName::new(&name)?;
-        Ok(Self { transcript, session, name, fresh, single_stream, lanes, domain_key, layout })
+        Ok(Self { transcript, session, name, fresh, single_stream, lanes, domain_key, layout, lineage, known })
     }
 
     /// Appends the body.
@@ -115,6 +130,8 @@ impl Open {
             lanes: self.lanes,
             domain_key: self.domain_key,
             regions: self.layout.regions().iter().map(spec).collect(),
+            lineage: self.lineage.0,
+            known: self.known.iter().map(|root| root.0).collect(),
         };
         encode_body(&body, out);
     }

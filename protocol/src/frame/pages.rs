@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 0..4 | round | |
 //! | 4..6 | region | |
-//! | 6 | codec | 0 none, 1 zstd; 0 unless there is an inline page |
+//! | 6 | codec | 0 none, 1 zstd, 2 delta; 0 unless there is an inline page |
 //! | 7 | reserved | zero |
 //! | 8..16 | first | the first page |
 //! | 16..20 | count | pages covered, 1 to 16384, of which at most 512 reference or inline |
@@ -13,6 +13,7 @@
 //! | 24..56 | digest | the batch digest: over the digests of all pages covered, resolved as meant |
 //! | 56.. | runs | 4 bytes each: entry kind u8 (1 zero, 2 base, 3 reference, 4 inline), reserved u8, count u16 |
 //! | .. | references | 32 bytes for each reference page, in page order |
+//! | .. | shift | i64, only with codec 2: how many pages further the old bytes of a page lie |
 //! | .. | padding | zeros, only before a payload, so that it begins a multiple of 64 bytes from the frame's first |
 //! | .. | payload | the inline pages in page order, 4096 bytes each, under the codec |
 
@@ -30,8 +31,12 @@ const PAYLOAD_ALIGN: usize = 64;
 const PADDING: [u8; PAYLOAD_ALIGN] = [0; PAYLOAD_ALIGN];
 
 /// Bytes of a body before its padding.
-fn fields(runs: usize, references: usize) -> usize {
-    HEAD_BYTES.saturating_add(runs.saturating_mul(4)).saturating_add(references.saturating_mul(32))
+fn fields(runs: usize, references: usize, codec: Codec) -> usize {
+    let shift = if codec == Codec::DELTA { 8 } else { 0 };
+    HEAD_BYTES
+        .saturating_add(runs.saturating_mul(4))
+        .saturating_add(references.saturating_mul(32))
+        .saturating_add(shift)
 }
 
 /// Padding behind that many bytes of a body.
@@ -55,6 +60,8 @@ pub struct PagesHead {
     pub count: u32,
     /// The batch digest.
     pub digest: Digest,
+    /// With [`Codec::DELTA`], how many pages further in the base the old bytes of a page lie; else zero.
+    pub shift: i64,
 }
 
 impl PagesHead {
@@ -70,8 +77,12 @@ impl PagesHead {
         for reference in references {
             writer.bytes(&reference.0);
         }
+        if self.codec == Codec::DELTA {
+            writer.u64(self.shift.cast_unsigned());
+        }
         if runs.iter().any(|run| run.kind == EntryKind::INLINE) {
-            writer.bytes(PADDING.get(..padding(fields(runs.len(), references.len()))).unwrap_or_default());
+            let fields = fields(runs.len(), references.len(), self.codec);
+            writer.bytes(PADDING.get(..padding(fields)).unwrap_or_default());
         }
     }
 }
@@ -97,7 +108,7 @@ impl<'a> Pages<'a> {
         let mut reader = Reader::new(body);
         let (round, region) = (reader.u32("round")?, reader.u16("region")?);
         let codec = match reader.u8("codec")? {
-            value @ 0..=1 => Codec(value),
+            value @ 0..=2 => Codec(value),
             value => return Err(DecodeError::Unknown { field: "codec", value: u64::from(value) }),
         };
         reserved(u16::from(reader.u8("reserved")?))?;
@@ -110,14 +121,15 @@ impl<'a> Pages<'a> {
         let runs = reader.bytes("runs", usize::from(run_count).saturating_mul(4))?.as_chunks().0;
         let (references, inline) = tally(runs, count)?;
         let references = reader.bytes("references", references.saturating_mul(32))?.as_chunks().0;
+        let shift = if codec == Codec::DELTA { reader.u64("shift")?.cast_signed() } else { 0 };
         // SPEC 5.4
         if inline > 0 {
-            let padding = reader.bytes("padding", padding(fields(runs.len(), references.len())))?;
+            let padding = reader.bytes("padding", padding(fields(runs.len(), references.len(), codec)))?;
             padding.iter().try_for_each(|&byte| reserved(u16::from(byte)))?;
         }
         let payload = reader.rest();
         check_payload(codec, inline, payload.len())?;
-        let head = PagesHead { round, region, codec, first, count, digest };
+        let head = PagesHead { round, region, codec, first, count, digest, shift };
         Ok(Self { head, runs, references, inline, payload })
     }
 

@@ -2,15 +2,20 @@
 
 use super::*;
 use crate::digest::Digest;
+use crate::domain::LineageId;
 use crate::error::CloseCode;
 use crate::limits::*;
 use crate::page::{InstallSize, Layout, Region};
 use alloc::string::ToString;
 use alloc::vec;
 
+fn pages_head(count: u32) -> PagesHead {
+    PagesHead { round: 0, region: 0, codec: Codec::NONE, first: 0, count, digest: Digest([1; 32]), shift: 0 }
+}
+
 /// The body of a PAGES frame with one page of each kind: zero, base, reference, inline.
 fn pages_body() -> Vec<u8> {
-    let head = PagesHead { round: 3, region: 0, codec: Codec::NONE, first: 7, count: 4, digest: Digest([8; 32]) };
+    let head = PagesHead { round: 3, first: 7, digest: Digest([8; 32]), ..pages_head(4) };
     let kinds = [EntryKind::ZERO, EntryKind::BASE, EntryKind::REFERENCE, EntryKind::INLINE];
     let mut body = Vec::new();
     head.encode(&kinds.map(|kind| Run { kind, count: 1 }), &[Digest([9; 32])], &mut body);
@@ -42,12 +47,19 @@ fn open() -> Open {
         lanes: 2,
         domain_key: [0; 32],
         layout: Layout::new(vec![region, region]).unwrap(),
+        lineage: LineageId([6; 16]),
+        known: vec![Digest([7; 32]), Digest([8; 32])],
     }
+}
+
+fn accept() -> Accept {
+    let (transcript, secret, held_pages) = ([1; 32], [2; 32], vec![0]);
+    Accept { transcript, secret, lanes: 2, window: 1 << 20, held_pages, agreed: 2, base_stays: true }
 }
 
 /// One sample of each kind, in the order of [`FrameKind::ALL`].
 fn samples(pages: &[u8]) -> Vec<Frame<'_>> {
-    let accept = Accept { transcript: [1; 32], secret: [2; 32], lanes: 2, window: 1 << 20, held_pages: vec![5, 0] };
+    let accept = Accept { held_pages: vec![5, 0], ..accept() };
     let want = Want { region: 1, first: 9, count: 2 };
     vec![
         Frame::Hello(hello()),
@@ -154,7 +166,7 @@ fn accepts_lengths_up_to_each_kinds_limit_and_no_further() {
 }
 
 fn pages_with(runs: &[Run], count: u32, codec: Codec, references: usize, payload: usize) -> Result<(), DecodeError> {
-    let head = PagesHead { round: 0, region: 0, codec, first: 0, count, digest: Digest([0; 32]) };
+    let head = PagesHead { codec, ..pages_head(count) };
     let mut body = Vec::new();
     head.encode(runs, &vec![Digest([0; 32]); references], &mut body);
     body.resize(body.len() + payload, 0);
@@ -179,6 +191,9 @@ fn rejects_pages_whose_counts_disagree() {
     assert!(inline(513, Codec::NONE, 513 * PAGE_BYTES).is_err());
     assert!(inline(1, Codec::NONE, PAGE_BYTES - 1).is_err());
     assert!(inline(1, Codec::ZSTD, PAGE_BYTES - 1).is_ok());
+    assert!(inline(1, Codec::DELTA, PAGE_BYTES - 1).is_ok());
+    assert!(inline(1, Codec::DELTA, PAGE_BYTES).is_err());
+    assert!(pages_with(&[zero(1)], 1, Codec::DELTA, 0, 1).is_err());
     assert!(inline(1, Codec::ZSTD, PAGE_BYTES).is_err());
     assert!(inline(1, Codec::ZSTD, 0).is_err());
     assert!(pages_with(&[run(EntryKind::REFERENCE, 2)], 2, Codec::NONE, 1, 0).is_err());
@@ -192,7 +207,7 @@ fn rejects_pages_whose_counts_disagree() {
 #[test]
 fn rejects_pages_with_unknown_or_reserved_values() {
     let body = pages_body();
-    for (at, value) in [(6, 2), (7, 1), (22, 1), (56, 0), (56, 5), (57, 1)] {
+    for (at, value) in [(6, 3), (7, 1), (22, 1), (56, 0), (56, 5), (57, 1)] {
         let mut bad = body.clone();
         bad[at] = value;
         assert!(Pages::decode(&bad).is_err(), "byte {at} = {value}");
@@ -209,7 +224,7 @@ fn payloads_are_aligned_whatever_goes_before_them_and_padding_is_zero() {
         let kinds = zeros.chain((0..references).map(|_| EntryKind::REFERENCE)).chain([EntryKind::INLINE]);
         let runs: Vec<Run> = kinds.map(|kind| Run { kind, count: 1 }).collect();
         let count = runs.len() as u32;
-        let head = PagesHead { round: 0, region: 0, codec: Codec::NONE, first: 0, count, digest: Digest([1; 32]) };
+        let head = pages_head(count);
         let mut body = Vec::new();
         head.encode(&runs, &vec![Digest([2; 32]); references], &mut body);
         let (fields, payload) = (56 + 4 * runs.len() + 32 * references, body.len());
@@ -223,8 +238,14 @@ fn payloads_are_aligned_whatever_goes_before_them_and_padding_is_zero() {
             assert!(Pages::decode(&bad).is_err(), "padding at {at}");
         }
     }
+    let delta = PagesHead { shift: -5, codec: Codec::DELTA, ..pages_head(1) };
+    let mut body = Vec::new();
+    delta.encode(&[Run { kind: EntryKind::INLINE, count: 1 }], &[], &mut body);
+    assert_eq!((HEADER_BYTES + body.len()) % 64, 0, "behind the shift too");
+    body.push(1);
+    assert_eq!(Pages::decode(&body).unwrap().head, delta);
     let none = [Run { kind: EntryKind::REFERENCE, count: 1 }];
-    let head = PagesHead { round: 0, region: 0, codec: Codec::NONE, first: 0, count: 1, digest: Digest([1; 32]) };
+    let head = pages_head(1);
     let mut body = Vec::new();
     head.encode(&none, &[Digest([2; 32])], &mut body);
     assert_eq!(body.len(), 56 + 4 + 32, "no payload, no padding");
@@ -278,12 +299,16 @@ fn rejects_lists_and_numbers_at_each_limit_plus_one() {
         Ack::decode(&body).is_ok()
     };
     assert_eq!([0, 1, WANTS_MAX, WANTS_MAX + 1].map(ack), [true, true, true, false]);
-    let accept = |lanes, window, regions| {
-        let accept = Accept { transcript: [0; 32], secret: [0; 32], lanes, window, held_pages: vec![0; regions] };
+    let judged = |accept: Accept| {
         let mut body = Vec::new();
         accept.encode(&mut body);
         Accept::decode(&body).is_ok()
     };
+    assert_eq!(
+        [0, ROOTS_MAX, ROOTS_MAX + 1].map(|at| judged(Accept { agreed: at as u8, ..accept() })),
+        [true, true, false]
+    );
+    let accept = |lanes, window, regions| judged(Accept { lanes, window, held_pages: vec![0; regions], ..accept() });
     assert!(accept(8, WINDOW_BYTES, 64));
     assert!(
         !accept(0, 1, 1)
@@ -298,6 +323,12 @@ fn rejects_lists_and_numbers_at_each_limit_plus_one() {
         Open::decode(&body).is_ok()
     };
     assert_eq!([0, 1, 8, 9].map(open), [false, true, true, false]);
+    let known = |count| {
+        let mut body = Vec::new();
+        Open { known: vec![Digest([1; 32]); count], ..self::open() }.encode(&mut body);
+        Open::decode(&body).is_ok()
+    };
+    assert_eq!([0, ROOTS_MAX, ROOTS_MAX + 1].map(known), [true, true, false]);
 }
 
 #[test]
