@@ -8,6 +8,7 @@ use crate::send::{SendOptions, run};
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::framing::Framer;
 use pagewire_receiver::Offer;
+use pagewire_receiver::driver::Landed;
 use pagewire_receiver::memory::FileSink;
 use pagewire_sender::driver::Route;
 use pagewire_sender::memory::FileMemory;
@@ -77,7 +78,7 @@ fn join(
     let landing = LandingOptions { inplace: options.inplace, fresh: options.send.fresh };
     let decide = |offer: &Offer| {
         let landing = Landing::start(dir, file, offer.open.layout.bytes(), landing).map_err(|error| refusal(&error))?;
-        Ok(FileSink::new(landing, offer.open.layout.clone()))
+        Ok(Landed { sink: FileSink::new(landing, offer.open.layout.clone()), agreed: None })
     };
     let arriving =
         Arriving { socket: there, framer: Framer::new(), single_stream: true, lanes: 1, start: Instant::now() };

@@ -9,7 +9,7 @@ use pagewire_protocol::error::{CloseCode, chain};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
 use pagewire_receiver::Offer;
-use pagewire_receiver::driver::{Beginning, Entropy, Refusal, Summary};
+use pagewire_receiver::driver::{Beginning, Entropy, Landed, Refusal, Summary};
 use pagewire_receiver::memory::FileSink;
 use pagewire_store::{Landing, LandingError, LandingOptions};
 use pagewire_transport::{Address, Arrival, CancellationToken, Listener, Sessions, Socket};
@@ -253,7 +253,7 @@ pub(crate) fn session(
     arriving: Arriving,
     sessions: &Sessions,
     cancel: &CancellationToken,
-    decide: impl FnMut(&Offer) -> Result<FileSink, Refusal>,
+    decide: impl FnMut(&Offer) -> Result<Landed<FileSink>, Refusal>,
     mut observe: impl FnMut(&Event),
 ) -> (bool, Outcome) {
     let Arriving { socket, framer, single_stream, lanes, start } = arriving;
@@ -282,8 +282,13 @@ fn report(summary: &Summary) -> Report {
     let counts = summary.counts;
     report.seconds = summary.spent.as_secs_f64();
     (report.bytes_total, report.pages_total) = open.map_or((0, 0), |open| (open.layout.bytes(), open.layout.pages()));
-    report.pages =
-        Pages { zero: counts.zero, base: counts.base, reference: counts.reference, inline: counts.inline, delta: 0 };
+    report.pages = Pages {
+        zero: counts.zero,
+        base: counts.base,
+        reference: counts.reference,
+        inline: counts.inline,
+        delta: counts.delta,
+    };
     report.wants = counts.wants;
     report.wire = WireBytes { sent_bytes: summary.wire.sent_bytes, received_bytes: summary.wire.received_bytes };
     report
@@ -291,7 +296,7 @@ fn report(summary: &Summary) -> Report {
 
 /// Finds the place of an offered image.
 // SPEC 3.9: what is announced is the image of that name; whoever may connect may read all of the folder.
-fn land(offer: &Offer, options: &ReceiveOptions) -> Result<FileSink, Refusal> {
+fn land(offer: &Offer, options: &ReceiveOptions) -> Result<Landed<FileSink>, Refusal> {
     let (bytes, most) = (offer.open.layout.bytes(), options.image_bytes_max);
     if bytes > most {
         let reason = format!("the image has {bytes} bytes, the limit here is {most}");
@@ -305,7 +310,8 @@ fn land(offer: &Offer, options: &ReceiveOptions) -> Result<FileSink, Refusal> {
             Landing::start(dir, OsStr::new(offer.open.name.as_str()), bytes, landing)
         }
     };
-    landing.map(|landing| FileSink::new(landing, offer.open.layout.clone())).map_err(|error| refusal(&error))
+    let landing = landing.map_err(|error| refusal(&error))?;
+    Ok(Landed { sink: FileSink::new(landing, offer.open.layout.clone()), agreed: None })
 }
 
 /// What the peer is told of a place that cannot be used.

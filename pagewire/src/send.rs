@@ -131,14 +131,15 @@ pub(crate) fn run<M: GuestMemory>(
         Ok(config) => SenderConfig { single_stream, ..config },
         Err(kind) => return report.close(Some(kind.at_sender())),
     };
-    let (summary, result) = pagewire_sender::driver::send(memory, config, route, &options.stop(), |progress| {
-        observer.event(&Event::Progress {
-            pages: progress.pages,
-            pages_total,
-            sent_bytes: progress.wire.sent_bytes,
-            received_bytes: progress.wire.received_bytes,
+    let (summary, result) =
+        pagewire_sender::driver::send(memory, Vec::new(), config, route, &options.stop(), |progress| {
+            observer.event(&Event::Progress {
+                pages: progress.pages,
+                pages_total,
+                sent_bytes: progress.wire.sent_bytes,
+                received_bytes: progress.wire.received_bytes,
+            });
         });
-    });
     fill(&mut report, &summary);
     report.close(result.err().map(Error::from))
 }
@@ -146,8 +147,13 @@ pub(crate) fn run<M: GuestMemory>(
 fn fill(report: &mut Report, summary: &Summary) {
     let counts = summary.counts;
     report.seconds = summary.spent.as_secs_f64();
-    report.pages =
-        Pages { zero: counts.zero, base: counts.base, reference: counts.reference, inline: counts.inline, delta: 0 };
+    report.pages = Pages {
+        zero: counts.zero,
+        base: counts.base,
+        reference: counts.reference,
+        inline: counts.inline,
+        delta: counts.delta,
+    };
     report.wants = counts.wants;
     report.wire = WireBytes { sent_bytes: summary.wire.sent_bytes, received_bytes: summary.wire.received_bytes };
     report.rounds = vec![Round {

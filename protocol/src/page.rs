@@ -7,6 +7,7 @@
 use crate::error::DecodeError;
 use crate::limits::{BATCH_PAGES_MAX, IMAGE_PAGES_MAX, PAGE_BYTES, REGIONS_MAX, SUBTREE_PAGES};
 use alloc::vec::Vec;
+use core::ops::Range;
 
 const PAGE_BYTES_U32: u32 = 4096;
 const _: () = assert!(PAGE_BYTES == PAGE_BYTES_U32 as usize);
@@ -195,6 +196,16 @@ impl Layout {
         }
         Ok(PageRange { region: id, first: PageNumber(first), count })
     }
+}
+
+/// `run` moved by `shift` pages, as far as it lies in the first `held` pages of its region then.
+// SPEC 5.14
+pub fn shifted(run: Range<u64>, shift: i64, held: u64) -> Range<u64> {
+    let at = |page: u64| {
+        let moved = i128::from(page).saturating_add(i128::from(shift));
+        u64::try_from(moved.clamp(0, i128::from(held))).unwrap_or(0)
+    };
+    at(run.start)..at(run.end)
 }
 
 #[cfg(test)]

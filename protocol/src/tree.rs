@@ -163,6 +163,17 @@ impl DigestTree {
     }
 }
 
+/// What is known of an image without its bytes: the digests of all its pages in order, and the root over them.
+#[derive(Clone, Debug)]
+pub struct Manifest {
+    /// The root.
+    pub root: Digest,
+    /// The regions.
+    pub layout: Layout,
+    /// Their digests.
+    pub trees: Vec<DigestTree>,
+}
+
 /// The root of an image: over its regions' sizes, install sizes and roots, in order.
 pub fn image_root(domain: &DedupDomain, layout: &Layout, trees: &mut [DigestTree]) -> Digest {
     let mut bytes = Vec::new();

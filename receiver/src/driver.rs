@@ -1,6 +1,6 @@
 //! The receiver under tokio: one session on the thread that calls, and a server of many.
 
-use crate::engine::{Event, Offer, ReceiverEngine, Terms};
+use crate::engine::{Agreed, Event, Offer, ReceiverEngine, Terms};
 use crate::error::{ErrorKind, ReceiverError};
 use crate::memory::GuestSink;
 use crate::report::Counts;
@@ -9,6 +9,7 @@ use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::Policy;
 use pagewire_protocol::time::{Span, Time};
+use pagewire_protocol::tree::Manifest;
 pub use pagewire_transport::Progress;
 use pagewire_transport::{CancellationToken, PROGRESS_EVERY, Pump, Registration, Sessions, Socket, Wire, block_on};
 use std::time::Instant;
@@ -24,6 +25,17 @@ pub struct Summary {
     pub wire: Wire,
     /// From the first byte to the end.
     pub spent: Span,
+    /// The digests of all pages, if the image is whole.
+    pub manifest: Option<Manifest>,
+}
+
+/// What an offered image is to go into.
+#[derive(Debug)]
+pub struct Landed<S> {
+    /// Where pages go.
+    pub sink: S,
+    /// What the sender knows of the base, if it does.
+    pub agreed: Option<Agreed>,
 }
 
 /// Why an offer is refused: what the peer is told.
@@ -70,7 +82,7 @@ pub fn receive<S: GuestSink>(
     begin: Beginning,
     sessions: &Sessions,
     cancel: &CancellationToken,
-    decide: impl FnMut(&Offer) -> Result<S, Refusal>,
+    decide: impl FnMut(&Offer) -> Result<Landed<S>, Refusal>,
     observe: impl FnMut(Progress),
 ) -> (Summary, Result<(), ReceiverError>) {
     let mut summary = Summary::default();
@@ -84,7 +96,7 @@ async fn drive<S: GuestSink>(
     begin: Beginning,
     sessions: &Sessions,
     cancel: &CancellationToken,
-    mut decide: impl FnMut(&Offer) -> Result<S, Refusal>,
+    mut decide: impl FnMut(&Offer) -> Result<Landed<S>, Refusal>,
     mut observe: impl FnMut(Progress),
     summary: &mut Summary,
 ) -> Result<(), ErrorKind> {
@@ -119,8 +131,9 @@ async fn drive<S: GuestSink>(
                     registration = Some(guard);
                     pump.take_joins(joins);
                     check_streams(&offer, single_stream)?;
-                    let sink = decide(&offer)?;
-                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret: entropy.secret, seed: entropy.seed })
+                    let Landed { sink, agreed } = decide(&offer)?;
+                    let Entropy { secret, seed, .. } = entropy;
+                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed })
                 });
                 summary.offer = Some(offer);
                 let now = pump.now();
@@ -138,6 +151,7 @@ async fn drive<S: GuestSink>(
     summary.wire = pump.wire();
     summary.spent = pump.now().since(Time::ZERO);
     summary.counts = pump.machine().counts();
+    summary.manifest = pump.machine().manifest();
     match result {
         Some(result) => result.map_err(|error| error.kind),
         // The machine always leaves an outcome; without one nothing may count as success.

@@ -10,9 +10,10 @@ use crate::error::{ErrorKind, ReceiverError};
 use crate::memory::GuestSink;
 use crate::page_map::PageMap;
 use crate::report::Counts;
-use crate::resolve::{Resolved, Resolver, Target};
+use crate::resolve::{Base, Resolved, Resolver, Target};
 use crate::scan::Scan;
 use crate::wants::Wants;
+use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher, join_proof, proofs_equal};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{CloseCode, DecodeError, GuestAt, Incompatible, PeerError, Violation, chain};
@@ -24,6 +25,7 @@ use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, Job, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
+use pagewire_protocol::tree::{DigestTree, Manifest};
 use std::collections::VecDeque;
 use std::io;
 
@@ -47,6 +49,21 @@ pub struct Terms<S> {
     pub secret: [u8; 32],
     /// Random: the seed of the digest index.
     pub seed: u64,
+    /// What the sender knows of the base, if it does.
+    pub agreed: Option<Agreed>,
+}
+
+/// A base whose manifest both sides know.
+#[derive(Debug)]
+pub struct Agreed {
+    /// Which of OPEN's known roots it has, counted from 0.
+    pub known: u8,
+    /// Its digests: the root over them was checked.
+    pub trees: Vec<DigestTree>,
+    /// The pages, by their places in the image, that are here; of the others the digests alone are known.
+    pub kept: PageBitmap,
+    /// Pages that did not change are not read. Takes effect where the sink says that the base is in place.
+    pub trusted: bool,
 }
 
 /// What the engine tells whoever embeds it.
@@ -80,6 +97,9 @@ impl<S: GuestSink> Job for FinishJob<S> {
     }
 }
 
+/// PAGES frames of a lane that are acknowledged without waiting for more.
+const ACK_AT_ONCE: u64 = 8;
+
 #[derive(Clone, Copy, Debug, Default)]
 struct Lane {
     joined: bool,
@@ -102,6 +122,7 @@ struct Receiving<S> {
     hasher: PageHasher,
     map: PageMap,
     scan: Scan,
+    base: Base,
     wants: Wants,
     resolver: Resolver,
     lanes: [Lane; LaneId::COUNT],
@@ -111,6 +132,8 @@ struct Receiving<S> {
     /// Until when every granted lane must have joined.
     joined_until: Time,
     root: Option<Root>,
+    /// All of it is present, verified and lasting.
+    lasts: bool,
     /// Gone while the finish job has it.
     sink: Option<S>,
     finish: Option<FinishJob<S>>,
@@ -143,7 +166,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
     /// Takes the offered image.
     pub fn accept(&mut self, terms: Terms<S>, now: Time) {
         let (Some(open), Some(greeted)) = (self.offer.take(), self.endpoint.greeted()) else { return };
-        let Terms { sink, lanes, window, secret, seed } = terms;
+        let Terms { sink, lanes, window, secret, seed, agreed } = terms;
         let resolver = match Resolver::new() {
             Ok(resolver) => resolver,
             Err(source) => return self.fail(ErrorKind::Destination { what: "zstd cannot start", source }),
@@ -152,6 +175,10 @@ impl<S: GuestSink> ReceiverEngine<S> {
         let base: Vec<u64> = regions.map(|region| sink.base_pages(region)).collect();
         // SPEC 4.14
         let held: Vec<u64> = base.iter().map(|&pages| if open.fresh { 0 } else { pages }).collect();
+        let agreed = agreed.filter(|agreed| !open.fresh && usize::from(agreed.known) < open.known.len());
+        let trusted = agreed.as_ref().is_some_and(|agreed| agreed.trusted) && sink.base_in_place();
+        let stays = sink.base_stays() && !open.fresh;
+        let scan = if trusted { Scan::trusting(held.clone()) } else { Scan::new(held.clone(), agreed.is_some()) };
         let bulk_lanes = lanes.clamp(1, open.lanes);
         let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
         let mut receiving = Box::new(Receiving {
@@ -159,7 +186,8 @@ impl<S: GuestSink> ReceiverEngine<S> {
             codecs: greeted.agreement.codecs,
             map: PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero()),
             hasher,
-            scan: Scan::new(held.clone()),
+            scan,
+            base: Base { agreed: agreed.is_some(), trusted, stays },
             wants: Wants::new(&open.layout, bulk_lanes),
             resolver,
             lanes: Default::default(),
@@ -167,6 +195,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
             moved: now,
             joined_until: now + HANDSHAKE_SPAN_MAX,
             root: None,
+            lasts: false,
             sink: Some(sink),
             finish: None,
             open,
@@ -175,6 +204,13 @@ impl<S: GuestSink> ReceiverEngine<S> {
             // What is there is unknown until it is read, even if all beyond it is zero.
             (0..pages).for_each(|page| receiving.map.forget(region, page));
         }
+        if stays {
+            receiving.map.keep_overwritten();
+        }
+        let number = agreed.as_ref().map_or(0, |agreed| agreed.known.saturating_add(1));
+        if let Some(Agreed { trees, kept, .. }) = agreed {
+            receiving.map.claim(trees, &kept, trusted);
+        }
         self.endpoint.enter(Phase::Receiving);
         if receiving.open.single_stream {
             for lane in (0..bulk_lanes).map(LaneId::bulk) {
@@ -182,7 +218,16 @@ impl<S: GuestSink> ReceiverEngine<S> {
                 self.endpoint.open_lane(lane, now);
             }
         }
-        let accept = Accept { transcript: greeted.transcript, secret, lanes: bulk_lanes, window, held_pages: held };
+        let accept = Accept {
+            transcript: greeted.transcript,
+            secret,
+            lanes: bulk_lanes,
+            window,
+            held_pages: held,
+            agreed: number,
+            base_stays: stays,
+            others: false,
+        };
         self.endpoint.push_frame(LaneId::CONTROL, &Frame::Accept(accept));
         self.receiving = Some(receiving);
     }
@@ -207,6 +252,13 @@ impl<S: GuestSink> ReceiverEngine<S> {
     pub fn progress(&self) -> (u64, u64) {
         let receiving = self.receiving.as_ref();
         receiving.map_or((0, 0), |receiving| (receiving.map.present_pages(), receiving.open.layout.pages()))
+    }
+
+    /// What the image is, once all of it is present and lasts; for whoever keeps manifests. Can be had once.
+    pub fn manifest(&mut self) -> Option<Manifest> {
+        let receiving = self.receiving.take_if(|receiving| receiving.lasts)?;
+        let (layout, trees) = receiving.map.into_parts();
+        Some(Manifest { root: receiving.root?.digest, layout, trees })
     }
 
     /// How the session ended, once it has.
@@ -315,11 +367,13 @@ impl<S: GuestSink> Receiving<S> {
         now: Time,
     ) -> Result<(), ErrorKind> {
         let range = self.judge_range(lane, pages)?;
+        self.read_up_to(range, counts)?;
         let Some(sink) = self.sink.as_mut() else {
             // SPEC 7.4: a late answer to a want, whose page was stated again meanwhile.
             return Ok(());
         };
-        let mut to = Target { map: &mut self.map, sink, scan: &self.scan, hasher: &self.hasher, counts };
+        let (scan, hasher, base) = (&self.scan, &self.hasher, self.base);
+        let mut to = Target { map: &mut self.map, sink, scan, hasher, counts, base };
         match self.resolver.apply(range, pages, &mut to)? {
             Resolved::Missing(missing) => {
                 range.numbers().for_each(|page| self.wants.settle(&self.open.layout, range.region, page));
@@ -338,7 +392,19 @@ impl<S: GuestSink> Receiving<S> {
             state.frames = state.frames.saturating_add(1);
             state.round = pages.head.round;
             state.unacked_bytes = state.unacked_bytes.saturating_add(bytes);
-            state.ack_due.get_or_insert(now + ACK_DELAY_MAX);
+            // The first ones at once: from them the sender learns what the link can do.
+            let delay = if state.frames <= ACK_AT_ONCE { Span::ZERO } else { ACK_DELAY_MAX };
+            state.ack_due.get_or_insert(now + delay);
+        }
+        Ok(())
+    }
+
+    /// Reads the base as far as a frame speaks of it: with an agreed one the sender need not wait for that.
+    fn read_up_to(&mut self, range: PageRange, counts: &mut Counts) -> Result<(), ErrorKind> {
+        let Some(sink) = self.sink.as_mut() else { return Ok(()) };
+        while !self.scan.is_finished() && !self.scan.has_read(range.region, range.first.0, range.count) {
+            let read = self.scan.step(&mut self.map, sink, &self.hasher, counts);
+            read.map_err(|source| ErrorKind::Destination { what: "base cannot be read", source })?;
         }
         Ok(())
     }
@@ -363,14 +429,14 @@ impl<S: GuestSink> Receiving<S> {
         if self.codecs & head.codec.bit() == 0 {
             return Err(Violation::Entry { what: "a codec that was not agreed", region, first }.into());
         }
-        let looks = pages.runs().any(|run| matches!(run.kind, EntryKind::REFERENCE | EntryKind::INLINE));
+        let looks = pages.runs().any(|run| !matches!(run.kind, EntryKind::ZERO | EntryKind::BASE));
         let last = range.numbers().end.saturating_sub(1);
         // SPEC 6.3
         if (looks || self.bulk_lanes > 1) && first / GROUP_PAGES != last / GROUP_PAGES {
             return Err(Violation::Entry { what: "a batch that crosses a group", region, first }.into());
         }
         // SPEC 6.15
-        if !self.scan.has_announced(range.region, first, head.count) {
+        if !self.base.agreed && !self.scan.has_read(range.region, first, head.count) {
             return Err(Violation::Entry { what: "pages stated before their holdings", region, first }.into());
         }
         Ok(range)
@@ -401,7 +467,7 @@ impl<S: GuestSink> Receiving<S> {
     fn check_complete(&mut self) -> Result<bool, ErrorKind> {
         let Some(root) = self.root.filter(|_| self.sink.is_some()) else { return Ok(false) };
         let has_ended = |lane: LaneId| self.lanes.get(lane.index()).is_some_and(|lane| lane.ended > root.round);
-        if !(0..self.bulk_lanes).map(LaneId::bulk).all(has_ended) {
+        if !self.scan.is_finished() || !(0..self.bulk_lanes).map(LaneId::bulk).all(has_ended) {
             return Ok(false);
         }
         let (pages, present, wanted) = (self.open.layout.pages(), self.map.present_pages(), self.wants.outstanding());
@@ -477,6 +543,7 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
             Ok(()) => {
                 let root = receiving.root.map(|root| root.digest).unwrap_or_default();
                 let done = Done { pages: receiving.open.layout.pages(), root };
+                receiving.lasts = true;
                 self.endpoint.push_frame(LaneId::CONTROL, &Frame::Done(done));
                 self.endpoint.enter(Phase::Parting);
             }
@@ -516,12 +583,16 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
             return false;
         }
         *moved = now;
-        match scan.step(map, sink, hasher) {
+        match scan.step(map, sink, hasher, &mut self.counts) {
             Ok(have) => {
-                self.counts.scanned =
-                    self.counts.scanned.saturating_add(pagewire_protocol::limits::SUBTREE_PAGES as u64);
                 if let Some(have) = have {
                     self.endpoint.push_frame(LaneId::CONTROL, &Frame::Have(have));
+                }
+                // An agreed base may be read to its end after everything was stated.
+                match receiving.check_complete() {
+                    Ok(true) => self.events.push_back(Event::Verified),
+                    Ok(false) => {}
+                    Err(kind) => self.fail(kind),
                 }
             }
             Err(source) => self.fail(ErrorKind::Destination { what: "base cannot be read", source }),

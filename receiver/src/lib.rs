@@ -17,7 +17,7 @@ mod resolve;
 mod scan;
 mod wants;
 
-pub use engine::{Event, FinishJob, FinishOutput, Offer, ReceiverEngine, Terms};
+pub use engine::{Agreed, Event, FinishJob, FinishOutput, Offer, ReceiverEngine, Terms};
 pub use error::{ErrorKind, ReceiverError};
 pub use memory::GuestSink;
 pub use page_map::PageMap;

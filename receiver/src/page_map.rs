@@ -1,13 +1,14 @@
 //! What the receiver knows of the image: the digest of every page, which are present, and where a digest lies.
 //!
 //! A page is *known* when its digest is that of the bytes in memory now, *present* when the sender has stated it and
-//! the statement holds. The index is built when the first reference needs it: an image without duplicates pays nothing.
+//! the statement holds. Of an agreed base the digests are known before the bytes are: such a page is *claimed* until it
+//! is read. The index is built when the first reference needs it: an image without duplicates pays nothing.
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::page::{Layout, Place, RegionId};
 use pagewire_protocol::tree::{DigestTree, image_root};
-use pagewire_store::DigestIndex;
+use pagewire_store::{DigestIndex, TagIndex};
 
 /// Digests and states of all pages of an image.
 #[derive(Debug)]
@@ -16,8 +17,21 @@ pub struct PageMap {
     trees: Vec<DigestTree>,
     known: PageBitmap,
     present: PageBitmap,
+    /// Pages that have a digest by an agreed manifest alone.
+    claimed: PageBitmap,
     index: Option<DigestIndex>,
+    /// Where the base had contents that are not in the image any more, if it can still be read.
+    left: Option<TagIndex>,
     seed: u64,
+}
+
+/// Where a content lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// In the image as it is.
+    Image(RegionId, u64),
+    /// In the base as it was; perhaps.
+    Base(RegionId, u64),
 }
 
 impl PageMap {
@@ -28,7 +42,43 @@ impl PageMap {
         if zero {
             known.insert_range(0..layout.pages());
         }
-        Self { layout, trees, known, present, index: None, seed }
+        let claimed = PageBitmap::new(layout.pages());
+        Self { layout, trees, known, present, claimed, index: None, left: None, seed }
+    }
+
+    /// Contents stay reachable when their page is overwritten: the base can be read until the session ends.
+    pub fn keep_overwritten(&mut self) {
+        self.left = Some(TagIndex::new(self.seed));
+    }
+
+    /// The digests are those of a manifest: of the `kept` pages, which are trusted to have them or have yet to prove it.
+    pub fn claim(&mut self, trees: Vec<DigestTree>, kept: &PageBitmap, trusted: bool) {
+        self.trees = trees;
+        let pages = self.layout.pages();
+        (self.known, self.claimed) = (PageBitmap::new(pages), PageBitmap::new(pages));
+        let state = if trusted { &mut self.known } else { &mut self.claimed };
+        kept.runs(0..pages).for_each(|run| state.insert_range(run));
+    }
+
+    /// The bytes of a claimed page were read and have `digest`: whether it is the one that was claimed.
+    pub fn confirm(&mut self, region: RegionId, page: u64, digest: &Digest) -> bool {
+        let place = u64::from(self.layout.place(region, page).0);
+        let fits = self.tree(region).is_some_and(|tree| tree.leaf(page) == *digest);
+        self.claimed.remove(place);
+        if fits {
+            self.known.insert(place);
+        }
+        fits
+    }
+
+    /// What the sender means by a page of the base: its digest, whether or not the bytes are here.
+    pub fn meant(&self, region: RegionId, page: u64) -> Option<Digest> {
+        self.tree(region).map(|tree| tree.leaf(page))
+    }
+
+    /// The regions and their digests.
+    pub fn into_parts(self) -> (Layout, Vec<DigestTree>) {
+        (self.layout, self.trees)
     }
 
     /// The regions.
@@ -45,8 +95,15 @@ impl PageMap {
     /// The bytes of a page in memory have `digest` from now on.
     pub fn set(&mut self, region: RegionId, page: u64, digest: Digest) {
         let place = self.layout.place(region, page);
+        let known = self.known.contains(u64::from(place.0)) || self.claimed.remove(u64::from(place.0));
+        if let Some(left) = self.left.as_mut().filter(|_| known && !self.present.contains(u64::from(place.0))) {
+            let old = digest_at(&self.layout, &self.trees, place);
+            if old != digest {
+                left.insert(&old, place);
+            }
+        }
         if let Some(index) = &mut self.index {
-            if self.known.contains(u64::from(place.0)) {
+            if known {
                 index.remove(&digest_at(&self.layout, &self.trees, place), place);
             }
             if let Some(tree) = self.trees.get_mut(usize::from(region.0)) {
@@ -66,6 +123,7 @@ impl PageMap {
             index.remove(&digest_at(&self.layout, &self.trees, place), place);
         }
         self.known.remove(u64::from(place.0));
+        self.claimed.remove(u64::from(place.0));
     }
 
     /// The page is as the sender means it; says whether it was not before.
@@ -83,21 +141,26 @@ impl PageMap {
         self.present.contains(u64::from(self.layout.place(region, page).0))
     }
 
-    /// A known page whose content has `digest`.
-    pub fn find(&mut self, digest: &Digest) -> Option<(RegionId, u64)> {
-        let (layout, trees) = (&self.layout, &self.trees);
+    /// A page whose content has `digest`: of the image as it is now, else of the base as it was.
+    pub fn find(&mut self, digest: &Digest) -> Option<Found> {
+        let (layout, trees, claimed) = (&self.layout, &self.trees, &self.claimed);
         let of = |place| digest_at(layout, trees, place);
         let index = self.index.get_or_insert_with(|| {
             let mut index = DigestIndex::new(self.seed);
             index.reserve(usize::try_from(self.known.count()).unwrap_or(0).min(INDEX_START_MAX), of);
-            for place in self.known.runs(0..layout.pages()).flatten() {
+            for place in self.known.runs(0..layout.pages()).chain(claimed.runs(0..layout.pages())).flatten() {
                 let place = Place(u32::try_from(place).unwrap_or(u32::MAX));
                 index.insert(&of(place), place, of);
             }
             index
         });
-        let (region, page) = layout.locate(index.find(digest, of)?);
-        Some((region, page.0))
+        let found = index.find(digest, of);
+        let (place, here) = match found {
+            Some(place) => (place, !claimed.contains(u64::from(place.0))),
+            None => (self.left.as_ref()?.find(digest)?, false),
+        };
+        let (region, page) = layout.locate(place);
+        Some(if here || self.left.is_none() { Found::Image(region, page.0) } else { Found::Base(region, page.0) })
     }
 
     /// The digest over the first pages of a subtree as they are known.

@@ -11,6 +11,12 @@ pub struct Counts {
     pub reference: u64,
     /// Came with their bytes.
     pub inline: u64,
+    /// Came as what differs from a page of the base.
+    pub delta: u64,
+    /// Of the unchanged ones, those that were taken on trust and never read.
+    pub unverified: u64,
+    /// Pages of an agreed base that were not what its manifest says.
+    pub damaged: u64,
     /// Asked for, because what was referred to is not here.
     pub wants: u64,
     /// Pages of the base that were read and digested.

@@ -6,15 +6,15 @@
 
 use crate::error::ErrorKind;
 use crate::memory::GuestSink;
-use crate::page_map::PageMap;
+use crate::page_map::{Found, PageMap};
 use crate::report::Counts;
 use crate::scan::Scan;
-use pagewire_protocol::compress::Decompressor;
+use pagewire_protocol::compress::{Decompressor, decompress_delta};
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest, is_zero, page_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages};
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::{Layout, PageRange, RegionId};
+use pagewire_protocol::page::{Layout, PageRange, RegionId, shifted};
 use pagewire_protocol::page_buffer::PageBuffer;
 use std::ops::Range;
 
@@ -38,11 +38,20 @@ enum Belief {
     Lost,
 }
 
+/// The bytes of a frame's pages, in page order: those that came, and those that moved here inside the base.
+#[derive(Clone, Copy)]
+struct Bytes<'a> {
+    inline: &'a [PageBytes],
+    shifted: &'a [PageBytes],
+}
+
 /// Turns frames into pages; keeps its buffers.
 #[derive(Debug)]
 pub(crate) struct Resolver {
     decompressor: Decompressor,
     payload: PageBuffer,
+    /// Pages of the base that a frame builds on: the prefix of its delta, then those that have moved.
+    old: PageBuffer,
     digests: Vec<Digest>,
 }
 
@@ -53,6 +62,18 @@ pub(crate) struct Target<'a, S> {
     pub(crate) scan: &'a Scan,
     pub(crate) hasher: &'a PageHasher,
     pub(crate) counts: &'a mut Counts,
+    pub(crate) base: Base,
+}
+
+/// What kind of base the session has.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Base {
+    /// Its digests are those of a manifest that both sides know.
+    pub(crate) agreed: bool,
+    /// Nobody reads it to see whether it has them.
+    pub(crate) trusted: bool,
+    /// It can be read as it was until the session ends.
+    pub(crate) stays: bool,
 }
 
 fn failed(what: &'static str) -> impl Fn(std::io::Error) -> ErrorKind {
@@ -61,7 +82,8 @@ fn failed(what: &'static str) -> impl Fn(std::io::Error) -> ErrorKind {
 
 impl Resolver {
     pub(crate) fn new() -> std::io::Result<Self> {
-        Ok(Self { decompressor: Decompressor::new()?, payload: PageBuffer::default(), digests: Vec::new() })
+        let (payload, old) = Default::default();
+        Ok(Self { decompressor: Decompressor::new()?, payload, old, digests: Vec::new() })
     }
 
     /// Applies a frame whose range lies in the image.
@@ -71,10 +93,12 @@ impl Resolver {
         pages: &Pages<'_>,
         to: &mut Target<'_, S>,
     ) -> Result<Resolved, ErrorKind> {
-        let mut payload = std::mem::take(&mut self.payload);
-        let result = self.unpack(pages, &mut payload).and_then(|bytes| {
-            check_padding(range, pages, bytes, to)?;
-            let belief = self.digest_entries(range, pages, bytes, to)?;
+        let (mut payload, mut old) = (std::mem::take(&mut self.payload), std::mem::take(&mut self.old));
+        let result = self.unpack(range, pages, &mut payload, &mut old, to).and_then(|bytes| {
+            let Some(inline) = bytes else { return Ok(Resolved::Disbelieved) };
+            let bytes = Bytes { inline, shifted: read_shifted(range, pages, &mut old, to)? };
+            let delta = if pages.head.codec == Codec::DELTA { Belief::Base } else { Belief::None };
+            let belief = self.digest_entries(range, pages, bytes, to)?.max(delta);
             // SPEC 6.7, 6.8
             let fits = batch_digest(to.hasher.domain(), range.first.0, [self.digests.as_slice()]) == pages.head.digest;
             if belief == Belief::Lost || !fits {
@@ -84,25 +108,38 @@ impl Resolver {
                 let (region, first, count) = (range.region.0, range.first.0, range.count);
                 return Err(Violation::PageDigest { region, first, count }.into());
             }
+            check_padding(range, pages, bytes.inline, to)?;
             self.place(range, pages, bytes, to)
         });
-        self.payload = payload;
+        (self.payload, self.old) = (payload, old);
         result
     }
 
-    /// The inline pages of a frame, decompressed into `buffer` if need be.
-    fn unpack<'b>(&mut self, pages: &Pages<'b>, buffer: &'b mut PageBuffer) -> Result<&'b [PageBytes], ErrorKind> {
+    /// The inline pages of a frame, decompressed into `buffer` if need be; `None` if they are a delta against a base
+    /// that is not the one here.
+    fn unpack<'b, S: GuestSink>(
+        &mut self,
+        range: PageRange,
+        pages: &Pages<'b>,
+        buffer: &'b mut PageBuffer,
+        old: &mut PageBuffer,
+        to: &mut Target<'_, S>,
+    ) -> Result<Option<&'b [PageBytes]>, ErrorKind> {
         if pages.head.codec == Codec::NONE {
-            return Ok(pages.payload.as_chunks().0);
+            return Ok(Some(pages.payload.as_chunks().0));
         }
         let size = pages.inline_pages().saturating_mul(PAGE_BYTES);
         if buffer.len() < size {
             buffer.resize(size);
         }
         let space = buffer.get_mut(..size).unwrap_or_default();
+        if pages.head.codec == Codec::DELTA {
+            let prefix = read_prefix(range, pages, old, to)?;
+            return Ok(decompress_delta(pages.payload, prefix, space).is_ok().then_some(space.as_chunks().0));
+        }
         let malformed = |source| PeerError::Decode { kind: FrameKind::PAGES, source };
         self.decompressor.decompress(pages.payload, space).map_err(malformed)?;
-        Ok(space.as_chunks().0)
+        Ok(Some(space.as_chunks().0))
     }
 
     /// Fills `digests` with what each page would have; says what of it rests on the base.
@@ -110,12 +147,13 @@ impl Resolver {
         &mut self,
         range: PageRange,
         pages: &Pages<'_>,
-        inline: &[PageBytes],
+        bytes: Bytes<'_>,
         to: &Target<'_, S>,
     ) -> Result<Belief, ErrorKind> {
         let entry = |what| Violation::Entry { what, region: range.region.0, first: range.first.0 };
         self.digests.clear();
-        let (mut next, mut used, mut belief) = (range.first.0, 0usize, Belief::None);
+        let (mut next, mut belief) = (range.first.0, Belief::None);
+        let Bytes { mut inline, mut shifted } = bytes;
         let mut references = pages.references();
         for run in pages.runs() {
             let end = next.saturating_add(u64::from(run.count));
@@ -126,17 +164,24 @@ impl Resolver {
                         if !to.scan.is_held(range.region, page) {
                             return Err(entry("base entry, but nothing is held").into());
                         }
-                        let known = to.map.digest(range.region, page);
+                        let known = if to.base.agreed {
+                            to.map.meant(range.region, page)
+                        } else {
+                            to.map.digest(range.region, page)
+                        };
                         belief = belief.max(if known.is_some() { Belief::Base } else { Belief::Lost });
                         self.digests.push(known.unwrap_or_default());
                     }
                 }
                 EntryKind::REFERENCE => self.digests.extend(references.by_ref().take(usize::from(run.count))),
                 EntryKind::INLINE => {
-                    let stop = used.saturating_add(usize::from(run.count));
-                    to.hasher
-                        .digest_pages(inline.get(used..stop).unwrap_or_default(), |digest| self.digests.push(digest));
-                    used = stop;
+                    let bytes = take(&mut inline, u64::from(run.count));
+                    to.hasher.digest_pages(bytes, |digest| self.digests.push(digest));
+                }
+                EntryKind::SHIFTED => {
+                    belief = belief.max(Belief::Base);
+                    let bytes = take(&mut shifted, u64::from(run.count));
+                    to.hasher.digest_pages(bytes, |digest| self.digests.push(digest));
                 }
                 _ => self.digests.extend((next..end).map(|_| to.hasher.zero())),
             }
@@ -150,31 +195,41 @@ impl Resolver {
         &self,
         range: PageRange,
         pages: &Pages<'_>,
-        inline: &[PageBytes],
+        bytes: Bytes<'_>,
         to: &mut Target<'_, S>,
     ) -> Result<Resolved, ErrorKind> {
         let (region, start) = (range.region, range.first.0);
-        let mut rest = inline;
+        let mut missing = Vec::new();
+        let Bytes { mut inline, mut shifted } = bytes;
         for (kind, run) in runs(pages, start) {
             match kind {
-                EntryKind::INLINE => {
-                    let count = run.end.saturating_sub(run.start);
-                    let (bytes, after) = rest.split_at(usize::try_from(count).unwrap_or(0).min(rest.len()));
-                    rest = after;
+                EntryKind::INLINE | EntryKind::SHIFTED => {
+                    let from = if kind == EntryKind::INLINE { &mut inline } else { &mut shifted };
+                    let bytes = take(from, run.end.saturating_sub(run.start));
                     to.sink.install(region, run.start, bytes.as_flattened()).map_err(failed("cannot be written"))?;
                     self.learn(region, start, run.clone(), to);
                 }
                 EntryKind::ZERO => self.clear(region, run.clone(), to)?,
-                EntryKind::BASE => {}
+                EntryKind::BASE => {
+                    // Of an agreed base this is what the manifest says, and the bytes may be something else.
+                    for page in run.clone() {
+                        if to.map.digest(region, page).is_none() {
+                            to.map.mark_absent(region, page);
+                            missing.push(page);
+                        }
+                    }
+                    self.count_base(region, run, to);
+                    continue;
+                }
                 _ => continue,
             }
-            count_present(kind, region, run, to);
+            let delta = kind == EntryKind::INLINE && pages.head.codec == Codec::DELTA;
+            count_present(kind, delta, region, run, to);
         }
-        let mut missing = Vec::new();
         for (_, run) in runs(pages, start).filter(|(kind, _)| *kind == EntryKind::REFERENCE) {
             for page in run {
                 if self.fetch(region, start, page, to)? {
-                    count_present(EntryKind::REFERENCE, region, page..page.saturating_add(1), to);
+                    count_present(EntryKind::REFERENCE, false, region, page..page.saturating_add(1), to);
                 } else {
                     // A later round may state a page again that was present.
                     to.map.mark_absent(region, page);
@@ -183,6 +238,18 @@ impl Resolver {
             }
         }
         Ok(Resolved::Missing(missing))
+    }
+
+    /// Base pages whose bytes are here are present.
+    fn count_base<S>(&self, region: RegionId, run: Range<u64>, to: &mut Target<'_, S>) {
+        let mut next = run.start;
+        while next < run.end {
+            let known = |page: &u64| to.map.digest(region, *page).is_some();
+            let Some(first) = (next..run.end).find(known) else { return };
+            let end = (first..run.end).find(|page| !known(page)).unwrap_or(run.end);
+            count_present(EntryKind::BASE, false, region, first..end, to);
+            next = end;
+        }
     }
 
     fn digest_of(&self, start: u64, page: u64) -> Digest {
@@ -221,11 +288,16 @@ impl Resolver {
         if to.map.digest(region, page) == Some(digest) {
             return Ok(true);
         }
-        let Some((from, number)) = to.map.find(&digest) else { return Ok(false) };
+        let Some(found) = to.map.find(&digest) else { return Ok(false) };
         let mut bytes: PageBytes = [0; PAGE_BYTES];
-        to.sink.read(from, number, &mut bytes).map_err(failed("cannot be read"))?;
+        let read = match found {
+            Found::Image(from, number) => to.sink.read(from, number, &mut bytes),
+            Found::Base(from, number) => to.sink.read_old(from, number, &mut bytes),
+        };
+        read.map_err(failed("cannot be read"))?;
         // SPEC 6.9
         if page_digest(to.hasher.domain(), &bytes) != digest {
+            let Found::Image(from, number) = found else { return Ok(false) };
             // Not what was read or written there: a miss, never a wrong page. One that was counted on is lost for good.
             if to.map.is_present(from, number) {
                 let error =
@@ -245,16 +317,89 @@ impl Resolver {
     }
 }
 
+/// What the inline pages of a frame were in the base, one after the other; a page beyond the base has none.
+// SPEC 5.14
+fn read_prefix<'b, S: GuestSink>(
+    range: PageRange,
+    pages: &Pages<'_>,
+    old: &'b mut PageBuffer,
+    to: &mut Target<'_, S>,
+) -> Result<&'b [u8], ErrorKind> {
+    let (shift, region) = (pages.head.shift, range.region);
+    if !to.base.agreed || (shift != 0 && !to.base.stays) {
+        let what = "a delta against a base that is not agreed or does not stay";
+        return Err(Violation::Entry { what, region: region.0, first: range.first.0 }.into());
+    }
+    old.resize(pages.inline_pages().saturating_mul(PAGE_BYTES));
+    let held = to.scan.held(region);
+    let mut filled = 0usize;
+    for (_, run) in runs(pages, range.first.0).filter(|(kind, _)| *kind == EntryKind::INLINE) {
+        let Range { start, end } = shifted(run, shift, held);
+        let bytes = usize::try_from(end.saturating_sub(start)).unwrap_or(0).saturating_mul(PAGE_BYTES);
+        let Some(space) = old.get_mut(filled..filled.saturating_add(bytes)).filter(|space| !space.is_empty()) else {
+            continue;
+        };
+        let read =
+            if to.base.stays { to.sink.read_old(region, start, space) } else { to.sink.read(region, start, space) };
+        read.map_err(failed("cannot be read"))?;
+        filled = filled.saturating_add(bytes);
+    }
+    Ok(old.get(..filled).unwrap_or_default())
+}
+
+/// The bytes of all shifted pages of a frame, from the base as it was.
+fn read_shifted<'b, S: GuestSink>(
+    range: PageRange,
+    pages: &Pages<'_>,
+    old: &'b mut PageBuffer,
+    to: &mut Target<'_, S>,
+) -> Result<&'b [PageBytes], ErrorKind> {
+    let (shift, region) = (pages.head.shift, range.region);
+    let moved = || runs(pages, range.first.0).filter(|(kind, _)| *kind == EntryKind::SHIFTED);
+    let count = moved().fold(0u64, |sum, (_, run)| sum.saturating_add(run.end.saturating_sub(run.start)));
+    if count == 0 {
+        return Ok(&[]);
+    }
+    old.resize(usize::try_from(count).unwrap_or(0).saturating_mul(PAGE_BYTES));
+    let (mut filled, held) = (0usize, to.scan.held(region));
+    for (_, run) in moved() {
+        let source = shifted(run.clone(), shift, held);
+        // SPEC 6.22
+        if !to.base.stays || source.end.saturating_sub(source.start) != run.end.saturating_sub(run.start) {
+            let what = "a shifted entry, but its source is not held or does not stay";
+            return Err(Violation::Entry { what, region: region.0, first: range.first.0 }.into());
+        }
+        let bytes = usize::try_from(source.end.saturating_sub(source.start)).unwrap_or(0).saturating_mul(PAGE_BYTES);
+        let end = filled.saturating_add(bytes);
+        let space = old.get_mut(filled..end).unwrap_or_default();
+        to.sink.read_old(region, source.start, space).map_err(failed("cannot be read"))?;
+        filled = end;
+    }
+    Ok(old.as_chunks().0)
+}
+
 /// Pages are present; each is counted the way in which it came first.
-fn count_present<S>(kind: EntryKind, region: RegionId, pages: Range<u64>, to: &mut Target<'_, S>) {
+fn count_present<S>(kind: EntryKind, delta: bool, region: RegionId, pages: Range<u64>, to: &mut Target<'_, S>) {
     let news = pages.fold(0u64, |news, page| news.saturating_add(u64::from(to.map.mark_present(region, page))));
     let count = match kind {
         EntryKind::ZERO => &mut to.counts.zero,
-        EntryKind::BASE => &mut to.counts.base,
-        EntryKind::REFERENCE => &mut to.counts.reference,
+        EntryKind::BASE => {
+            let trusted = if to.base.trusted { news } else { 0 };
+            to.counts.unverified = to.counts.unverified.saturating_add(trusted);
+            &mut to.counts.base
+        }
+        EntryKind::REFERENCE | EntryKind::SHIFTED => &mut to.counts.reference,
+        _ if delta => &mut to.counts.delta,
         _ => &mut to.counts.inline,
     };
     *count = count.saturating_add(news);
+}
+
+/// The first `count` pages of what is left.
+fn take<'a>(rest: &mut &'a [PageBytes], count: u64) -> &'a [PageBytes] {
+    let (first, after) = rest.split_at(usize::try_from(count).unwrap_or(0).min(rest.len()));
+    *rest = after;
+    first
 }
 
 /// The runs of a frame with the pages they cover.

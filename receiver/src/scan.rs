@@ -4,6 +4,7 @@
 
 use crate::memory::GuestSink;
 use crate::page_map::PageMap;
+use crate::report::Counts;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::frame::Have;
 use pagewire_protocol::limits::{PAGE_BYTES, SUBTREE_BYTES, SUBTREE_PAGES};
@@ -18,6 +19,8 @@ const HAVE_AFTER: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Scan {
     held: Vec<u64>,
+    /// The digests are those of a manifest that the sender knows: they are checked, not announced.
+    agreed: bool,
     region: u16,
     /// The next subtree of the region.
     next: u64,
@@ -28,9 +31,10 @@ pub(crate) struct Scan {
 
 impl Scan {
     /// A scan of the first `held` pages of each region.
-    pub(crate) fn new(held: Vec<u64>) -> Self {
+    pub(crate) fn new(held: Vec<u64>, agreed: bool) -> Self {
         let mut scan = Self {
             held,
+            agreed,
             region: 0,
             next: 0,
             pending: Have { region: 0, first: 0, digests: Vec::new() },
@@ -41,14 +45,25 @@ impl Scan {
         scan
     }
 
+    /// A scan that takes all pages of an agreed base on trust.
+    pub(crate) fn trusting(held: Vec<u64>) -> Self {
+        let region = u16::try_from(held.len()).unwrap_or(u16::MAX);
+        Self { region, ..Self::new(held, true) }
+    }
+
+    /// First pages of a region that are held.
+    pub(crate) fn held(&self, region: RegionId) -> u64 {
+        self.held.get(usize::from(region.0)).copied().unwrap_or(0)
+    }
+
     /// Whether there is nothing left to read.
     pub(crate) fn is_finished(&self) -> bool {
         usize::from(self.region) >= self.held.len()
     }
 
-    /// Whether all of `count` pages from `first` either are not held or have been announced.
-    pub(crate) fn has_announced(&self, region: RegionId, first: u64, count: u32) -> bool {
-        let held = self.held.get(usize::from(region.0)).copied().unwrap_or(0);
+    /// Whether all of `count` pages from `first` either are not held or have been read.
+    pub(crate) fn has_read(&self, region: RegionId, first: u64, count: u32) -> bool {
+        let held = self.held(region);
         let end = first.saturating_add(u64::from(count)).min(held);
         first >= held
             || region.0 < self.region
@@ -57,18 +72,19 @@ impl Scan {
 
     /// Whether a page is held at all.
     pub(crate) fn is_held(&self, region: RegionId, page: u64) -> bool {
-        self.held.get(usize::from(region.0)).is_some_and(|&held| page < held)
+        page < self.held(region)
     }
 
-    /// Reads and digests one subtree; returns a HAVE when enough of them wait.
+    /// Reads and digests one subtree; returns a HAVE when enough of them wait, unless their digests are agreed.
     pub(crate) fn step<S: GuestSink>(
         &mut self,
         map: &mut PageMap,
         sink: &mut S,
         hasher: &PageHasher,
+        counts: &mut Counts,
     ) -> io::Result<Option<Have>> {
         let region = RegionId(self.region);
-        let held = self.held.get(usize::from(self.region)).copied().unwrap_or(0);
+        let held = self.held(region);
         let first = self.next.saturating_mul(SUBTREE_PAGES as u64);
         let count = usize::try_from(held.saturating_sub(first)).unwrap_or(usize::MAX).min(SUBTREE_PAGES);
         self.buffer.resize(SUBTREE_BYTES);
@@ -76,10 +92,17 @@ impl Scan {
         sink.read_base(region, first, bytes)?;
         self.digests.clear();
         hasher.digest_nonzero(bytes.as_chunks().0, &mut self.digests);
-        (first..).zip(&self.digests).for_each(|(page, digest)| map.set(region, page, *digest));
-        self.pending.digests.push(map.subtree(region, self.next));
+        counts.scanned = counts.scanned.saturating_add(count as u64);
+        if self.agreed {
+            let damaged =
+                (first..).zip(&self.digests).filter(|(page, digest)| !map.confirm(region, *page, digest)).count();
+            counts.damaged = counts.damaged.saturating_add(damaged as u64);
+        } else {
+            (first..).zip(&self.digests).for_each(|(page, digest)| map.set(region, page, *digest));
+            self.pending.digests.push(map.subtree(region, self.next));
+        }
         self.next = self.next.saturating_add(1);
-        Ok(self.announce(held))
+        Ok(self.announce(held).filter(|_| !self.agreed))
     }
 
     fn announce(&mut self, held: u64) -> Option<Have> {

@@ -37,11 +37,6 @@ impl SentPages {
         Self { inline: PageBitmap::new(layout.pages()), last_frame: vec![0; groups], index: seed.map(DigestIndex::new) }
     }
 
-    /// Whether the bytes of a place went inline.
-    pub(crate) fn is_inline(&self, place: Place) -> bool {
-        self.inline.contains(u64::from(place.0))
-    }
-
     /// Whether the content `digest` has gone so that a frame on `lane` may refer to it; if not, it goes at `place` now.
     pub(crate) fn has_gone(
         &mut self,
@@ -88,7 +83,7 @@ impl SentPages {
 pub(crate) struct Entries {
     pub(crate) runs: Vec<Run>,
     pub(crate) references: Vec<Digest>,
-    pub(crate) zero: u32,
+    pub(crate) shifted: u32,
     pub(crate) inline: u32,
     pub(crate) payload: Payload,
 }
@@ -116,7 +111,8 @@ impl Entries {
                     _ => self.payload.ranges.push(start..end),
                 }
             }
-            _ => self.zero = self.zero.saturating_add(1),
+            EntryKind::SHIFTED => self.shifted = self.shifted.saturating_add(1),
+            _ => {}
         }
     }
 }

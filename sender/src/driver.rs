@@ -1,5 +1,6 @@
 //! The sender under tokio: connects, joins its lanes and drives the engine to its end.
 
+use crate::base::Base;
 use crate::engine::{Event, SenderConfig, SenderEngine};
 use crate::error::{ErrorKind, SenderError};
 use crate::memory::GuestMemory;
@@ -8,6 +9,7 @@ use pagewire_protocol::error::{GuestAt, PeerError};
 use pagewire_protocol::frame::LaneId;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::time::Span;
+use pagewire_protocol::tree::Manifest;
 pub use pagewire_transport::Progress;
 use pagewire_transport::{Address, CancellationToken, PROGRESS_EVERY, Pump, Socket, Wire, block_on};
 use std::io;
@@ -24,6 +26,8 @@ pub struct Summary {
     pub decisions: Vec<Decision>,
     /// From the first byte to the end.
     pub spent: Span,
+    /// The digests of all pages, if the receiver has them.
+    pub manifest: Option<Manifest>,
 }
 
 /// What may end a session from here.
@@ -68,13 +72,14 @@ pub enum Route {
 /// See [`ErrorKind`]; the guest is at the sender then.
 pub fn send<M: GuestMemory>(
     memory: M,
+    bases: Vec<Box<dyn Base>>,
     config: SenderConfig,
     route: Route,
     stop: &Stop,
     mut observe: impl FnMut(Progress),
 ) -> (Summary, Result<(), SenderError>) {
     let mut summary = Summary::default();
-    let session = drive(memory, config, route, stop, &mut observe, &mut summary);
+    let session = drive((memory, bases), config, route, stop, &mut observe, &mut summary);
     let result = block_on(session).map_err(local("runtime")).unwrap_or_else(Err);
     (summary, result.map_err(|kind| SenderError { kind, guest_at: GuestAt::Sender }))
 }
@@ -84,7 +89,7 @@ fn local(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
 }
 
 async fn drive<M: GuestMemory>(
-    memory: M,
+    (memory, bases): (M, Vec<Box<dyn Base>>),
     config: SenderConfig,
     route: Route,
     stop: &Stop,
@@ -97,7 +102,7 @@ async fn drive<M: GuestMemory>(
         Route::Over(socket) => (None, socket),
     };
     let stream = control.into_stream().map_err(local("control connection"))?;
-    let engine = SenderEngine::new(memory, config, pagewire_protocol::time::Time::ZERO);
+    let engine = SenderEngine::new(memory, bases, config, pagewire_protocol::time::Time::ZERO);
     let mut pump = Pump::new(engine, stream, Framer::new(), start);
     if address.is_none() {
         pump.carry_all_lanes();
@@ -134,6 +139,7 @@ async fn drive<M: GuestMemory>(
     summary.spent = pump.now().since(pagewire_protocol::time::Time::ZERO);
     summary.counts = pump.machine().counts();
     summary.decisions = pump.machine().decisions().to_vec();
+    summary.manifest = pump.machine().manifest();
     match result {
         Some(result) => result.map_err(|error| error.kind),
         // The machine always leaves an outcome; without one nothing may count as success.

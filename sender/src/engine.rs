@@ -5,19 +5,23 @@
 //! ```
 //! The sender's copy is free only after DONE with the right root: an end of stream is a failure in every phase.
 
+use crate::base::Base;
 use crate::error::{ErrorKind, SenderError};
 use crate::lanes::{EncodeJob, EncodeOutput};
 use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision};
 use crate::sending::{Sending, Step};
+use pagewire_protocol::digest::PageHasher;
 use pagewire_protocol::digest::join_proof;
-use pagewire_protocol::domain::DedupDomain;
+use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::{GuestAt, Incompatible, PeerError, Violation, chain};
-use pagewire_protocol::frame::{Accept, Codec, Done, Frame, FrameKind, ImageName, Join, LaneId, Open, Role, Root};
+use pagewire_protocol::frame::{Accept, Done, Frame, FrameKind, ImageName, Join, LaneId, Open, Role, Root};
+use pagewire_protocol::limits::ROOTS_MAX;
 use pagewire_protocol::page::Layout;
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
+use pagewire_protocol::tree::Manifest;
 use std::collections::VecDeque;
 
 /// How to send.
@@ -33,6 +37,8 @@ pub struct SenderConfig {
     pub seed: u64,
     /// The key of the dedup domain; zeros for the public one.
     pub domain_key: [u8; 32],
+    /// Which guest it is; zeros for one that nobody has kept.
+    pub lineage: LineageId,
     /// Bulk lanes to ask for, 1 to 8.
     pub lanes: u8,
     /// All lanes travel on the control connection.
@@ -62,6 +68,7 @@ impl SenderConfig {
             nonce: [0; 16],
             seed: 0,
             domain_key: [0; 32],
+            lineage: LineageId([0; 16]),
             lanes: 1,
             single_stream: false,
             fresh: false,
@@ -98,23 +105,29 @@ pub struct SenderEngine<M> {
     endpoint: Endpoint,
     config: SenderConfig,
     memory: Option<M>,
+    bases: Vec<Box<dyn Base>>,
     secret: Option<[u8; 32]>,
     sending: Option<Box<Sending<M>>>,
     root: Option<Root>,
+    finished: bool,
     events: VecDeque<Event>,
     outcome: Option<Result<(), SenderError>>,
 }
 
 impl<M: GuestMemory> SenderEngine<M> {
-    /// A session that greets.
-    pub fn new(memory: M, config: SenderConfig, now: Time) -> Self {
+    /// A session that greets. `bases` are earlier images of the same layout, the newest first; of these
+    /// [`ROOTS_MAX`] are named.
+    pub fn new(memory: M, mut bases: Vec<Box<dyn Base>>, config: SenderConfig, now: Time) -> Self {
+        bases.truncate(ROOTS_MAX);
         Self {
             endpoint: Endpoint::new(Role::Sender, &config.policy, config.nonce, now),
             config,
             memory: Some(memory),
+            bases,
             secret: None,
             sending: None,
             root: None,
+            finished: false,
             events: VecDeque::new(),
             outcome: None,
         }
@@ -133,7 +146,7 @@ impl<M: GuestMemory> SenderEngine<M> {
 
     /// What was done so far.
     pub fn counts(&self) -> Counts {
-        self.sending.as_ref().map(|sending| sending.counts).unwrap_or_default()
+        self.sending.as_ref().map(|sending| sending.counts()).unwrap_or_default()
     }
 
     /// What was decided so far.
@@ -144,6 +157,13 @@ impl<M: GuestMemory> SenderEngine<M> {
     /// Pages stated so far, and pages of the image; for progress.
     pub fn progress(&self) -> (u64, u64) {
         self.sending.as_ref().map_or((0, 0), |sending| sending.progress())
+    }
+
+    /// What the image is that was sent, once the receiver has all of it. Can be had once.
+    pub fn manifest(&mut self) -> Option<Manifest> {
+        let root = self.root.filter(|_| self.finished)?;
+        let (layout, trees) = self.sending.take()?.into_manifest();
+        Some(Manifest { root: root.digest, layout, trees })
     }
 
     /// How the session ended, once it has.
@@ -195,6 +215,8 @@ impl<M: GuestMemory> SenderEngine<M> {
             lanes: self.config.lanes,
             domain_key: self.config.domain_key,
             layout,
+            lineage: self.config.lineage,
+            known: self.bases.iter().map(|base| base.root()).collect(),
         };
         self.endpoint.push_frame(LaneId::CONTROL, &Frame::Open(open));
         Ok(())
@@ -210,10 +232,18 @@ impl<M: GuestMemory> SenderEngine<M> {
             return Err(Violation::Join { lane: accept.lanes, why: "more lanes granted than asked for" }.into());
         }
         check_holdings(accept, memory.layout())?;
+        // SPEC 4.20
+        if usize::from(accept.agreed) > self.bases.len() {
+            let (got, expected) = (u64::from(accept.agreed), self.bases.len() as u64);
+            return Err(Violation::Terms { what: "agreed root", got, expected }.into());
+        }
         self.secret = Some(accept.secret);
-        let domain = DedupDomain::new(&self.config.domain_key);
-        let zstd = greeted.agreement.codecs & Codec::ZSTD.bit() != 0;
-        let mut sending = Box::new(Sending::new(memory, accept, &self.config, &domain, zstd));
+        let hasher = PageHasher::new(&DedupDomain::new(&self.config.domain_key));
+        let agreed = usize::from(accept.agreed).checked_sub(1);
+        let agreed = agreed.filter(|&at| at < self.bases.len()).map(|at| self.bases.swap_remove(at));
+        self.bases.clear();
+        let terms = (hasher, greeted.agreement.codecs);
+        let mut sending = Box::new(Sending::new(memory, accept, agreed, &self.config, terms));
         sending.explain_start(now);
         self.sending = Some(sending);
         self.endpoint.enter(Phase::Sending);
@@ -235,6 +265,7 @@ impl<M: GuestMemory> SenderEngine<M> {
         self.endpoint.finish();
         // SPEC 7.7: the only place where a session of this side succeeds.
         self.outcome = Some(Ok(()));
+        self.finished = true;
         self.events.push_back(Event::Finished);
         Ok(())
     }
@@ -251,7 +282,9 @@ fn check_holdings(accept: &Accept, layout: &Layout) -> Result<(), Violation> {
         return Err(Violation::Terms { what: "regions held", got, expected });
     }
     let mut held = accept.held_pages.iter().zip(layout.regions());
-    match held.find(|(held, region)| **held > region.pages()) {
+    // An agreed image is held as a whole.
+    let wrong = |held: u64, pages: u64| held > pages || (accept.agreed > 0 && held < pages);
+    match held.find(|(held, region)| wrong(**held, region.pages())) {
         Some((held, region)) => {
             Err(Violation::Terms { what: "pages held of a region", got: *held, expected: region.pages() })
         }

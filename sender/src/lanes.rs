@@ -4,15 +4,17 @@
 //! page's number fixes its lane. All batches of a session together are few: they are its memory.
 
 use crate::pace::Pace;
-use crate::switch::Goodput;
-use pagewire_protocol::compress::Compressor;
+use crate::switch::{Goodput, Way};
+use pagewire_protocol::compress::{Compressor, compress_delta};
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::Violation;
-use pagewire_protocol::frame::{Codec, Frame, FrameKind, HEADER_BYTES, LaneId, PagesHead, Run, seal};
+use pagewire_protocol::frame::{Codec, EntryKind, Frame, FrameKind, HEADER_BYTES, LaneId, PagesHead, Run, seal};
+use pagewire_protocol::page::RegionId;
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Job, Outgoing, Payload};
 use pagewire_protocol::time::Time;
 use std::collections::VecDeque;
+use std::ops::Range;
 
 /// Batches that may wait at once beside those being compressed: one being written, one ready, one being filled.
 const READY_BATCHES_MAX: usize = 3;
@@ -26,6 +28,8 @@ pub(crate) struct Batch {
     pub(crate) payload: Payload,
     /// Pages that were announced and may be wanted.
     pub(crate) announced: u32,
+    /// What the inline pages were in the base, if they may travel as a delta.
+    pub(crate) old: Option<PageBuffer>,
 }
 
 /// Compresses one batch, possibly on another thread.
@@ -33,7 +37,7 @@ pub(crate) struct Batch {
 pub struct EncodeJob {
     lane: LaneId,
     batch: Batch,
-    level: i32,
+    way: Way,
     compressor: Compressor,
     out: Vec<u8>,
 }
@@ -42,11 +46,14 @@ pub struct EncodeJob {
 #[derive(Debug)]
 pub struct EncodeOutput {
     pub(crate) lane: LaneId,
-    pub(crate) level: i32,
+    pub(crate) way: Way,
     pub(crate) raw: usize,
     pub(crate) compressed: usize,
+    /// Pages that travel as a delta.
+    pub(crate) deltas: Vec<(RegionId, Range<u64>)>,
     pub(crate) compressor: Compressor,
     spare: PageBuffer,
+    old: Option<PageBuffer>,
     planned: Planned,
 }
 
@@ -54,20 +61,43 @@ impl Job for EncodeJob {
     type Output = EncodeOutput;
 
     fn run(self) -> EncodeOutput {
-        let Self { lane, mut batch, level, mut compressor, mut out } = self;
+        let Self { lane, mut batch, way, mut compressor, mut out } = self;
         let raw = gather(&mut batch.payload);
         out.clear();
         let pages = batch.payload.buffer.get(..raw).unwrap_or_default();
-        let smaller = compressor.compress(pages, level, &mut out);
+        let codec = if way == Way::Delta { Codec::DELTA } else { Codec::ZSTD };
+        let smaller = match way {
+            Way::Level(level) => compressor.compress(pages, level, &mut out),
+            Way::Delta => compress_delta(pages, batch.old.as_deref().unwrap_or_default(), raw, &mut out),
+        };
         let compressed = if smaller { out.len() } else { raw };
         let mut spare = PageBuffer::from(out);
         if smaller {
-            batch.head.codec = Codec::ZSTD;
+            batch.head.codec = codec;
             std::mem::swap(&mut spare, &mut batch.payload.buffer);
             batch.payload.ranges = std::iter::once(0..compressed).collect();
         }
-        EncodeOutput { lane, level, raw, compressed, compressor, spare, planned: Planned::new(batch, lane) }
+        let pages = inline_pages(batch.head.first, &batch.runs).into_iter();
+        let deltas = pages.filter(|_| batch.head.codec == Codec::DELTA);
+        let deltas = deltas.map(|pages| (RegionId(batch.head.region), pages)).collect();
+        let old = batch.old.take();
+        let planned = Planned::new(batch, lane);
+        EncodeOutput { lane, way, raw, compressed, deltas, compressor, spare, old, planned }
     }
+}
+
+/// The pages of a batch from `first` whose bytes go inline.
+pub(crate) fn inline_pages(first: u64, runs: &[Run]) -> Vec<Range<u64>> {
+    let mut next = first;
+    let mut inline = Vec::new();
+    for run in runs {
+        let start = next;
+        next = next.saturating_add(u64::from(run.count));
+        if run.kind == EntryKind::INLINE {
+            inline.push(start..next);
+        }
+    }
+    inline
 }
 
 /// Moves the parts of a payload together at the front of its buffer; returns how long they are.
@@ -94,7 +124,10 @@ struct Planned {
 
 impl Planned {
     fn new(batch: Batch, lane: LaneId) -> Self {
-        let Batch { head, runs, references, payload, announced } = batch;
+        let Batch { mut head, runs, references, payload, announced, .. } = batch;
+        if head.codec != Codec::DELTA && runs.iter().all(|run| run.kind != EntryKind::SHIFTED) {
+            head.shift = 0;
+        }
         let mut bytes = vec![0; HEADER_BYTES];
         head.encode(&runs, &references, &mut bytes);
         seal(FrameKind::PAGES, lane, 0, payload.len(), &mut bytes);
@@ -111,6 +144,8 @@ pub(crate) struct InFlight {
     pub(crate) region: u16,
     /// How many of them were announced.
     pub(crate) announced: u32,
+    /// When it went out.
+    since: Time,
 }
 
 #[derive(Debug, Default)]
@@ -200,17 +235,17 @@ impl Lanes {
         }
     }
 
-    /// Sends a batch, compressed at `level` if one is given.
-    pub(crate) fn plan(&mut self, lane: LaneId, batch: Batch, level: Option<i32>) {
-        let level = level.filter(|_| !batch.payload.is_empty());
-        let compressor = level.and_then(|_| self.compressors.pop().or_else(|| Compressor::new().ok()));
+    /// Sends a batch, compressed in a `way` if one is given.
+    pub(crate) fn plan(&mut self, lane: LaneId, batch: Batch, way: Option<Way>) {
+        let way = way.filter(|_| !batch.payload.is_empty());
+        let compressor = way.and_then(|_| self.compressors.pop().or_else(|| Compressor::new().ok()));
         let out = compressor.as_ref().and_then(|_| self.outs.pop()).unwrap_or_default();
         let Some(state) = self.lane_mut(lane) else { return };
         state.planned = state.planned.saturating_add(1);
-        match (level, compressor) {
-            (Some(level), Some(compressor)) => {
+        match (way, compressor) {
+            (Some(way), Some(compressor)) => {
                 state.slots.push_back(None);
-                self.jobs.push_back(EncodeJob { lane, batch, level, compressor, out });
+                self.jobs.push_back(EncodeJob { lane, batch, way, compressor, out });
             }
             _ => state.slots.push_back(Some(Planned::new(batch, lane))),
         }
@@ -231,8 +266,9 @@ impl Lanes {
 
     /// A batch is compressed. Jobs end in the order they began, so it is the first of its lane that is awaited.
     pub(crate) fn encoded(&mut self, output: EncodeOutput) {
-        let EncodeOutput { lane, compressor, spare, planned, .. } = output;
+        let EncodeOutput { lane, compressor, spare, old, planned, .. } = output;
         self.compressors.push(compressor);
+        old.into_iter().for_each(|buffer| self.recycle(buffer));
         self.recycle(spare);
         let slot = self.lane_mut(lane).and_then(|lane| lane.slots.iter_mut().find(|slot| slot.is_none()));
         if let Some(slot) = slot {
@@ -253,7 +289,7 @@ impl Lanes {
         let Planned { outgoing, is_pages, region, announced } = state.slots.pop_front().flatten()?;
         if is_pages {
             let payload = outgoing.payload.len() as u64;
-            state.in_flight.push_back(InFlight { bytes, payload, region, announced });
+            state.in_flight.push_back(InFlight { bytes, payload, region, announced, since: now });
             state.in_flight_bytes = state.in_flight_bytes.saturating_add(bytes);
         }
         if let Some(pace) = &mut self.pace {
@@ -285,6 +321,9 @@ impl Lanes {
         state.in_flight_bytes = state.in_flight_bytes.saturating_sub(bytes);
         let payload = applied.iter().fold(0u64, |sum, frame| sum.saturating_add(frame.payload));
         let more = self.lanes.iter().map(|lane| lane.in_flight_bytes).sum();
+        if let Some(first) = applied.first() {
+            self.goodput.glimpse(payload, now.since(first.since));
+        }
         self.goodput.delivered(payload, more, now);
         Ok(applied)
     }

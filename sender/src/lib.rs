@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
+mod base;
 mod classify;
 #[cfg(feature = "driver")]
 pub mod driver;
@@ -15,9 +16,12 @@ mod lanes;
 pub mod memory;
 mod pace;
 mod report;
+mod reuse;
 mod sending;
 mod switch;
+mod tally;
 
+pub use base::Base;
 pub use engine::{Event, SenderConfig, SenderEngine};
 pub use error::{ErrorKind, SenderError};
 pub use lanes::{EncodeJob, EncodeOutput};

@@ -2,7 +2,7 @@
 
 use pagewire_protocol::time::Time;
 
-/// Pages by the way they were stated last: these four make up the image.
+/// Pages by the way they were stated last: these five make up the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// As zero.
@@ -13,26 +13,18 @@ pub struct Counts {
     pub reference: u64,
     /// With their bytes.
     pub inline: u64,
+    /// As what differs from a page of the base.
+    pub delta: u64,
+    /// Of the unchanged ones, those that memory knew to be so and nobody read.
+    pub unread: u64,
+    /// Those that memory knew to be unchanged and that were read all the same, and were.
+    pub sampled: u64,
     /// Asked for by the receiver.
     pub wants: u64,
     /// Bytes of inline pages before and after compression.
     pub inline_bytes: u64,
     /// Their bytes on the wire.
     pub payload_bytes: u64,
-}
-
-impl Counts {
-    /// A page is about to be stated anew: it is counted the last way alone.
-    pub(crate) fn take_back(&mut self, zero: bool, inline: bool) {
-        let first = match (zero, inline) {
-            (true, _) => &mut self.zero,
-            (_, true) => &mut self.inline,
-            _ => &mut self.reference,
-        };
-        // A page that was stated as base and is wanted all the same is as likely as a damaged disk.
-        let count = if *first > 0 { first } else { &mut self.base };
-        *count = count.saturating_sub(1);
-    }
 }
 
 /// A switch that was thrown, with its inputs.

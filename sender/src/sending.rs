@@ -3,17 +3,19 @@
 //! One step reads at most one batch, digests it while it is hot, and plans at most one frame from that copy. Bytes that
 //! go out are the bytes that were digested. Memory at rest that changes between two looks at it is an error.
 
+use crate::base::Base;
 use crate::classify::{Cover, Entries, SentPages};
 use crate::engine::SenderConfig;
 use crate::error::ErrorKind;
 use crate::holdings::{Held, Holdings};
-use crate::lanes::{Batch, EncodeOutput, Lanes};
+use crate::lanes::{Batch, EncodeOutput, Lanes, inline_pages};
 use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision};
-use crate::switch::{AnnounceSwitch, CompressSwitch};
+use crate::reuse::Reuse;
+use crate::switch::{AnnounceSwitch, CompressSwitch, Way};
+use crate::tally::Tally;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher, batch_digest};
-use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
     Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run,
@@ -39,6 +41,17 @@ pub(crate) enum Step {
     Stated(Root),
 }
 
+/// How a batch is sent beyond its entries.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sent {
+    /// Its references are announcements.
+    announced: bool,
+    /// Where in the base its pages were.
+    shift: i64,
+    /// Its inline pages may go as a delta against them.
+    delta: bool,
+}
+
 /// What is true while pages travel.
 #[derive(Debug)]
 pub(crate) struct Sending<M> {
@@ -47,6 +60,8 @@ pub(crate) struct Sending<M> {
     hasher: PageHasher,
     trees: Vec<DigestTree>,
     holdings: Holdings,
+    /// The base, if both sides know its manifest: `trees` begin with its digests then.
+    reuse: Option<Reuse>,
     sent: SentPages,
     pub(crate) lanes: Lanes,
     compress: CompressSwitch,
@@ -61,18 +76,37 @@ pub(crate) struct Sending<M> {
     batch_pages: u64,
     digests: Vec<Digest>,
     ended: bool,
-    pub(crate) counts: Counts,
+    tally: Tally,
+    counts: Counts,
     pub(crate) decisions: Vec<Decision>,
 }
 
 impl<M: GuestMemory> Sending<M> {
-    pub(crate) fn new(memory: M, accept: &Accept, config: &SenderConfig, domain: &DedupDomain, zstd: bool) -> Self {
+    pub(crate) fn new(
+        mut memory: M,
+        accept: &Accept,
+        agreed: Option<Box<dyn Base>>,
+        config: &SenderConfig,
+        (hasher, codecs): (PageHasher, u32),
+    ) -> Self {
         let layout = memory.layout().clone();
-        let hasher = PageHasher::new(domain);
+        let zstd = codecs & Codec::ZSTD.bit() != 0;
+        let mut trees: Vec<_> =
+            layout.regions().iter().map(|region| DigestTree::new(&hasher, region.pages())).collect();
+        let is_agreed = agreed.is_some();
+        let reuse = agreed.and_then(|mut base| {
+            trees = base.trees(&hasher).ok()?;
+            let mut reuse = Reuse::new(base, &layout, accept.base_stays, codecs & Codec::DELTA.bit() != 0, config.seed);
+            let (root, session) = reuse.identity();
+            reuse.hint(memory.unchanged_since(&root, &session).filter(|hint| hint.len() == layout.pages()));
+            Some(reuse)
+        });
         Self {
-            trees: layout.regions().iter().map(|region| DigestTree::new(&hasher, region.pages())).collect(),
+            trees,
             hasher,
-            holdings: Holdings::new(&layout, &accept.held_pages),
+            reuse,
+            // Nothing is announced of an agreed base.
+            holdings: Holdings::new(&layout, if is_agreed { &[] } else { &accept.held_pages }),
             sent: SentPages::new(&layout, config.dedup.then_some(config.seed)),
             lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers),
             compress: CompressSwitch::new(config.compress && zstd, config.workers),
@@ -85,6 +119,7 @@ impl<M: GuestMemory> Sending<M> {
             batch_pages: u64::from(config.batch_pages),
             digests: Vec::new(),
             ended: false,
+            tally: Tally::new(layout.pages()),
             counts: Counts::default(),
             decisions: Vec::new(),
             memory,
@@ -126,7 +161,11 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     pub(crate) fn handle_encoded(&mut self, output: EncodeOutput, spent: pagewire_protocol::time::Span) {
-        self.compress.measured(output.level, output.raw, output.compressed, spent);
+        self.compress.measured(output.way, output.raw, output.compressed, spent);
+        for (region, pages) in &output.deltas {
+            let first = u64::from(self.layout.place(*region, pages.start).0);
+            self.tally.delta(first..first.saturating_add(pages.end.saturating_sub(pages.start)));
+        }
         self.counts.payload_bytes = self.counts.payload_bytes.saturating_add(output.compressed as u64);
         self.lanes.encoded(output);
     }
@@ -168,7 +207,8 @@ impl<M: GuestMemory> Sending<M> {
             let region = *self.layout.region(self.region)?;
             let left = region.pages().saturating_sub(self.next);
             if left > 0 {
-                let held = self.holdings.look(self.region, self.next / SUBTREE_PAGES as u64) != Held::Nothing;
+                let held = self.reuse.is_some()
+                    || self.holdings.look(self.region, self.next / SUBTREE_PAGES as u64) != Held::Nothing;
                 let least = u64::from(region.install_size.pages()).max(if held { SUBTREE_PAGES as u64 } else { 1 });
                 let step = self.step_pages().max(least).min(GROUP_PAGES);
                 let border = (self.next / step).saturating_add(1).saturating_mul(step);
@@ -182,6 +222,9 @@ impl<M: GuestMemory> Sending<M> {
 
     /// Reads, digests and states the next part.
     fn state(&mut self, range: PageRange, now: Time) -> Result<Step, ErrorKind> {
+        if self.reuse.is_some() {
+            return self.state_on_base(range, now);
+        }
         let subtrees = subtrees(range);
         let held: Vec<Held> = subtrees.clone().map(|subtree| self.holdings.look(range.region, subtree)).collect();
         if held.contains(&Held::Unknown) {
@@ -205,15 +248,74 @@ impl<M: GuestMemory> Sending<M> {
         Ok(Step::Did)
     }
 
+    /// Reads what may have changed since the agreed base, and states it all.
+    fn state_on_base(&mut self, range: PageRange, now: Time) -> Result<Step, ErrorKind> {
+        let buffer = self.read_on_base(range)?;
+        self.next = range.numbers().end;
+        let Some(reuse) = self.reuse.as_mut() else { return Ok(Step::Did) };
+        let stated = reuse.classify(range, &self.digests, &self.hasher, (&self.layout, &self.trees));
+        if let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) {
+            range.numbers().zip(&self.digests).for_each(|(page, digest)| tree.set(page, *digest));
+        }
+        if stated.kinds.iter().all(|kind| *kind == EntryKind::BASE) {
+            self.lanes.recycle(buffer);
+            let count = u16::try_from(range.count).unwrap_or(0);
+            let runs = [Run { kind: EntryKind::BASE, count }];
+            self.note(range, &runs);
+            self.cover(range, &runs);
+            return Ok(Step::Did);
+        }
+        self.flush_cover();
+        let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
+        let mut entries = Entries::over(buffer);
+        for (at, ((page, &digest), &kind)) in range.numbers().zip(&self.digests).zip(&stated.kinds).enumerate() {
+            let place = self.layout.place(range.region, page);
+            let gone = kind == EntryKind::INLINE
+                && self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes));
+            entries.push(if gone { EntryKind::REFERENCE } else { kind }, at, digest);
+        }
+        self.send(range, lane, entries, Sent { shift: stated.shift, delta: true, ..Sent::default() }, now);
+        Ok(Step::Did)
+    }
+
+    /// Copies out and digests what of a range may have changed since the base; of the rest the digests are known.
+    fn read_on_base(&mut self, range: PageRange) -> Result<PageBuffer, ErrorKind> {
+        let Some(reuse) = &self.reuse else { return self.read(range) };
+        let parts = reuse.parts(&self.layout, range);
+        let mut buffer = self.lanes.buffer(usize::try_from(range.count).unwrap_or(0).saturating_mul(PAGE_BYTES));
+        self.digests.clear();
+        let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return Ok(buffer) };
+        for (part, read) in parts {
+            let bytes =
+                |page: u64| usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(0).saturating_mul(PAGE_BYTES);
+            if !read {
+                self.counts.unread = self.counts.unread.saturating_add(part.end.saturating_sub(part.start));
+                self.digests.extend(part.map(|page| tree.leaf(page)));
+                continue;
+            }
+            let space = buffer.get_mut(bytes(part.start)..bytes(part.end)).unwrap_or_default();
+            self.memory.read(range.region, part.start, space).map_err(ErrorKind::Source)?;
+            self.hasher.digest_nonzero(space.as_chunks().0, &mut self.digests);
+            for page in part.filter(|&page| reuse.is_hinted(&self.layout, range.region, page)) {
+                let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
+                if self.digests.get(at) != Some(&tree.leaf(page)) {
+                    let message = format!("page {page} was said to be unchanged since the base, and is not");
+                    return Err(ErrorKind::Source(std::io::Error::other(message)));
+                }
+                self.counts.sampled = self.counts.sampled.saturating_add(1);
+            }
+        }
+        Ok(buffer)
+    }
+
     /// States pages whose subtrees are equal: those that are held as base, and those beyond, which are zero.
     fn state_equal(&mut self, range: PageRange) {
         let held = self.holdings.pages(range.region).saturating_sub(range.first.0).min(u64::from(range.count));
         let beyond = u64::from(range.count).saturating_sub(held);
-        self.counts.base = self.counts.base.saturating_add(held);
-        self.counts.zero = self.counts.zero.saturating_add(beyond);
         let run = |kind, pages| Run { kind, count: u16::try_from(pages).unwrap_or(0) };
         let runs = [run(EntryKind::BASE, held), run(EntryKind::ZERO, beyond)];
         let runs: Vec<Run> = runs.into_iter().filter(|run| run.count > 0).collect();
+        self.note(range, &runs);
         self.cover(range, &runs);
     }
 
@@ -237,7 +339,7 @@ impl<M: GuestMemory> Sending<M> {
             };
             entries.push(kind, at, digest);
         }
-        self.send(range, lane, entries, announce, now);
+        self.send(range, lane, entries, Sent { announced: announce, ..Sent::default() }, now);
     }
 
     /// The next pages to answer wants with: whole install pages inside one group, and what lies between near ones.
@@ -268,7 +370,6 @@ impl<M: GuestMemory> Sending<M> {
         let buffer = self.read(range)?;
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let mut entries = Entries::over(buffer);
-        let mut between = Counts::default();
         self.flush_cover();
         for (at, (page, &digest)) in range.numbers().zip(&self.digests).enumerate() {
             let tree = self.trees.get(usize::from(range.region.0));
@@ -282,24 +383,16 @@ impl<M: GuestMemory> Sending<M> {
             let zero = digest == self.hasher.zero();
             let kind = if self.wants.remove(u64::from(place.0)) {
                 let again = !self.wanted.insert(u64::from(place.0));
-                self.counts.take_back(zero, self.sent.is_inline(place));
                 let gone = self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes));
                 if gone && !again { EntryKind::REFERENCE } else { EntryKind::INLINE }
             } else {
                 // Between two wants: stated once more, which costs less than a frame for each of them.
-                between = Counts {
-                    zero: between.zero + u64::from(zero),
-                    reference: between.reference + u64::from(!zero),
-                    ..between
-                };
                 EntryKind::REFERENCE
             };
             let kind = if zero { EntryKind::ZERO } else { kind };
             entries.push(kind, at, digest);
         }
-        self.send(range, lane, entries, false, now);
-        self.counts.zero = self.counts.zero.saturating_sub(between.zero);
-        self.counts.reference = self.counts.reference.saturating_sub(between.reference);
+        self.send(range, lane, entries, Sent::default(), now);
         Ok(())
     }
 
@@ -314,26 +407,39 @@ impl<M: GuestMemory> Sending<M> {
         Ok(buffer)
     }
 
-    fn send(&mut self, range: PageRange, lane: LaneId, entries: Entries, announced: bool, now: Time) {
-        let Entries { runs, references, zero, inline, payload } = entries;
-        self.counts.zero = self.counts.zero.saturating_add(u64::from(zero));
-        self.counts.inline = self.counts.inline.saturating_add(u64::from(inline));
-        self.counts.reference = self.counts.reference.saturating_add(references.len() as u64);
-        if inline == 0 && references.is_empty() {
+    fn send(&mut self, range: PageRange, lane: LaneId, entries: Entries, how: Sent, now: Time) {
+        let Entries { runs, references, shifted, inline, payload } = entries;
+        let found = u64::from(shifted).saturating_add(references.len() as u64);
+        self.note(range, &runs);
+        if inline == 0 && found == 0 {
             self.lanes.recycle(payload.buffer);
             return self.cover(range, &runs);
         }
         self.flush_cover();
         let digest = batch_digest(self.hasher.domain(), range.first.0, [self.digests.as_slice()]);
-        let head = self.head(range, digest);
-        let announced = if announced { u32::try_from(references.len()).unwrap_or(0) } else { 0 };
+        let head = PagesHead { shift: how.shift, ..self.head(range, digest) };
+        let announced = if how.announced { u32::try_from(references.len()).unwrap_or(0) } else { 0 };
         let bytes = payload.len();
-        let level = if inline > 0 { self.compress.choose(&self.lanes.goodput, now, &mut self.decisions) } else { None };
+        let delta = Some(bytes).filter(|_| how.delta && self.reuse.as_ref().is_some_and(Reuse::has_deltas));
+        let way = match inline {
+            0 => None,
+            _ => self.compress.choose(delta, &self.lanes.goodput, now, &mut self.decisions),
+        };
+        let old = if way == Some(Way::Delta) { self.old_pages(range, &runs, how.shift) } else { None };
+        let way = way.filter(|way| *way != Way::Delta || old.is_some());
         self.counts.inline_bytes = self.counts.inline_bytes.saturating_add(bytes as u64);
-        if level.is_none() {
+        if way.is_none() {
             self.counts.payload_bytes = self.counts.payload_bytes.saturating_add(bytes as u64);
         }
-        self.lanes.plan(lane, Batch { head, runs, references, payload, announced }, level);
+        self.lanes.plan(lane, Batch { head, runs, references, payload, announced, old }, way);
+    }
+
+    /// What the inline pages of a batch were in the base.
+    fn old_pages(&mut self, range: PageRange, runs: &[Run], shift: i64) -> Option<PageBuffer> {
+        let inline = inline_pages(range.first.0, runs);
+        let held = self.layout.region(range.region)?.pages();
+        let buffer = self.lanes.buffer(0);
+        self.reuse.as_mut()?.old_pages(range.region, &inline, shift, held, buffer)
     }
 
     /// Adds pages that need no look to the run of them that is under way.
@@ -357,7 +463,7 @@ impl<M: GuestMemory> Sending<M> {
         let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return };
         let head = self.head(range, tree.batch(range.first.0, range.count));
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
-        let batch = Batch { head, runs, references: Vec::new(), payload: Payload::default(), announced: 0 };
+        let batch = Batch { head, runs, references: Vec::new(), payload: Payload::default(), announced: 0, old: None };
         self.lanes.plan(lane, batch, None);
     }
 
@@ -369,6 +475,7 @@ impl<M: GuestMemory> Sending<M> {
             first: range.first.0,
             count: range.count,
             digest,
+            shift: 0,
         }
     }
 
@@ -384,15 +491,38 @@ impl<M: GuestMemory> Sending<M> {
         Ok(Root { round: 0, pages: self.layout.pages(), digest })
     }
 
+    /// What was done so far.
+    pub(crate) fn counts(&self) -> Counts {
+        let mut counts = self.counts;
+        self.tally.fill(&mut counts);
+        counts
+    }
+
+    /// The pages of these runs are stated.
+    fn note(&mut self, range: PageRange, runs: &[Run]) {
+        let mut next = u64::from(self.layout.place(range.region, range.first.0).0);
+        for run in runs {
+            let first = next;
+            next = next.saturating_add(u64::from(run.count));
+            self.tally.state(first..next, run.kind);
+        }
+    }
+
     /// Pages stated so far, and pages of the image; for progress.
     pub(crate) fn progress(&self) -> (u64, u64) {
-        let Counts { zero, base, reference, inline, .. } = self.counts;
-        (zero.saturating_add(base).saturating_add(reference).saturating_add(inline), self.layout.pages())
+        (self.tally.stated(), self.layout.pages())
+    }
+
+    /// The regions, and the digests of all pages as they were stated.
+    pub(crate) fn into_manifest(self) -> (Layout, Vec<DigestTree>) {
+        (self.layout, self.trees)
     }
 
     /// What the session started from, for the report.
     pub(crate) fn explain_start(&mut self, now: Time) {
-        let what = if self.holdings.any() {
+        let what = if self.reuse.is_some() {
+            "build on an earlier image that both sides know"
+        } else if self.holdings.any() {
             "compare with what the receiver holds"
         } else {
             "send everything: the receiver holds nothing"

@@ -8,8 +8,33 @@ use crate::report::Decision;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::time::{Span, Time};
 
-/// zstd levels worth having: −1 for links of some Gbit/s, 1 for slower ones; 3 and more buy little over 1 on memory.
-const LEVELS: [i32; 2] = [-1, 1];
+/// A way to make a batch smaller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// zstd at a level.
+    Level(i32),
+    /// zstd over what the pages were in the base.
+    Delta,
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Level(level) => write!(f, "compress at zstd level {level}"),
+            Self::Delta => f.write_str("send what differs from the base"),
+        }
+    }
+}
+
+/// What is worth having: level −1 for links of some Gbit/s, 1 for slower ones (3 and more buy little over 1 on memory),
+/// and deltas where there is something to differ from.
+const WAYS: [Way; 3] = [Way::Level(-1), Way::Level(1), Way::Delta];
+/// The last of them, alone measured where it is possible.
+const DELTA: usize = 2;
+/// Raw bytes that show what an unknown link can do.
+const GLIMPSE_BYTES: usize = 128 * 1024;
+/// A link is looked at again after so many batches that were deltas.
+const GLIMPSE_EVERY: u64 = 256;
 /// Compression must promise at least this share less time than raw before it is switched on.
 const GAIN_MIN: f64 = 0.2;
 /// Batches at the start that are compressed to measure, at most.
@@ -60,6 +85,8 @@ pub(crate) struct Goodput {
     blocked: Span,
     blocked_since: Option<Time>,
     raised: Time,
+    /// Of frames from going out to being acknowledged: the least that the link can do.
+    glimpse: Option<f64>,
 }
 
 impl Goodput {
@@ -72,6 +99,14 @@ impl Goodput {
     pub(crate) fn unblock(&mut self, now: Time) {
         if let Some(since) = self.blocked_since.take() {
             self.blocked = self.blocked + now.since(since);
+        }
+    }
+
+    /// Frames with `bytes` of payload were acknowledged `span` after the first of them went out.
+    pub(crate) fn glimpse(&mut self, bytes: u64, span: Span) {
+        if bytes >= GLIMPSE_BYTES as u64 && span > Span::ZERO {
+            let rate = bytes as f64 / span.as_nanos() as f64;
+            self.glimpse = Some(self.glimpse.map_or(rate, |known| known.max(rate)));
         }
     }
 
@@ -111,6 +146,11 @@ impl Goodput {
         }
     }
 
+    /// Nanoseconds a byte, if anything at all is known of the link.
+    fn nanos_at_most(&self) -> Option<f64> {
+        self.nanos_a_byte().or(self.glimpse.filter(|&rate| rate > 0.0).map(f64::recip))
+    }
+
     /// Nanoseconds a byte, if the link has ever been the brake.
     fn nanos_a_byte(&self) -> Option<f64> {
         self.rate.filter(|&rate| rate > 0.0).map(f64::recip)
@@ -132,45 +172,74 @@ struct Measured {
 pub(crate) struct CompressSwitch {
     allowed: bool,
     workers: f64,
-    levels: [Measured; LEVELS.len()],
+    levels: [Measured; WAYS.len()],
     current: Option<usize>,
     batches: u64,
+    /// When a raw batch goes out to show what the link can do.
+    glimpse_at: u64,
 }
 
 impl CompressSwitch {
     /// A switch for `workers` threads that compress; never on unless `allowed`.
     pub(crate) fn new(allowed: bool, workers: usize) -> Self {
         let workers = u16::try_from(workers.max(1)).unwrap_or(u16::MAX);
-        Self { allowed, workers: f64::from(workers), levels: Default::default(), current: None, batches: 0 }
+        Self {
+            allowed,
+            workers: f64::from(workers),
+            levels: Default::default(),
+            current: None,
+            batches: 0,
+            glimpse_at: 0,
+        }
     }
 
     /// Nanoseconds that a byte of a page costs at a level: compression and link work side by side.
     fn cost(&self, level: usize, link: f64) -> Option<f64> {
         let measured = self.levels.get(level)?;
-        Some((measured.nanos_a_byte? / self.workers).max(measured.ratio? * link))
+        // How many may help with deltas is not known before they are the rule: one is counted on.
+        let workers = if level == DELTA { 1.0 } else { self.workers };
+        Some((measured.nanos_a_byte? / workers).max(measured.ratio? * link))
     }
 
-    /// The level for the next batch, `None` for raw.
-    pub(crate) fn choose(&mut self, goodput: &Goodput, now: Time, decisions: &mut Vec<Decision>) -> Option<i32> {
+    /// The way for the next batch, `None` for raw; `delta` is how many of its bytes could be deltas, if any could.
+    pub(crate) fn choose(
+        &mut self,
+        delta: Option<usize>,
+        goodput: &Goodput,
+        now: Time,
+        decisions: &mut Vec<Decision>,
+    ) -> Option<Way> {
         if !self.allowed {
             return None;
         }
         self.batches = self.batches.saturating_add(1);
-        // The first batches measure each level, so that the first sample of the link decides.
-        let unmeasured = self.levels.iter().position(|level| level.ratio.is_none());
+        // The first batches measure each way, so that the first sample of the link decides.
+        let ways = if delta.is_some() { DELTA..WAYS.len() } else { 0..DELTA };
+        let unmeasured = ways.clone().find(|&way| self.levels.get(way).is_some_and(|way| way.ratio.is_none()));
         if let Some(level) = unmeasured.filter(|_| self.batches <= PROBES_FIRST_MAX) {
-            return LEVELS.get(level).copied();
+            return WAYS.get(level).copied();
         }
-        let link = goodput.nanos_a_byte()?;
-        let candidates = (0..LEVELS.len()).filter_map(|level| self.cost(level, link).map(|cost| (level, cost)));
+        if delta.is_some_and(|bytes| bytes >= GLIMPSE_BYTES) && self.batches >= self.glimpse_at {
+            self.glimpse_at = self.batches.saturating_add(GLIMPSE_EVERY);
+            return None;
+        }
+        let link = match delta {
+            None => goodput.nanos_a_byte()?,
+            Some(_) => match goodput.nanos_at_most() {
+                Some(link) => link,
+                // Bytes that are known to be there once already are not sent while nobody knows what they cost.
+                None => return Some(Way::Delta),
+            },
+        };
+        let candidates = ways.filter_map(|level| self.cost(level, link).map(|cost| (level, cost)));
         let best = candidates.min_by(|a, b| a.1.total_cmp(&b.1)).filter(|&(_, cost)| cost < link * (1.0 - GAIN_MIN));
         let current = self.current.and_then(|level| self.cost(level, link).map(|cost| (level, cost)));
         // A way in use is left only for one that is clearly better.
         let stays = current.filter(|&(_, cost)| cost < link && best.is_none_or(|(_, best)| best > cost * BETTER));
         let best = stays.or(best);
         self.decide(best, link, now, decisions);
-        if self.batches.is_multiple_of(PROBE_EVERY) {
-            let other = self.current.map_or(0, |current| (current + 1) % LEVELS.len());
+        if delta.is_none() && self.batches.is_multiple_of(PROBE_EVERY) {
+            let other = self.current.map_or(0, |current| (current + 1) % DELTA);
             // Probing costs: only where the link is slow enough for compression to win if pages were compressible.
             let hopeful = self
                 .levels
@@ -178,10 +247,10 @@ impl CompressSwitch {
                 .and_then(|level| level.nanos_a_byte)
                 .is_none_or(|nanos| nanos / self.workers < link);
             if hopeful {
-                return LEVELS.get(other).copied();
+                return WAYS.get(other).copied();
             }
         }
-        self.current.and_then(|current| LEVELS.get(current).copied())
+        self.current.and_then(|current| WAYS.get(current).copied())
     }
 
     fn decide(&mut self, best: Option<(usize, f64)>, link: f64, now: Time, decisions: &mut Vec<Decision>) {
@@ -192,18 +261,18 @@ impl CompressSwitch {
         self.current = level;
         let what = match best {
             Some((level, cost)) => format!(
-                "compress at zstd level {}: {cost:.2} ns a byte, {link:.2} raw (ratio {:.2})",
-                LEVELS.get(level).copied().unwrap_or(0),
+                "{}: {cost:.2} ns a byte, {link:.2} raw (ratio {:.2})",
+                WAYS.get(level).copied().unwrap_or(Way::Delta),
                 self.levels.get(level).and_then(|level| level.ratio).unwrap_or(1.0)
             ),
-            None => format!("send raw: no level beats {link:.2} ns a byte"),
+            None => format!("send raw: nothing beats {link:.2} ns a byte"),
         };
         decisions.push(Decision { at: now, what });
     }
 
-    /// A batch of `raw` bytes became `compressed` ones at `level`.
-    pub(crate) fn measured(&mut self, level: i32, raw: usize, compressed: usize, spent: Span) {
-        let Some(slot) = LEVELS.iter().position(|&known| known == level).and_then(|at| self.levels.get_mut(at)) else {
+    /// A batch of `raw` bytes became `compressed` ones in a `way`.
+    pub(crate) fn measured(&mut self, way: Way, raw: usize, compressed: usize, spent: Span) {
+        let Some(slot) = WAYS.iter().position(|&known| known == way).and_then(|at| self.levels.get_mut(at)) else {
             return;
         };
         slot.raw = slot.raw.saturating_add(raw);
@@ -308,8 +377,8 @@ mod tests {
 
     fn switch(ratio: f64) -> CompressSwitch {
         let mut switch = CompressSwitch::new(true, 1);
-        for (level, nanos) in LEVELS.into_iter().zip([1.3, 2.6]) {
-            switch.measured(level, 1_000_000, (ratio * 1e6) as usize, Span::from_nanos((nanos * 1e6) as u64));
+        for (way, nanos) in WAYS.into_iter().zip([1.3, 2.6, 1.6]) {
+            switch.measured(way, 1_000_000, (ratio * 1e6) as usize, Span::from_nanos((nanos * 1e6) as u64));
         }
         switch.batches = PROBES_FIRST_MAX;
         switch
@@ -318,11 +387,25 @@ mod tests {
     #[test]
     fn compresses_on_slow_links_only_and_only_what_shrinks() {
         let mut decisions = Vec::new();
-        assert!(switch(0.25).choose(&link(50), at(1), &mut decisions).is_some());
-        assert!(switch(0.25).choose(&link(3000), at(1), &mut decisions).is_none());
-        assert!(switch(1.0).choose(&link(10), at(1), &mut decisions).is_none());
-        assert!(switch(0.25).choose(&Goodput::default(), at(1), &mut decisions).is_none());
+        assert!(switch(0.25).choose(None, &link(50), at(1), &mut decisions).is_some());
+        assert!(switch(0.25).choose(None, &link(3000), at(1), &mut decisions).is_none());
+        assert!(switch(1.0).choose(None, &link(10), at(1), &mut decisions).is_none());
+        assert!(switch(0.25).choose(None, &Goodput::default(), at(1), &mut decisions).is_none());
         assert!(decisions.iter().any(|decision| decision.what.contains("zstd level")));
+    }
+
+    #[test]
+    fn deltas_go_until_a_raw_batch_has_shown_that_the_link_is_faster() {
+        let bytes = Some(GLIMPSE_BYTES);
+        let (mut switch, mut goodput, mut decisions) = (switch(0.1), Goodput::default(), Vec::new());
+        assert_eq!(switch.choose(bytes, &goodput, at(1), &mut decisions), None, "one raw batch looks at the link");
+        assert_eq!(switch.choose(bytes, &goodput, at(1), &mut decisions), Some(Way::Delta));
+        goodput.glimpse(1 << 20, Span::from_millis(9));
+        assert_eq!(switch.choose(bytes, &goodput, at(1), &mut decisions), Some(Way::Delta), "1 Gbit/s");
+        goodput.glimpse(1000, Span::from_nanos(1_000));
+        assert_eq!(switch.choose(bytes, &goodput, at(1), &mut decisions), Some(Way::Delta), "too little to go by");
+        goodput.glimpse(1 << 20, Span::from_nanos(500_000));
+        assert_eq!(switch.choose(bytes, &goodput, at(1), &mut decisions), None, "2 GB/s");
     }
 
     #[test]
@@ -357,7 +440,7 @@ mod tests {
     fn small_batches_are_no_sample_of_a_level_until_they_are_many() {
         let mut switch = CompressSwitch::new(true, 1);
         let feed = |switch: &mut CompressSwitch, batches: usize| {
-            (0..batches).for_each(|_| switch.measured(1, 4096, 1000, Span::from_nanos(50_000)));
+            (0..batches).for_each(|_| switch.measured(Way::Level(1), 4096, 1000, Span::from_nanos(50_000)));
         };
         feed(&mut switch, LEVEL_SAMPLE_BYTES / 4096 - 1);
         assert!(switch.levels[1].ratio.is_none());

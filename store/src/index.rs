@@ -25,12 +25,12 @@ impl DigestIndex {
     pub fn reserve(&mut self, pages: usize, digest_of: impl Fn(Place) -> Digest) {
         let seed = self.seed;
         let more = pages.saturating_sub(self.table.len());
-        self.table.reserve(more, |&place| hash(seed, &digest_of(Place(place))));
+        self.table.reserve(more, |&place| fold(seed, &digest_of(Place(place))));
     }
 
     /// A page whose digest is `digest` now.
     pub fn find(&self, digest: &Digest, digest_of: impl Fn(Place) -> Digest) -> Option<Place> {
-        let found = self.table.find(hash(self.seed, digest), |&place| digest_of(Place(place)) == *digest);
+        let found = self.table.find(fold(self.seed, digest), |&place| digest_of(Place(place)) == *digest);
         found.map(|&place| Place(place))
     }
 
@@ -38,7 +38,7 @@ impl DigestIndex {
     pub fn insert(&mut self, digest: &Digest, place: Place, digest_of: impl Fn(Place) -> Digest) -> Option<Place> {
         let seed = self.seed;
         let same = |&known: &u32| digest_of(Place(known)) == *digest;
-        match self.table.entry(hash(seed, digest), same, |&known| hash(seed, &digest_of(Place(known)))) {
+        match self.table.entry(fold(seed, digest), same, |&known| fold(seed, &digest_of(Place(known)))) {
             Entry::Occupied(known) => Some(Place(*known.get())),
             Entry::Vacant(free) => {
                 free.insert(place.0);
@@ -49,7 +49,7 @@ impl DigestIndex {
 
     /// Forgets that `place` has `digest`. Must be called before the page's digest changes.
     pub fn remove(&mut self, digest: &Digest, place: Place) {
-        if let Ok(entry) = self.table.find_entry(hash(self.seed, digest), |&known| known == place.0) {
+        if let Ok(entry) = self.table.find_entry(fold(self.seed, digest), |&known| known == place.0) {
             entry.remove();
         }
     }
@@ -66,7 +66,7 @@ impl DigestIndex {
 }
 
 /// A digest is uniform already; the seed and one folded multiplication hide which bits pick the bucket.
-fn hash(seed: u64, digest: &Digest) -> u64 {
+pub(crate) fn fold(seed: u64, digest: &Digest) -> u64 {
     let word =
         |at: usize| digest.0.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u64::from_le_bytes(*bytes));
     let product = u128::from(word(0) ^ seed).wrapping_mul(u128::from(word(8) | 1));

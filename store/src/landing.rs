@@ -105,8 +105,10 @@ enum Origin {
 pub struct Landing {
     path: PathBuf,
     file: File,
-    /// Copied from beyond `copied`, as the base is read.
+    /// The old file. The base is copied from it beyond `copied`, as it is read.
     old: Option<File>,
+    /// The base is the old file, all of it and nothing else.
+    stays: bool,
     copied: u64,
     base_len: u64,
     len: u64,
@@ -157,6 +159,7 @@ impl Landing {
             path: path.to_path_buf(),
             file,
             old: None,
+            stays: false,
             copied: base_len,
             base_len,
             len,
@@ -180,20 +183,20 @@ impl Landing {
             file.set_len(0).map_err(|source| error("cannot be emptied", source))?;
         }
         let mut copied = length(&file).map_err(|source| error("cannot be examined", source))?;
-        let mut old = old.filter(|_| !options.fresh);
+        let old = old.filter(|_| !options.fresh);
+        let stays = old.is_some() && copied == 0;
         if let Some(whole) = &old
             && copied == 0
             && fs::ioctl_ficlone(&file, whole).is_ok()
         {
             copied = length(whole).map_err(|source| error("cannot be examined", source))?;
-            old = None;
         }
         let old_len = old.as_ref().map_or(Ok(0), length).map_err(|source| error("cannot be examined", source))?;
         let base_len = if options.fresh { 0 } else { copied.max(old_len).min(len) };
         let partial = partial_name(&place.name);
         let starts_zero = !(options.fresh && copied > 0);
         let target = Some(Target { dir: place.dir, work, name: place.name, partial, origin });
-        Ok(Self { path: place.path, file, old, copied, base_len, len, starts_zero, touched: false, target })
+        Ok(Self { path: place.path, file, old, stays, copied, base_len, len, starts_zero, touched: false, target })
     }
 
     /// Bytes from the start that are worth comparing: the old file's, or a partial's.
@@ -206,10 +209,31 @@ impl Landing {
         self.starts_zero
     }
 
+    /// Whether the base stays as it was until this landing is gone, and [`read_old`](Self::read_old) reads it.
+    pub fn base_stays(&self) -> bool {
+        self.stays
+    }
+
+    /// Whether all of the base is in the new image already.
+    pub fn base_in_place(&self) -> bool {
+        self.copied >= self.base_len
+    }
+
+    /// Reads the base as it was before anything landed. Beyond its end it has zeros, and where the disk fails too: a
+    /// base is only ever a guess.
+    ///
+    /// # Errors
+    /// There is none that [stays](Self::base_stays).
+    pub fn read_old(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let Some(old) = self.old.as_ref().filter(|_| self.stays) else { return Err(io::ErrorKind::Unsupported.into()) };
+        read_or_zero(old, offset, bytes);
+        Ok(())
+    }
+
     /// Reads base bytes, which become part of the new image on the way.
     ///
     /// # Errors
-    /// The old file cannot be read or ended early, or the new one cannot be written.
+    /// The new file cannot be read or written. What the old one does not give is zeros, in the new one too.
     pub fn read_base(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let in_file = usize::try_from(self.copied.saturating_sub(offset)).unwrap_or(usize::MAX).min(bytes.len());
         let (here, there) = bytes.split_at_mut(in_file);
@@ -218,7 +242,7 @@ impl Landing {
             return if there.is_empty() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
         };
         let from = offset.saturating_add(in_file as u64);
-        old.read_exact_at(there, from)?;
+        read_or_zero(old, from, there);
         // A hole in the new file reads as zeros already.
         if !pagewire_protocol::digest::is_zero(there) {
             self.file.write_all_at(there, from)?;
@@ -424,6 +448,21 @@ impl Place {
             return Err(self.error("was replaced meanwhile", Errno::EXIST));
         }
         Ok(())
+    }
+}
+
+/// Reads what a file has; the rest is zeros.
+fn read_or_zero(file: &File, offset: u64, bytes: &mut [u8]) {
+    if file.read_exact_at(bytes, offset).is_err() {
+        bytes.fill(0);
+        let (mut at, end) = (0usize, bytes.len());
+        while at < end {
+            let Some(rest) = bytes.get_mut(at..) else { return };
+            match file.read_at(rest, offset.saturating_add(at as u64)) {
+                Ok(read) if read > 0 => at = at.saturating_add(read),
+                _ => return rest.fill(0),
+            }
+        }
     }
 }
 

@@ -8,6 +8,10 @@
 
 mod index;
 mod landing;
+mod moved;
+mod tags;
 
 pub use index::DigestIndex;
 pub use landing::{Landing, LandingError, LandingOptions};
+pub use moved::MovedPages;
+pub use tags::TagIndex;

@@ -24,6 +24,8 @@ pub struct Accept {
     pub agreed: u8,
     /// The base stays as it is until the session ends: pages may refer to any place of it, whatever was stated there.
     pub base_stays: bool,
+    /// Pages of other guests of the domain are here too: any page may be announced by its digest.
+    pub others: bool,
 }
 
 impl Accept {

@@ -35,6 +35,8 @@ impl EntryKind {
     pub const REFERENCE: Self = Self(3);
     /// The bytes come along.
     pub const INLINE: Self = Self(4);
+    /// As in the base, as many pages further as the frame's shift says.
+    pub const SHIFTED: Self = Self(5);
 }
 
 /// Neighbouring pages stated alike.

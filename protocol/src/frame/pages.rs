@@ -7,13 +7,13 @@
 //! | 6 | codec | 0 none, 1 zstd, 2 delta; 0 unless there is an inline page |
 //! | 7 | reserved | zero |
 //! | 8..16 | first | the first page |
-//! | 16..20 | count | pages covered, 1 to 16384, of which at most 512 reference or inline |
+//! | 16..20 | count | pages covered, 1 to 16384, of which at most 512 reference, inline or shifted |
 //! | 20..22 | runs | 1 to 1025 |
 //! | 22..24 | reserved | zero |
 //! | 24..56 | digest | the batch digest: over the digests of all pages covered, resolved as meant |
-//! | 56.. | runs | 4 bytes each: entry kind u8 (1 zero, 2 base, 3 reference, 4 inline), reserved u8, count u16 |
+//! | 56..64 | shift | i64: how many pages further in the base the old bytes of a page lie; zero unless used |
+//! | 64.. | runs | 4 bytes each: entry kind u8 (1 zero, 2 base, 3 reference, 4 inline, 5 shifted), reserved u8, count u16 |
 //! | .. | references | 32 bytes for each reference page, in page order |
-//! | .. | shift | i64, only with codec 2: how many pages further the old bytes of a page lie |
 //! | .. | padding | zeros, only before a payload, so that it begins a multiple of 64 bytes from the frame's first |
 //! | .. | payload | the inline pages in page order, 4096 bytes each, under the codec |
 
@@ -25,18 +25,14 @@ use crate::limits::{BATCH_PAGES_MAX, COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX};
 use alloc::vec::Vec;
 
 /// Bytes of the fixed part.
-const HEAD_BYTES: usize = 56;
+const HEAD_BYTES: usize = 64;
 /// What a payload's place in the frame is a multiple of: a cache line, so that pages are hashed where they arrived.
 const PAYLOAD_ALIGN: usize = 64;
 const PADDING: [u8; PAYLOAD_ALIGN] = [0; PAYLOAD_ALIGN];
 
 /// Bytes of a body before its padding.
-fn fields(runs: usize, references: usize, codec: Codec) -> usize {
-    let shift = if codec == Codec::DELTA { 8 } else { 0 };
-    HEAD_BYTES
-        .saturating_add(runs.saturating_mul(4))
-        .saturating_add(references.saturating_mul(32))
-        .saturating_add(shift)
+fn fields(runs: usize, references: usize) -> usize {
+    HEAD_BYTES.saturating_add(runs.saturating_mul(4)).saturating_add(references.saturating_mul(32))
 }
 
 /// Padding behind that many bytes of a body.
@@ -60,7 +56,8 @@ pub struct PagesHead {
     pub count: u32,
     /// The batch digest.
     pub digest: Digest,
-    /// With [`Codec::DELTA`], how many pages further in the base the old bytes of a page lie; else zero.
+    /// How many pages further in the base lie the old bytes of a page that is shifted, or inline under
+    /// [`Codec::DELTA`]; zero if there is none.
     pub shift: i64,
 }
 
@@ -71,18 +68,15 @@ impl PagesHead {
         let mut writer = Writer(out);
         writer.u32(self.round).u16(self.region).u8(self.codec.0).u8(0);
         writer.u64(self.first).u32(self.count).u16(count).u16(0).bytes(&self.digest.0);
+        writer.u64(self.shift.cast_unsigned());
         for run in runs {
             writer.u8(run.kind.0).u8(0).u16(run.count);
         }
         for reference in references {
             writer.bytes(&reference.0);
         }
-        if self.codec == Codec::DELTA {
-            writer.u64(self.shift.cast_unsigned());
-        }
         if runs.iter().any(|run| run.kind == EntryKind::INLINE) {
-            let fields = fields(runs.len(), references.len(), self.codec);
-            writer.bytes(PADDING.get(..padding(fields)).unwrap_or_default());
+            writer.bytes(PADDING.get(..padding(fields(runs.len(), references.len()))).unwrap_or_default());
         }
     }
 }
@@ -118,13 +112,16 @@ impl<'a> Pages<'a> {
         reserved(reader.u16("reserved")?)?;
         bounded("runs (from 1)", u64::from(run_count), RUNS_MAX as u64)?;
         let digest = Digest(reader.array("digest")?);
+        let shift = reader.u64("shift")?.cast_signed();
         let runs = reader.bytes("runs", usize::from(run_count).saturating_mul(4))?.as_chunks().0;
-        let (references, inline) = tally(runs, count)?;
+        let (references, inline, shifted) = tally(runs, count)?;
+        if shift != 0 && shifted == 0 && codec != Codec::DELTA {
+            return Err(DecodeError::Unknown { field: "shift that nothing uses", value: shift.cast_unsigned() });
+        }
         let references = reader.bytes("references", references.saturating_mul(32))?.as_chunks().0;
-        let shift = if codec == Codec::DELTA { reader.u64("shift")?.cast_signed() } else { 0 };
         // SPEC 5.4
         if inline > 0 {
-            let padding = reader.bytes("padding", padding(fields(runs.len(), references.len(), codec)))?;
+            let padding = reader.bytes("padding", padding(fields(runs.len(), references.len())))?;
             padding.iter().try_for_each(|&byte| reserved(u16::from(byte)))?;
         }
         let payload = reader.rest();
@@ -161,8 +158,8 @@ impl<'a> Pages<'a> {
 
 // SPEC 5.4
 /// Counts reference and inline pages while it judges the runs.
-fn tally(runs: &[[u8; 4]], count: u32) -> Result<(usize, usize), DecodeError> {
-    let (mut covered, mut references, mut inline) = (0u64, 0usize, 0usize);
+fn tally(runs: &[[u8; 4]], count: u32) -> Result<(usize, usize, usize), DecodeError> {
+    let (mut covered, mut references, mut inline, mut shifted) = (0u64, 0usize, 0usize, 0usize);
     for &[kind, zero, low, high] in runs {
         let pages = u16::from_le_bytes([low, high]);
         reserved(u16::from(zero))?;
@@ -172,17 +169,22 @@ fn tally(runs: &[[u8; 4]], count: u32) -> Result<(usize, usize), DecodeError> {
             EntryKind::ZERO | EntryKind::BASE => {}
             EntryKind::REFERENCE => references = references.saturating_add(usize::from(pages)),
             EntryKind::INLINE => inline = inline.saturating_add(usize::from(pages)),
+            EntryKind::SHIFTED => shifted = shifted.saturating_add(usize::from(pages)),
             EntryKind(value) => return Err(DecodeError::Unknown { field: "entry kind", value: u64::from(value) }),
         }
     }
     if covered != u64::from(count) {
         return Err(DecodeError::Mismatch { field: "pages in runs", value: covered, expected: u64::from(count) });
     }
-    let looked_at = references.saturating_add(inline);
+    let looked_at = references.saturating_add(inline).saturating_add(shifted);
     if looked_at > BATCH_PAGES_MAX {
-        return Err(DecodeError::limit("reference and inline pages", looked_at as u64, BATCH_PAGES_MAX as u64));
+        return Err(DecodeError::limit(
+            "reference, inline and shifted pages",
+            looked_at as u64,
+            BATCH_PAGES_MAX as u64,
+        ));
     }
-    Ok((references, inline))
+    Ok((references, inline, shifted))
 }
 
 // SPEC 5.5

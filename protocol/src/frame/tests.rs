@@ -54,7 +54,7 @@ fn open() -> Open {
 
 fn accept() -> Accept {
     let (transcript, secret, held_pages) = ([1; 32], [2; 32], vec![0]);
-    Accept { transcript, secret, lanes: 2, window: 1 << 20, held_pages, agreed: 2, base_stays: true }
+    Accept { transcript, secret, lanes: 2, window: 1 << 20, held_pages, agreed: 2, base_stays: true, others: false }
 }
 
 /// One sample of each kind, in the order of [`FrameKind::ALL`].
@@ -207,7 +207,7 @@ fn rejects_pages_whose_counts_disagree() {
 #[test]
 fn rejects_pages_with_unknown_or_reserved_values() {
     let body = pages_body();
-    for (at, value) in [(6, 3), (7, 1), (22, 1), (56, 0), (56, 5), (57, 1)] {
+    for (at, value) in [(6, 3), (7, 1), (22, 1), (56, 1), (64, 0), (64, 6), (65, 1)] {
         let mut bad = body.clone();
         bad[at] = value;
         assert!(Pages::decode(&bad).is_err(), "byte {at} = {value}");
@@ -227,9 +227,13 @@ fn payloads_are_aligned_whatever_goes_before_them_and_padding_is_zero() {
         let head = pages_head(count);
         let mut body = Vec::new();
         head.encode(&runs, &vec![Digest([2; 32]); references], &mut body);
-        let (fields, payload) = (56 + 4 * runs.len() + 32 * references, body.len());
+        let (fields, payload) = (64 + 4 * runs.len() + 32 * references, body.len());
         assert_eq!((HEADER_BYTES + payload) % 64, 0);
-        assert_eq!(payload - fields, (64 - (4 * runs.len() + 32 * references) % 64) % 64, "as SPEC 5.3 computes it");
+        assert_eq!(
+            payload - fields,
+            (64 - (8 + 4 * runs.len() + 32 * references) % 64) % 64,
+            "as SPEC 5.3 computes it"
+        );
         body.extend_from_slice(&page);
         assert_eq!(Pages::decode(&body).unwrap().payload, page);
         for at in fields..payload {
@@ -248,8 +252,8 @@ fn payloads_are_aligned_whatever_goes_before_them_and_padding_is_zero() {
     let head = pages_head(1);
     let mut body = Vec::new();
     head.encode(&none, &[Digest([2; 32])], &mut body);
-    assert_eq!(body.len(), 56 + 4 + 32, "no payload, no padding");
-    body.resize(body.len() + 28, 0);
+    assert_eq!(body.len(), 64 + 4 + 32, "no payload, no padding");
+    body.resize(body.len() + 20, 0);
     assert!(Pages::decode(&body).is_err(), "padding without a payload");
 }
 

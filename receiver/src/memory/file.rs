@@ -61,6 +61,20 @@ impl GuestSink for FileSink {
         self.landing.read_base(offset, Self::cut(bytes, len.min(held)))
     }
 
+    fn base_stays(&self) -> bool {
+        self.landing.base_stays()
+    }
+
+    fn base_in_place(&self) -> bool {
+        self.landing.base_in_place()
+    }
+
+    fn read_old(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let (offset, len) = self.span(region, first, (bytes.len() / PAGE_BYTES) as u64);
+        let held = usize::try_from(self.landing.base_len().saturating_sub(offset)).unwrap_or(usize::MAX);
+        self.landing.read_old(offset, Self::cut(bytes, len.min(held)))
+    }
+
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
         let (offset, len) = self.span(region, first, (bytes.len() / PAGE_BYTES) as u64);
         self.landing.read(offset, Self::cut(bytes, len))

@@ -22,6 +22,24 @@ pub trait GuestSink: Send + 'static {
     /// They cannot be read or kept.
     fn read_base(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()>;
 
+    /// Whether the base stays readable by [`read_old`](Self::read_old) until the session ends, whatever is installed.
+    fn base_stays(&self) -> bool {
+        false
+    }
+
+    /// Whether the base is the new image already, so that an unchanged page need not even be read.
+    fn base_in_place(&self) -> bool {
+        false
+    }
+
+    /// Reads pages of the base as they were; called only if it [stays](Self::base_stays).
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn read_old(&mut self, _region: RegionId, _first: u64, _bytes: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Reads pages as they are now.
     ///
     /// # Errors

@@ -4,6 +4,8 @@ mod file;
 
 pub use file::FileMemory;
 
+use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::digest::Digest;
 use pagewire_protocol::page::{Layout, RegionId};
 use std::io;
 
@@ -18,6 +20,12 @@ pub trait GuestMemory: Send + 'static {
     /// # Errors
     /// They cannot be read, or memory is not there any more.
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// The pages, by their places in the image, that are known not to have changed since the image with `root` arrived
+    /// by `session`; `None` if nobody has watched them since. They are not read but for a sample.
+    fn unchanged_since(&mut self, _root: &Digest, _session: &[u8; 16]) -> Option<PageBitmap> {
+        None
+    }
 
     /// Called when everything was stated: memory that must not change while it is read says here if it did.
     ///

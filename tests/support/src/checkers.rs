@@ -30,15 +30,14 @@ pub fn check_success(outcome: &Outcome, image: &Image, sink: &ImageSink) {
 /// Every page is counted once, by both sides.
 pub fn check_counts(outcome: &Outcome, image: &Image) {
     let (sent, received) = (outcome.sent, outcome.received);
-    let came = received.zero + received.base + received.reference + received.inline;
+    let came = received.zero + received.base + received.reference + received.inline + received.delta;
     assert_eq!(came, image.pages(), "pages at the receiver: {received:?}");
-    let stated = sent.zero + sent.base + sent.reference + sent.inline;
+    let stated = sent.zero + sent.base + sent.reference + sent.inline + sent.delta;
     assert_eq!(stated, image.pages(), "pages at the sender: {sent:?}");
     assert_eq!(sent.wants, received.wants);
     if received.wants == 0 {
-        let ways = |zero, base, reference, inline| [zero, base, reference, inline];
-        let at_receiver = ways(received.zero, received.base, received.reference, received.inline);
-        assert_eq!(ways(sent.zero, sent.base, sent.reference, sent.inline), at_receiver);
+        let at_receiver = [received.zero, received.base, received.reference, received.inline, received.delta];
+        assert_eq!([sent.zero, sent.base, sent.reference, sent.inline, sent.delta], at_receiver);
     }
 }
 

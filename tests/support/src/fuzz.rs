@@ -266,7 +266,7 @@ pub fn sender_session(data: &[u8]) {
     let mut config = SenderConfig::new(pagewire_protocol::frame::ImageName::new("vm.img").unwrap());
     (config.session, config.nonce, config.lanes) = (SESSION, [8; 16], flags / 2 % 2 + 1);
     (config.dedup, config.compress, config.batch_pages) = (flags & 4 == 0, flags & 8 == 0, 16);
-    let mut script = AgainstSender::sender_with(&image, config);
+    let mut script = AgainstSender::sender_with(&image, Vec::new(), config);
     let phase = [Phase::Opening, Phase::Opening, Phase::Sending, Phase::Greeting][usize::from(flags >> 4) % 4];
     script.enter(phase, &image);
     if phase == Phase::Opening {

@@ -3,10 +3,15 @@
 //! A sink's state outlives the engine that writes to it: what a broken session left is the base of the next one.
 
 use crate::image::Image;
+use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::digest::{Digest, PageHasher};
+use pagewire_protocol::domain::DedupDomain;
+use pagewire_protocol::frame::Open;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, RegionId};
-use pagewire_receiver::GuestSink;
-use pagewire_sender::GuestMemory;
+use pagewire_protocol::tree::DigestTree;
+use pagewire_receiver::{Agreed, GuestSink};
+use pagewire_sender::{Base, GuestMemory};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -28,12 +33,14 @@ pub struct ImageMemory {
     layout: Layout,
     faults: SourceFaults,
     reads: u64,
+    /// Pages that are known not to have changed since an image that a session brought.
+    pub unchanged: Option<(Digest, [u8; 16], PageBitmap)>,
 }
 
 impl ImageMemory {
     /// The memory of `image`.
     pub fn new(image: Image, faults: SourceFaults) -> Self {
-        Self { layout: image.layout(), image, faults, reads: 0 }
+        Self { layout: image.layout(), image, faults, reads: 0, unchanged: None }
     }
 }
 
@@ -64,8 +71,59 @@ impl GuestMemory for ImageMemory {
         Ok(())
     }
 
+    fn unchanged_since(&mut self, root: &Digest, session: &[u8; 16]) -> Option<PageBitmap> {
+        self.unchanged.take_if(|(of, by, _)| (&*of, &*by) == (root, session)).map(|(.., pages)| pages)
+    }
+
     fn check_unchanged(&mut self) -> io::Result<()> {
         if self.faults.unsteady { Err(broken("changed while it was read")) } else { Ok(()) }
+    }
+}
+
+/// An earlier image that the sending host knows.
+#[derive(Clone, Debug)]
+pub struct ImageBase {
+    /// Its manifest is that of this image.
+    pub image: Image,
+    /// The domain that its digests belong to.
+    pub key: [u8; 32],
+    /// The session that brought it.
+    pub session: [u8; 16],
+    /// Its bytes, which may not be what the manifest says.
+    pub bytes: Option<Image>,
+    /// Its manifest cannot be read when it is needed.
+    pub lost: bool,
+}
+
+impl ImageBase {
+    /// All of `image`.
+    pub fn whole(image: &Image, key: [u8; 32]) -> Self {
+        Self { image: image.clone(), key, session: [7; 16], bytes: Some(image.clone()), lost: false }
+    }
+}
+
+impl Base for ImageBase {
+    fn root(&self) -> Digest {
+        self.image.root(&self.key)
+    }
+
+    fn session(&self) -> [u8; 16] {
+        self.session
+    }
+
+    fn trees(&mut self, hasher: &PageHasher) -> io::Result<Vec<DigestTree>> {
+        if self.lost { Err(broken("no manifest")) } else { Ok(self.image.trees(hasher)) }
+    }
+
+    fn has_pages(&self) -> bool {
+        self.bytes.is_some()
+    }
+
+    fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let image = self.bytes.as_ref().ok_or_else(|| broken("no bytes"))?;
+        let start = first as usize * PAGE_BYTES;
+        bytes.copy_from_slice(&image.bytes[usize::from(region.0)][start..start + bytes.len()]);
+        Ok(())
     }
 }
 
@@ -95,6 +153,12 @@ pub struct SinkState {
     pub finished: bool,
     /// Pages installed, pages cleared.
     pub written: (u64, u64),
+    /// What it is said to hold: a manifest of this image, in the domain of this key.
+    pub manifest: Option<(Image, [u8; 32])>,
+    /// The base as it was, if it can be read until the end.
+    pub old: Option<Image>,
+    /// Unchanged pages are not read.
+    pub trusted: bool,
     faults: SinkFaults,
     reads: u64,
     writes: u64,
@@ -114,6 +178,9 @@ impl ImageSink {
             starts_zero,
             finished: false,
             written: (0, 0),
+            manifest: None,
+            old: None,
+            trusted: false,
             faults,
             reads: 0,
             writes: 0,
@@ -131,6 +198,29 @@ impl ImageSink {
     pub fn holding(base: Image) -> Self {
         let pages = base.regions.iter().map(pagewire_protocol::page::Region::pages).collect();
         Self::new(base, pages, true, SinkFaults::default())
+    }
+
+    /// A sink that holds `base`, whatever that is, under a manifest that says `image`.
+    pub fn claiming(image: &Image, key: [u8; 32], base: Image, stays: bool) -> Self {
+        let sink = Self::holding(base.clone());
+        {
+            let mut state = sink.state();
+            state.manifest = Some((image.clone(), key));
+            state.old = stays.then_some(base);
+        }
+        sink
+    }
+
+    /// The root that is agreed on, if the sender knows it.
+    pub fn agreed(&self, open: &Open) -> Option<Agreed> {
+        let state = self.state();
+        let (image, key) = state.manifest.as_ref().filter(|(_, key)| *key == open.domain_key)?;
+        let root = image.root(key);
+        let known = open.known.iter().position(|known| *known == root)?;
+        let mut kept = PageBitmap::new(image.pages());
+        kept.insert_range(0..image.pages());
+        let trees = image.trees(&PageHasher::new(&DedupDomain::new(key)));
+        Some(Agreed { known: known as u8, trees, kept, trusted: state.trusted })
     }
 
     /// The state.
@@ -180,6 +270,22 @@ impl GuestSink for ImageSink {
         bytes.copy_from_slice(state.bytes(region, first, bytes.len()));
         state.scanned += (bytes.len() / PAGE_BYTES) as u64;
         state.rot();
+        Ok(())
+    }
+
+    fn base_stays(&self) -> bool {
+        self.state().old.is_some()
+    }
+
+    fn base_in_place(&self) -> bool {
+        true
+    }
+
+    fn read_old(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let mut state = self.state();
+        state.check_read()?;
+        let old = state.old.as_ref().ok_or_else(|| broken("the base does not stay"))?;
+        bytes.copy_from_slice(&old.bytes[usize::from(region.0)][first as usize * PAGE_BYTES..][..bytes.len()]);
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use pagewire_protocol::compress::Compressor;
 use pagewire_protocol::digest::{
     Digest, PageBytes, PageHasher, batch_digest, join_proof, page_digest, transcript_digest,
 };
-use pagewire_protocol::domain::DedupDomain;
+use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::{CloseCode, Violation, chain};
 use pagewire_protocol::frame::{
     Accept, Close, Codec, Done, EntryKind, Frame, FrameHeader, FrameKind, HEADER_BYTES, Hello, ImageName, Join, LaneId,
@@ -19,7 +19,7 @@ use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::{Job, Machine, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_receiver::{Event, ReceiverEngine, ReceiverError, Terms};
-use pagewire_sender::{SenderConfig, SenderEngine, SenderError};
+use pagewire_sender::{Base, SenderConfig, SenderEngine, SenderError};
 
 /// The secret of every scripted session.
 pub const SECRET: [u8; 32] = [7; 32];
@@ -165,6 +165,8 @@ pub struct Statement {
     pub digests: Vec<Digest>,
     /// The bytes of inline pages.
     pub payload: Vec<u8>,
+    /// How far in the base the old bytes of its pages lie.
+    pub shift: i64,
 }
 
 impl Statement {
@@ -221,7 +223,15 @@ impl Statement {
         let right = || batch_digest(&DedupDomain::public(), self.first, [self.digests.as_slice()]);
         let digest = self.digest.unwrap_or_else(right);
         let count = self.digests.len() as u32;
-        let head = PagesHead { round: self.round, region: self.region, codec, first: self.first, count, digest };
+        let head = PagesHead {
+            round: self.round,
+            region: self.region,
+            codec,
+            first: self.first,
+            count,
+            digest,
+            shift: self.shift,
+        };
         let mut body = Vec::new();
         head.encode(&self.runs, &self.references, &mut body);
         body.extend_from_slice(payload);
@@ -250,15 +260,17 @@ impl AgainstReceiver {
             lanes: self.lanes,
             domain_key: [0; 32],
             layout: image.layout(),
+            lineage: LineageId([0; 16]),
+            known: Vec::new(),
         }
     }
 
     /// Takes the offer.
     pub fn take(&mut self, sink: &ImageSink) {
         while let Some(event) = self.engine.poll_event() {
-            if matches!(event, Event::Offered(_)) {
-                let terms =
-                    Terms { sink: sink.clone(), lanes: self.lanes, window: WINDOW_BYTES, secret: SECRET, seed: 3 };
+            if let Event::Offered(offer) = event {
+                let (lanes, agreed, sink) = (self.lanes, sink.agreed(&offer.open), sink.clone());
+                let terms = Terms { sink, lanes, window: WINDOW_BYTES, secret: SECRET, seed: 3, agreed };
                 self.engine.accept(terms, self.now);
             }
         }
@@ -355,20 +367,30 @@ impl AgainstSender {
     pub fn sender(image: &Image, lanes: u8) -> Self {
         let mut config = SenderConfig::new(ImageName::new("vm.img").unwrap());
         (config.session, config.nonce, config.lanes) = (SESSION, [8; 16], lanes);
-        Self::sender_with(image, config)
+        Self::sender_with(image, Vec::new(), config)
     }
 
     /// A sender of `image` that greets.
-    pub fn sender_with(image: &Image, config: SenderConfig) -> Self {
+    pub fn sender_with(image: &Image, bases: Vec<Box<dyn Base>>, config: SenderConfig) -> Self {
         let now = Time::ZERO + Span::from_secs(1);
         let lanes = config.lanes;
-        Self::new(SenderEngine::new(ImageMemory::new(image.clone(), SourceFaults::default()), config, now), now, lanes)
+        let memory = ImageMemory::new(image.clone(), SourceFaults::default());
+        Self::new(SenderEngine::new(memory, bases, config, now), now, lanes)
     }
 
     /// The ACCEPT of an honest receiver that holds nothing.
     pub fn honest_accept(&self, image: &Image) -> Accept {
         let held_pages = vec![0; image.regions.len()];
-        Accept { transcript: self.transcript, secret: SECRET, lanes: self.lanes, window: WINDOW_BYTES, held_pages }
+        Accept {
+            transcript: self.transcript,
+            secret: SECRET,
+            lanes: self.lanes,
+            window: WINDOW_BYTES,
+            held_pages,
+            agreed: 0,
+            base_stays: false,
+            others: false,
+        }
     }
 
     /// Says ACCEPT and opens the lanes.

@@ -5,16 +5,20 @@
 
 use crate::image::Image;
 use crate::link::{Cut, LinkConfig, Pipe};
-use crate::memory::{ImageMemory, ImageSink, SourceFaults};
+use crate::memory::{ImageBase, ImageMemory, ImageSink, SourceFaults};
 use crate::rng::Rng;
+use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::{CloseCode, PeerError, Violation};
 use pagewire_protocol::frame::{Frame, FrameKind, ImageName, LaneId, Role};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::{Job, Machine, Outgoing, Policy};
 use pagewire_protocol::time::{Span, Time};
-use pagewire_receiver::{Event as ReceiverEvent, ReceiverEngine, ReceiverError, Terms};
-use pagewire_sender::{ErrorKind as SenderFailure, Event as SenderEvent, SenderConfig, SenderEngine, SenderError};
+use pagewire_receiver::{Event as ReceiverEvent, Offer, ReceiverEngine, ReceiverError, Terms};
+use pagewire_sender::{
+    Base, ErrorKind as SenderFailure, Event as SenderEvent, SenderConfig, SenderEngine, SenderError,
+};
 use std::collections::VecDeque;
 
 /// What is overdue but waits for a lane is looked at again so much later, as the tokio pump does.
@@ -64,6 +68,10 @@ pub struct WorldConfig {
     pub meddler: Option<Meddler>,
     /// Faults of the sender's memory.
     pub source_faults: SourceFaults,
+    /// Earlier images that the sending host knows, the newest first.
+    pub bases: Vec<ImageBase>,
+    /// Pages of the memory that are known not to have changed since one of them.
+    pub unchanged: Option<(Digest, [u8; 16], PageBitmap)>,
     /// Keep every frame that is written.
     pub record: bool,
 }
@@ -90,6 +98,8 @@ impl WorldConfig {
             cancel: None,
             meddler: None,
             source_faults: SourceFaults::default(),
+            bases: Vec::new(),
+            unchanged: None,
             record: false,
         }
     }
@@ -196,13 +206,15 @@ const TO_SENDER: usize = 1;
 impl World {
     /// A world in which `image` goes to `sink`.
     pub fn new(image: &Image, sink: &ImageSink, config: WorldConfig) -> Self {
-        let memory = ImageMemory::new(image.clone(), config.source_faults);
+        let mut memory = ImageMemory::new(image.clone(), config.source_faults);
+        memory.unchanged = config.unchanged.clone();
+        let bases = config.bases.iter().map(|base| Box::new(base.clone()) as Box<dyn Base>).collect();
         let now = Time::ZERO + Span::from_secs(1);
         let mut rng = Rng::new(config.seed);
         let mut nonce = [0; 16];
         rng.fill(&mut nonce);
         let mut world = Self {
-            sender: Side::new(SenderEngine::new(memory, config.sender.clone(), now)),
+            sender: Side::new(SenderEngine::new(memory, bases, config.sender.clone(), now)),
             receiver: Side::new(ReceiverEngine::new(&config.receiver_policy, nonce, now)),
             config,
             sink: sink.clone(),
@@ -290,19 +302,20 @@ impl World {
         }
         while let Some(event) = self.receiver.machine.poll_event() {
             moved = true;
-            if let ReceiverEvent::Offered(_) = event {
-                self.decide();
+            if let ReceiverEvent::Offered(offer) = event {
+                self.decide(&offer);
             }
         }
         moved
     }
 
-    fn decide(&mut self) {
+    fn decide(&mut self, offer: &Offer) {
         match self.config.decision.clone() {
             Decision::Accept => {
                 let (lanes, window, secret, seed) =
                     (self.config.lanes, self.config.window, self.rng.key(), self.rng.word());
-                let terms = Terms { sink: self.sink.clone(), lanes, window, secret, seed };
+                let agreed = self.sink.agreed(&offer.open);
+                let terms = Terms { sink: self.sink.clone(), lanes, window, secret, seed, agreed };
                 self.receiver.machine.accept(terms, self.now);
             }
             Decision::Refuse(code, reason) => self.receiver.machine.refuse(code, &reason),

@@ -1,0 +1,31 @@
+//! What the sending host knows of an earlier image of the guest: its manifest, and perhaps its bytes.
+
+use pagewire_protocol::digest::{Digest, PageHasher};
+use pagewire_protocol::page::RegionId;
+use pagewire_protocol::tree::DigestTree;
+use std::io;
+
+/// An earlier image of the guest, which the receiver may hold too. Bytes and digests are guesses: nothing wrong can be
+/// installed because of them.
+pub trait Base: Send + std::fmt::Debug + 'static {
+    /// The root over its digests and layout; the layout is that of the memory that is sent.
+    fn root(&self) -> Digest;
+
+    /// The session that brought the image here, or took it away.
+    fn session(&self) -> [u8; 16];
+
+    /// Its digests, region by region, with this root.
+    ///
+    /// # Errors
+    /// They cannot be read or have another root; the session goes on without them.
+    fn trees(&mut self, hasher: &PageHasher) -> io::Result<Vec<DigestTree>>;
+
+    /// Whether its bytes are here too.
+    fn has_pages(&self) -> bool;
+
+    /// Reads its pages.
+    ///
+    /// # Errors
+    /// They cannot be read; the session goes on without them.
+    fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()>;
+}
