@@ -1,13 +1,29 @@
 //! Images on one host, for both roles: today's receiver sends tomorrow.
 //!
-//! It owns where a digest lies ([`DigestIndex`]) and how an image file comes to be ([`Landing`]): a file under its
-//! final name is always whole. It never talks to a peer, and no name reaches it that `protocol` has not judged.
+//! It owns where a digest lies ([`DigestIndex`]), how an image file comes to be ([`Landing`]), and what stays of images
+//! that were here ([`Store`]): a file under its final name is always whole. It never talks to a peer, and no name
+//! reaches it that `protocol` has not judged.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
+mod dir;
+mod error;
+mod evict;
 mod index;
+mod keep;
 mod landing;
+pub mod manifest;
+#[cfg(test)]
+mod sample;
+mod store;
+mod visit;
 
+pub use error::StoreError;
+pub use evict::Removed;
 pub use index::DigestIndex;
+pub use keep::{Keep, KeepImage, Lineage, ReadPages};
 pub use landing::{Landing, LandingError, LandingOptions};
+pub use manifest::{VisitId, VisitKind};
+pub use store::{Store, StoreOptions};
+pub use visit::{Visit, VisitHead};
