@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
+mod content;
 mod dir;
 mod error;
 mod evict;
@@ -17,8 +18,10 @@ pub mod manifest;
 #[cfg(test)]
 mod sample;
 mod store;
+mod verify;
 mod visit;
 
+pub use content::{DomainPages, FoundPage};
 pub use error::StoreError;
 pub use evict::Removed;
 pub use index::DigestIndex;
@@ -26,4 +29,5 @@ pub use keep::{Keep, KeepImage, Lineage, ReadPages};
 pub use landing::{Landing, LandingError, LandingOptions};
 pub use manifest::{VisitId, VisitKind};
 pub use store::{Store, StoreOptions};
+pub use verify::{Fault, Finding, Repaired, Verified};
 pub use visit::{Visit, VisitHead};

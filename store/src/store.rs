@@ -247,7 +247,7 @@ pub(crate) fn role(name: &OsStr) -> Option<(VisitId, Role)> {
 }
 
 /// Removes what a crash left: drafts that nobody holds, and images without a manifest. The lock must be held.
-fn sweep(folder: &Folder) -> Result<(), StoreError> {
+pub(crate) fn sweep(folder: &Folder) -> Result<(), StoreError> {
     let names = folder.names()?;
     let parts: Vec<(VisitId, Role)> = names.iter().filter_map(|name| role(name)).collect();
     let mut swept = false;

@@ -337,7 +337,7 @@ impl Visit {
     }
 
     /// Whether its name still leads to it.
-    fn is_linked(&self) -> Result<bool, StoreError> {
+    pub(crate) fn is_linked(&self) -> Result<bool, StoreError> {
         let found = self.folder.open(&manifest_name(self.head.id), false)?.file();
         Ok(found.is_some_and(|(file, _)| is_same(Some(&self.file), &file)))
     }
@@ -358,6 +358,10 @@ impl Visit {
 
     pub(crate) fn folder(&self) -> &Folder {
         &self.folder
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     pub(crate) fn manifest(&self) -> &Manifest {
