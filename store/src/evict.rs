@@ -133,3 +133,6 @@ impl Store {
         Ok(gone)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -78,13 +78,17 @@ impl Guest {
     }
 
     pub(crate) fn order(&self) -> Keep<'_> {
+        self.order_with(self.root())
+    }
+
+    pub(crate) fn order_with(&self, root: Digest) -> Keep<'_> {
         Keep {
             lineage: self.lineage,
             name: ImageName::new("vm.img").unwrap(),
             session: [3; 16],
             kind: VisitKind::Departed,
             layout: &self.layout,
-            root: self.root(),
+            root,
         }
     }
 
