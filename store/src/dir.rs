@@ -375,3 +375,6 @@ impl Draft {
         done.map_err(|error| self.io("cannot be synced", error))
     }
 }
+
+#[cfg(test)]
+mod tests;

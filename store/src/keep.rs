@@ -323,3 +323,6 @@ fn punch_absent(draft: &Draft, layout: &Layout, present: &PageBitmap) -> Result<
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -359,3 +359,6 @@ impl fmt::Display for Finding {
         write!(f, "{}: {}", self.path.display(), self.fault)
     }
 }
+
+#[cfg(test)]
+mod tests;
