@@ -22,6 +22,36 @@ impl PageBitmap {
         Self { words: vec![0; words], len, ones: 0 }
     }
 
+    /// The full set over indices `0..len`.
+    pub fn full(len: u64) -> Self {
+        let mut bitmap = Self::new(len);
+        bitmap.insert_range(0..len);
+        bitmap
+    }
+
+    /// The set that [`bytes`](Self::bytes) gave; `None` if there are too many or too few, or one names no index.
+    pub fn from_bytes(len: u64, bytes: &[u8]) -> Option<Self> {
+        if bytes.len() as u64 != len.div_ceil(8) {
+            return None;
+        }
+        let mut bitmap = Self::new(len);
+        for (word, part) in bitmap.words.iter_mut().zip(bytes.chunks(8)) {
+            let mut whole = [0; 8];
+            whole.iter_mut().zip(part).for_each(|(byte, &from)| *byte = from);
+            *word = u64::from_le_bytes(whole);
+            bitmap.ones = bitmap.ones.saturating_add(u64::from(word.count_ones()));
+        }
+        let used = len % 64;
+        let stray = bitmap.words.last().is_some_and(|last| used != 0 && last >> used != 0);
+        (!stray).then_some(bitmap)
+    }
+
+    /// One bit an index, the lowest bit of the first byte first; unused bits are zero.
+    pub fn bytes(&self) -> Vec<u8> {
+        let bytes = usize::try_from(self.len.div_ceil(8)).unwrap_or(usize::MAX);
+        self.words.iter().flat_map(|word| word.to_le_bytes()).take(bytes).collect()
+    }
+
     /// One more than the largest index.
     pub fn len(&self) -> u64 {
         self.len
@@ -159,6 +189,13 @@ mod tests {
             let from_runs: Vec<u64> = bitmap.runs(from..len + 9).flatten().collect();
             let from_twin: Vec<u64> = twin.range(from..).copied().collect();
             prop_assert_eq!(from_runs, from_twin);
+            let mut bytes = bitmap.bytes();
+            prop_assert_eq!(PageBitmap::from_bytes(len, &bytes), Some(bitmap));
+            prop_assert_eq!(PageBitmap::from_bytes(len + 8, &bytes), None);
+            if len % 8 != 0 {
+                *bytes.last_mut().unwrap() |= 0x80;
+                prop_assert_eq!(PageBitmap::from_bytes(len, &bytes), None);
+            }
         }
     }
 }

@@ -4,7 +4,7 @@
 //! domains never compare equal and a digest of one purpose never stands for another. The public domain has a key that
 //! everybody knows: it is for links without authentication, and claims no privacy.
 
-use crate::digest::Key;
+use crate::digest::{Digest, Key};
 
 /// One guest through all its hosts and visits: a random number made when it first leaves a host that keeps it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,6 +33,7 @@ pub struct DedupDomain {
     pub(crate) node: Key,
     pub(crate) batch: Key,
     pub(crate) root: Key,
+    seal: Key,
     id: DomainId,
 }
 
@@ -45,6 +46,7 @@ impl DedupDomain {
             node: subkey("pagewire 1 tree node"),
             batch: subkey("pagewire 1 batch"),
             root: subkey("pagewire 1 root"),
+            seal: subkey("pagewire 1 store seal"),
             id: DomainId(half(blake3::derive_key("pagewire 1 domain id", key))),
         }
     }
@@ -52,6 +54,11 @@ impl DedupDomain {
     /// Its id, from which nobody learns the key.
     pub fn id(&self) -> DomainId {
         self.id
+    }
+
+    /// The seal of what a store keeps for this domain: of the concatenation of `parts`. It equals no digest of a page.
+    pub fn seal(&self, parts: &[&[u8]]) -> Digest {
+        self.seal.hash(parts.iter().copied())
     }
 
     /// The domain whose key is thirty-two zero bytes.

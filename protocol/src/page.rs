@@ -155,6 +155,13 @@ impl Layout {
         self.regions.iter().fold(0, |sum, region| sum.saturating_add(region.bytes))
     }
 
+    /// Where a page begins in a plain image file: all regions in a row, each as long as its bytes.
+    pub fn file_offset(&self, region: RegionId, page: u64) -> u64 {
+        let before = self.regions.iter().take(usize::from(region.0));
+        let start = before.fold(0u64, |sum, region| sum.saturating_add(region.bytes));
+        start.saturating_add(page.saturating_mul(PAGE_BYTES as u64))
+    }
+
     /// The place of a page that lies in the image; anything else saturates and finds nothing.
     pub fn place(&self, region: RegionId, page: u64) -> Place {
         let start = self.starts.get(usize::from(region.0)).copied().unwrap_or(u32::MAX);
@@ -226,6 +233,8 @@ mod tests {
         assert_eq!(layout.place(RegionId(1), 5), Place(8));
         assert_eq!(layout.locate(Place(8)), (RegionId(1), PageNumber(5)));
         assert_eq!(layout.locate(Place(2)), (RegionId(0), PageNumber(2)));
+        assert_eq!(layout.file_offset(RegionId(0), 2), 8192);
+        assert_eq!(layout.file_offset(RegionId(1), 1), 10_000 + 4096);
     }
 
     #[test]

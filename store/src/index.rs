@@ -59,6 +59,11 @@ impl DigestIndex {
         self.table.len()
     }
 
+    /// Bytes of memory that it takes.
+    pub fn bytes(&self) -> usize {
+        self.table.allocation_size()
+    }
+
     /// Whether none is.
     pub fn is_empty(&self) -> bool {
         self.table.is_empty()
@@ -79,6 +84,54 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::collections::HashMap;
+
+    fn digest(words: [u64; 4]) -> Digest {
+        let mut digest = Digest::default();
+        digest.0.as_chunks_mut::<8>().0.iter_mut().zip(words).for_each(|(to, word)| *to = word.to_le_bytes());
+        digest
+    }
+
+    #[test]
+    fn an_equal_prefix_of_64_bits_is_a_miss() {
+        let known: Vec<Digest> = (0..100).map(|tail| digest([7, tail, 0, tail])).collect();
+        let of = |place: Place| known[place.0 as usize];
+        let mut index = DigestIndex::new(3);
+        (0u32..).zip(&known).for_each(|(place, digest)| assert_eq!(index.insert(digest, Place(place), of), None));
+        for (place, known) in (0u32..).zip(&known) {
+            assert_eq!(index.find(known, of), Some(Place(place)));
+            let mut other = *known;
+            other.0[31] ^= 0x80;
+            assert_eq!(index.find(&other, of), None);
+        }
+    }
+
+    #[test]
+    fn digests_aimed_at_one_bucket_are_compared_a_constant_number_of_times() {
+        // Without a seed the first word of zeros makes every one of these hash to nothing.
+        let aimed: Vec<Digest> = (0..8000).map(|at| digest([0, at * 2 + 1, at, 1])).collect();
+        assert!(aimed.iter().all(|digest| fold(0, digest) == 0));
+        let compared = std::cell::Cell::new(0u32);
+        let most = |seed: u64, digests: &[Digest]| {
+            let of = |place: Place| {
+                compared.set(compared.get() + 1);
+                digests[place.0 as usize]
+            };
+            let mut index = DigestIndex::new(seed);
+            index.reserve(digests.len(), of);
+            let mut most = 0;
+            for (place, digest) in (0u32..).zip(digests) {
+                compared.set(0);
+                index.insert(digest, Place(place), of);
+                index.find(digest, of);
+                most = most.max(compared.get());
+            }
+            most
+        };
+        assert!(most(0, &aimed[..500]) > 200, "the aim is good");
+        for seed in [0x9e37_79b9_7f4a_7c15, 0xdead_beef_0bad_cafe, 3 << 60 | 12_345] {
+            assert!(most(seed, &aimed) <= 16, "{}", most(seed, &aimed));
+        }
+    }
 
     proptest! {
         /// The slow twin is a map from digest to places.
