@@ -31,6 +31,12 @@ pub(crate) enum Verb {
     Send(Send),
     /// Say what an image consists of, and what a transfer of it would cost.
     Inspect(Inspect),
+    /// Look after what this host keeps of images that were here.
+    ///
+    /// A store keeps visits: an image that left or came, as a plain file with holes, and a manifest with the digest of
+    /// each page. A guest that comes back then sends only what changed elsewhere. Every visit belongs to one guest, and
+    /// a newer visit of the same guest supersedes the older ones.
+    Store(Store),
 }
 
 #[derive(Debug, ClapArgs)]
@@ -185,6 +191,64 @@ pub(crate) struct Inspect {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Store {
+    #[command(subcommand)]
+    pub(crate) verb: StoreVerb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum StoreVerb {
+    /// Show the visits, the newest of each domain first.
+    List(StoreAt),
+    /// Read and re-hash everything that is kept; name what is wrong, and end with code 1 if something is.
+    Verify(StoreAt),
+    /// Verify, and drop what is damaged: single pages where it can be, else whole visits. What is sound stays.
+    ///
+    /// Nothing is lost by it: a page that is not kept is sent again. What a session has open is left for later.
+    Repair(StoreAt),
+    /// Remove superseded visits, and evict what is over the budget: what was used longest ago goes first.
+    Prune(Prune),
+    /// Remove visits by id, by name, or all. What a session has open stays.
+    #[command(name = "rm")]
+    Remove(Remove),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct StoreAt {
+    /// The store's folder: yours, and closed to others.
+    #[arg(long = "store", value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Prune {
+    /// Bytes on disk that each dedup domain may take, as in 20GiB. Without it only superseded visits go.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) store_budget: Option<u64>,
+    #[command(flatten)]
+    pub(crate) at: StoreAt,
+}
+
+#[derive(Debug, ClapArgs)]
+#[group(id = "which", required = true, multiple = true, args = ["ids", "name", "all"])]
+pub(crate) struct Remove {
+    /// Ids as `pagewire store list` shows them; the first digits are enough if they fit one visit.
+    #[arg(value_name = "ID", conflicts_with_all = ["name", "all"])]
+    pub(crate) ids: Vec<String>,
+    /// All visits of guests called NAME.
+    #[arg(long, value_name = "NAME", value_parser = ImageName::new, conflicts_with = "all")]
+    pub(crate) name: Option<ImageName>,
+    /// All visits, damaged ones too.
+    #[arg(long)]
+    pub(crate) all: bool,
+    #[command(flatten)]
+    pub(crate) at: StoreAt,
 }
 
 fn size(text: &str) -> Result<u64, String> {

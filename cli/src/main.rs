@@ -7,6 +7,7 @@ mod demo;
 mod exit;
 mod show;
 mod signals;
+mod store;
 mod verbs;
 
 use clap::Parser;

@@ -2,7 +2,7 @@
 
 use crate::args::{Args, Copy, Inspect, Receive, Send, Transfer, Verb};
 use crate::show::{Show, finish, print_json, size};
-use crate::{demo, exit, signals};
+use crate::{demo, exit, signals, store};
 use anyhow::{Context, Result, bail};
 use pagewire::{
     CancellationToken, CopyOptions, Inspection, Into, LandingOptions, Outcome, ReceiveOptions, SendOptions, Server,
@@ -21,6 +21,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         Verb::Receive(args) => receive(args),
         Verb::Send(args) => send(&args),
         Verb::Inspect(args) => inspect(&args),
+        Verb::Store(args) => store::run(&args.verb),
     }
 }
 

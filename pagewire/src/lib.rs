@@ -38,7 +38,7 @@ pub use pagewire_protocol::page::InstallSize;
 pub use pagewire_receiver::GuestSink;
 pub use pagewire_sender::GuestMemory;
 pub use pagewire_sender::memory::FileMemory;
-pub use pagewire_store::LandingOptions;
+pub use pagewire_store::{self as store, LandingOptions};
 pub use pagewire_transport::{Address, AddressError, CancellationToken};
 pub use receive::{Into, ReceiveOptions, Server, ServerEvent};
 pub use report::{Decision, Faults, Outcome, Pages, Report, Role, Round, WireBytes};

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 /// What became of a visit that was to be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Removed {
     /// It is gone.
     Yes,

@@ -143,6 +143,18 @@ impl VisitKind {
     }
 }
 
+/// The header around a body, sealed for the domain of `key`. A body that is too long is cut, and decodes to nothing.
+pub fn seal(key: &[u8; 32], body: &[u8]) -> [u8; BLOCK] {
+    let mut bytes = Vec::with_capacity(BLOCK);
+    let len = u32::try_from(body.len()).unwrap_or(u32::MAX);
+    Writer(&mut bytes).bytes(&MAGIC).u32(VERSION).u32(len).bytes(body);
+    let seal = DedupDomain::new(key).seal(&[&bytes]);
+    bytes.extend_from_slice(&seal.0);
+    let mut block = [0; BLOCK];
+    block.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+    block
+}
+
 /// What a manifest says of its visit, the digests aside.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Manifest {
@@ -255,14 +267,7 @@ impl Manifest {
         let mut encoded = Vec::new();
         encode_body(&body, &mut encoded);
         debug_assert!(encoded.len() <= BODY_MAX, "a name and regions inside their limits fit");
-        let mut bytes = Vec::with_capacity(BLOCK);
-        let len = u32::try_from(encoded.len()).unwrap_or(u32::MAX);
-        Writer(&mut bytes).bytes(&MAGIC).u32(VERSION).u32(len).bytes(&encoded);
-        let seal = self.domain().seal(&[&bytes]);
-        bytes.extend_from_slice(&seal.0);
-        let mut block = [0; BLOCK];
-        block.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
-        block
+        seal(&self.key, &encoded)
     }
 
     /// Its dedup domain.
@@ -309,3 +314,6 @@ impl Manifest {
         PageBitmap::from_bytes(self.layout.pages(), bitmap).ok_or(ManifestError::Present)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -114,6 +114,22 @@ impl Store {
         Ok(all)
     }
 
+    /// The ids of all visits, damaged ones too.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn ids(&self) -> Result<Vec<VisitId>, StoreError> {
+        let mut ids = Vec::new();
+        for domain in self.domain_ids()? {
+            if let Ok(Some(folder)) = self.folder(domain) {
+                let names = folder.names()?;
+                let parts = names.iter().filter_map(|name| role(name));
+                ids.extend(parts.filter(|(_, role)| *role == Role::Manifest).map(|(id, _)| id));
+            }
+        }
+        Ok(ids)
+    }
+
     /// Opens a visit; until it is dropped nobody evicts it. `None` if it is gone, damaged or being rewritten.
     ///
     /// # Errors

@@ -68,6 +68,7 @@ impl fmt::Display for Fault {
 
 /// What was done about a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Repaired {
     /// Nothing yet: only looked at, in use by somebody, or not the store's to remove.
     Left,
@@ -92,6 +93,7 @@ pub struct Finding {
 
 /// What a look at everything found.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Verified {
     /// Visits looked at.
     pub visits: u64,
