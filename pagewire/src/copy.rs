@@ -78,7 +78,7 @@ fn join(
     let landing = LandingOptions { inplace: options.inplace, fresh: options.send.fresh };
     let decide = |offer: &Offer| {
         let landing = Landing::start(dir, file, offer.open.layout.bytes(), landing).map_err(|error| refusal(&error))?;
-        Ok(Landed { sink: FileSink::new(landing, offer.open.layout.clone()), agreed: None })
+        Ok(Landed { sink: FileSink::new(landing, offer.open.layout.clone()), agreed: None, others: None })
     };
     let arriving =
         Arriving { socket: there, framer: Framer::new(), single_stream: true, lanes: 1, start: Instant::now() };

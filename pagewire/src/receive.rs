@@ -311,7 +311,7 @@ fn land(offer: &Offer, options: &ReceiveOptions) -> Result<Landed<FileSink>, Ref
         }
     };
     let landing = landing.map_err(|error| refusal(&error))?;
-    Ok(Landed { sink: FileSink::new(landing, offer.open.layout.clone()), agreed: None })
+    Ok(Landed { sink: FileSink::new(landing, offer.open.layout.clone()), agreed: None, others: None })
 }
 
 /// What the peer is told of a place that cannot be used.

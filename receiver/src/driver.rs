@@ -2,7 +2,7 @@
 
 use crate::engine::{Agreed, Event, Offer, ReceiverEngine, Terms};
 use crate::error::{ErrorKind, ReceiverError};
-use crate::memory::GuestSink;
+use crate::memory::{GuestSink, OtherPages};
 use crate::report::Counts;
 use pagewire_protocol::error::{CloseCode, GuestAt, PeerError};
 use pagewire_protocol::framing::Framer;
@@ -36,6 +36,8 @@ pub struct Landed<S> {
     pub sink: S,
     /// What the sender knows of the base, if it does.
     pub agreed: Option<Agreed>,
+    /// Pages of other guests of the domain, if they may be matched.
+    pub others: Option<Box<dyn OtherPages>>,
 }
 
 /// Why an offer is refused: what the peer is told.
@@ -131,9 +133,9 @@ async fn drive<S: GuestSink>(
                     registration = Some(guard);
                     pump.take_joins(joins);
                     check_streams(&offer, single_stream)?;
-                    let Landed { sink, agreed } = decide(&offer)?;
+                    let Landed { sink, agreed, others } = decide(&offer)?;
                     let Entropy { secret, seed, .. } = entropy;
-                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed })
+                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed, others })
                 });
                 summary.offer = Some(offer);
                 let now = pump.now();

@@ -7,7 +7,7 @@
 //! sender's, and the sink has made them last.
 
 use crate::error::{ErrorKind, ReceiverError};
-use crate::memory::GuestSink;
+use crate::memory::{GuestSink, OtherPages};
 use crate::page_map::PageMap;
 use crate::report::Counts;
 use crate::resolve::{Base, Resolved, Resolver, Target};
@@ -51,6 +51,8 @@ pub struct Terms<S> {
     pub seed: u64,
     /// What the sender knows of the base, if it does.
     pub agreed: Option<Agreed>,
+    /// Pages of other guests of the domain, if they may be matched.
+    pub others: Option<Box<dyn OtherPages>>,
 }
 
 /// A base whose manifest both sides know.
@@ -125,6 +127,7 @@ struct Receiving<S> {
     base: Base,
     wants: Wants,
     resolver: Resolver,
+    others: Option<Box<dyn OtherPages>>,
     lanes: [Lane; LaneId::COUNT],
     bulk_lanes: u8,
     /// When something was last stated, or read from the base.
@@ -166,7 +169,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
     /// Takes the offered image.
     pub fn accept(&mut self, terms: Terms<S>, now: Time) {
         let (Some(open), Some(greeted)) = (self.offer.take(), self.endpoint.greeted()) else { return };
-        let Terms { sink, lanes, window, secret, seed, agreed } = terms;
+        let Terms { sink, lanes, window, secret, seed, agreed, others } = terms;
         let resolver = match Resolver::new() {
             Ok(resolver) => resolver,
             Err(source) => return self.fail(ErrorKind::Destination { what: "zstd cannot start", source }),
@@ -190,6 +193,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
             base: Base { agreed: agreed.is_some(), trusted, stays },
             wants: Wants::new(&open.layout, bulk_lanes),
             resolver,
+            others: None,
             lanes: Default::default(),
             bulk_lanes,
             moved: now,
@@ -226,9 +230,10 @@ impl<S: GuestSink> ReceiverEngine<S> {
             held_pages: held,
             agreed: number,
             base_stays: stays,
-            others: false,
+            others: others.is_some(),
         };
         self.endpoint.push_frame(LaneId::CONTROL, &Frame::Accept(accept));
+        receiving.others = others;
         self.receiving = Some(receiving);
     }
 
@@ -373,7 +378,8 @@ impl<S: GuestSink> Receiving<S> {
             return Ok(());
         };
         let (scan, hasher, base) = (&self.scan, &self.hasher, self.base);
-        let mut to = Target { map: &mut self.map, sink, scan, hasher, counts, base };
+        let others = self.others.as_deref_mut();
+        let mut to = Target { map: &mut self.map, sink, scan, hasher, counts, base, others };
         match self.resolver.apply(range, pages, &mut to)? {
             Resolved::Missing(missing) => {
                 range.numbers().for_each(|page| self.wants.settle(&self.open.layout, range.region, page));

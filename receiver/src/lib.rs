@@ -19,6 +19,6 @@ mod wants;
 
 pub use engine::{Agreed, Event, FinishJob, FinishOutput, Offer, ReceiverEngine, Terms};
 pub use error::{ErrorKind, ReceiverError};
-pub use memory::GuestSink;
+pub use memory::{GuestSink, OtherPages};
 pub use page_map::PageMap;
 pub use report::Counts;

@@ -15,6 +15,8 @@ pub struct Counts {
     pub delta: u64,
     /// Of the unchanged ones, those that were taken on trust and never read.
     pub unverified: u64,
+    /// Of those found here, those that another guest of the domain has.
+    pub others: u64,
     /// Pages of an agreed base that were not what its manifest says.
     pub damaged: u64,
     /// Asked for, because what was referred to is not here.

@@ -5,7 +5,7 @@
 //! bytes are copied: a digest in the map says what was there, not what a disk returns.
 
 use crate::error::ErrorKind;
-use crate::memory::GuestSink;
+use crate::memory::{GuestSink, OtherPages};
 use crate::page_map::{Found, PageMap};
 use crate::report::Counts;
 use crate::scan::Scan;
@@ -63,6 +63,7 @@ pub(crate) struct Target<'a, S> {
     pub(crate) hasher: &'a PageHasher,
     pub(crate) counts: &'a mut Counts,
     pub(crate) base: Base,
+    pub(crate) others: Option<&'a mut (dyn OtherPages + 'static)>,
 }
 
 /// What kind of base the session has.
@@ -288,7 +289,7 @@ impl Resolver {
         if to.map.digest(region, page) == Some(digest) {
             return Ok(true);
         }
-        let Some(found) = to.map.find(&digest) else { return Ok(false) };
+        let Some(found) = to.map.find(&digest) else { return self.fetch_other(region, page, &digest, to) };
         let mut bytes: PageBytes = [0; PAGE_BYTES];
         let read = match found {
             Found::Image(from, number) => to.sink.read(from, number, &mut bytes),
@@ -307,12 +308,41 @@ impl Resolver {
             to.map.forget(from, number);
             return Ok(false);
         }
+        self.put(region, page, &bytes, &digest, to)
+    }
+
+    /// Brings a page of another guest to its place, if one has the digest.
+    fn fetch_other<S: GuestSink>(
+        &self,
+        region: RegionId,
+        page: u64,
+        digest: &Digest,
+        to: &mut Target<'_, S>,
+    ) -> Result<bool, ErrorKind> {
+        let mut bytes: PageBytes = [0; PAGE_BYTES];
+        let found = to.others.as_mut().is_some_and(|others| others.fetch(digest, &mut bytes));
+        if !found || page_digest(to.hasher.domain(), &bytes) != *digest {
+            return Ok(false);
+        }
+        to.counts.others = to.counts.others.saturating_add(1);
+        self.put(region, page, &bytes, digest, to)
+    }
+
+    /// Installs verified bytes; false if they do not fit the short last page of a region.
+    fn put<S: GuestSink>(
+        &self,
+        region: RegionId,
+        page: u64,
+        bytes: &PageBytes,
+        digest: &Digest,
+        to: &mut Target<'_, S>,
+    ) -> Result<bool, ErrorKind> {
         let used = used_bytes(to.map.layout(), region, page);
         if !bytes.get(used..).is_none_or(is_zero) {
             return Ok(false);
         }
-        to.sink.install(region, page, &bytes).map_err(failed("cannot be written"))?;
-        to.map.set(region, page, digest);
+        to.sink.install(region, page, bytes).map_err(failed("cannot be written"))?;
+        to.map.set(region, page, *digest);
         Ok(true)
     }
 }
@@ -364,7 +394,7 @@ fn read_shifted<'b, S: GuestSink>(
     let (mut filled, held) = (0usize, to.scan.held(region));
     for (_, run) in moved() {
         let source = shifted(run.clone(), shift, held);
-        // SPEC 6.22
+        // SPEC 6.24
         if !to.base.stays || source.end.saturating_sub(source.start) != run.end.saturating_sub(run.start) {
             let what = "a shifted entry, but its source is not held or does not stay";
             return Err(Violation::Entry { what, region: region.0, first: range.first.0 }.into());

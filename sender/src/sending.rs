@@ -62,6 +62,8 @@ pub(crate) struct Sending<M> {
     holdings: Holdings,
     /// The base, if both sides know its manifest: `trees` begin with its digests then.
     reuse: Option<Reuse>,
+    /// The receiver has pages of other guests.
+    others: bool,
     sent: SentPages,
     pub(crate) lanes: Lanes,
     compress: CompressSwitch,
@@ -107,6 +109,7 @@ impl<M: GuestMemory> Sending<M> {
             reuse,
             // Nothing is announced of an agreed base.
             holdings: Holdings::new(&layout, if is_agreed { &[] } else { &accept.held_pages }),
+            others: accept.others,
             sent: SentPages::new(&layout, config.dedup.then_some(config.seed)),
             lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers),
             compress: CompressSwitch::new(config.compress && zstd, config.workers),
@@ -242,7 +245,7 @@ impl<M: GuestMemory> Sending<M> {
             self.state_equal(range);
             return Ok(Step::Did);
         }
-        let announce = held.iter().any(|held| *held != Held::Nothing)
+        let announce = (self.others || held.iter().any(|held| *held != Held::Nothing))
             && self.announce.get_mut(usize::from(range.region.0)).is_some_and(AnnounceSwitch::choose);
         self.state_pages(range, buffer, announce, now);
         Ok(Step::Did)

@@ -4,8 +4,15 @@ mod file;
 
 pub use file::FileSink;
 
+use pagewire_protocol::digest::{Digest, PageBytes};
 use pagewire_protocol::page::RegionId;
 use std::io;
+
+/// Pages of other guests of the same dedup domain. What is found is checked before it is used.
+pub trait OtherPages: std::fmt::Debug + Send + 'static {
+    /// Reads a page that may have `digest`; false if none is here.
+    fn fetch(&mut self, digest: &Digest, page: &mut PageBytes) -> bool;
+}
 
 /// Memory of a guest that arrives. Page numbers are inside the region; `bytes` are whole pages, the last of a region
 /// padded with zeros.

@@ -270,7 +270,7 @@ impl AgainstReceiver {
         while let Some(event) = self.engine.poll_event() {
             if let Event::Offered(offer) = event {
                 let (lanes, agreed, sink) = (self.lanes, sink.agreed(&offer.open), sink.clone());
-                let terms = Terms { sink, lanes, window: WINDOW_BYTES, secret: SECRET, seed: 3, agreed };
+                let terms = Terms { sink, lanes, window: WINDOW_BYTES, secret: SECRET, seed: 3, agreed, others: None };
                 self.engine.accept(terms, self.now);
             }
         }

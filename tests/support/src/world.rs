@@ -15,7 +15,7 @@ use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::{Job, Machine, Outgoing, Policy};
 use pagewire_protocol::time::{Span, Time};
-use pagewire_receiver::{Event as ReceiverEvent, Offer, ReceiverEngine, ReceiverError, Terms};
+use pagewire_receiver::{Event as ReceiverEvent, Offer, OtherPages, ReceiverEngine, ReceiverError, Terms};
 use pagewire_sender::{
     Base, ErrorKind as SenderFailure, Event as SenderEvent, SenderConfig, SenderEngine, SenderError,
 };
@@ -70,6 +70,8 @@ pub struct WorldConfig {
     pub source_faults: SourceFaults,
     /// Earlier images that the sending host knows, the newest first.
     pub bases: Vec<ImageBase>,
+    /// Pages of other guests that the receiver has.
+    pub others: Option<Box<dyn OtherPages>>,
     /// Pages of the memory that are known not to have changed since one of them.
     pub unchanged: Option<(Digest, [u8; 16], PageBitmap)>,
     /// Keep every frame that is written.
@@ -99,6 +101,7 @@ impl WorldConfig {
             meddler: None,
             source_faults: SourceFaults::default(),
             bases: Vec::new(),
+            others: None,
             unchanged: None,
             record: false,
         }
@@ -314,8 +317,8 @@ impl World {
             Decision::Accept => {
                 let (lanes, window, secret, seed) =
                     (self.config.lanes, self.config.window, self.rng.key(), self.rng.word());
-                let agreed = self.sink.agreed(&offer.open);
-                let terms = Terms { sink: self.sink.clone(), lanes, window, secret, seed, agreed };
+                let (agreed, others) = (self.sink.agreed(&offer.open), self.config.others.take());
+                let terms = Terms { sink: self.sink.clone(), lanes, window, secret, seed, agreed, others };
                 self.receiver.machine.accept(terms, self.now);
             }
             Decision::Refuse(code, reason) => self.receiver.machine.refuse(code, &reason),
