@@ -71,6 +71,35 @@ pub(crate) struct Transfer {
     pub(crate) deadline: Option<Duration>,
 }
 
+/// What this host keeps of guests, and how transfers use it.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Keeping {
+    /// Keep what leaves and what arrives in the store DIR, and send only what changed when a guest comes back. Made if
+    /// it is not there: yours, and closed to others. Used on loopback and Unix sockets alone until there is TLS.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    /// What of an image stays: by default the pages of what leaves, and the manifest (digests) of what arrives.
+    #[arg(long, value_name = "WHAT", requires = "store")]
+    pub(crate) keep: Option<Keep>,
+    /// Bytes on disk that each dedup domain may take, as in 20GiB; what was used longest ago goes first.
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "store")]
+    pub(crate) store_budget: Option<u64>,
+    /// Match pages with those of all guests that are sent with this name, on both sides. By default a guest's pages are
+    /// matched with its own earlier ones alone: whoever may send within a domain can find out what its guests hold.
+    #[arg(long, value_name = "NAME", requires = "store")]
+    pub(crate) domain: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Keep {
+    /// Nothing.
+    None,
+    /// The digests of its pages.
+    Manifest,
+    /// The digests and the pages.
+    Visit,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum PageSize {
     #[value(name = "4KiB", aliases = ["4k", "4K", "4096"])]
@@ -139,6 +168,8 @@ pub(crate) struct Send {
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
     #[command(flatten)]
+    pub(crate) keeping: Keeping,
+    #[command(flatten)]
     pub(crate) transfer: Transfer,
     #[command(flatten)]
     pub(crate) output: Output,
@@ -176,6 +207,11 @@ pub(crate) struct Receive {
     /// Allow memory to cross a network in the clear (there is no TLS yet).
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
+    #[command(flatten)]
+    pub(crate) keeping: Keeping,
+    /// Take unchanged pages of a kept image as they are, without reading them. The report counts them.
+    #[arg(long, requires = "store")]
+    pub(crate) trust_store: bool,
     #[command(flatten)]
     pub(crate) output: Output,
 }

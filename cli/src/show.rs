@@ -67,6 +67,9 @@ pub(crate) fn finish(outcome: &Outcome, output: &Output) -> Result<()> {
         let text = serde_json::to_string_pretty(&outcome.report)?;
         std::fs::write(path, text + "\n").with_context(|| format!("report {}", path.display()))?;
     }
+    for warning in &outcome.report.warnings {
+        eprintln!("pagewire: warning: {warning}");
+    }
     if output.json {
         print_json(&json!({"event": "finished", "report": outcome.report}));
     } else if outcome.error.is_none() {
@@ -94,9 +97,13 @@ pub(crate) fn summary(report: &Report) -> String {
         ("unchanged", pages.base),
         ("found there", pages.reference),
         ("with bytes", pages.inline),
+        ("by what differs", pages.delta),
     ];
     let ways = ways.map(|(name, count)| format!("{count} {name}")).join(", ");
     text += &format!("{total} pages: {ways}\n");
+    if report.reuse.unverified > 0 {
+        text += &format!("{} unchanged pages were taken on trust and never read\n", report.reuse.unverified);
+    }
     for decision in report.decisions.iter().skip(1) {
         text += &format!("  at {:.3} s: {}\n", decision.seconds, decision.what);
     }

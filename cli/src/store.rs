@@ -40,7 +40,8 @@ pub(crate) fn run(verb: &StoreVerb) -> Result<ExitCode> {
     }
 }
 
-fn refused(error: StoreError) -> Result<ExitCode> {
+/// A store that cannot be used, as an exit code.
+pub(crate) fn refused(error: StoreError) -> Result<ExitCode> {
     let usage = match &error {
         StoreError::Refused { .. } => true,
         StoreError::Io { source, .. } => source.kind() == ErrorKind::NotFound,

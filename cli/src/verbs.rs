@@ -1,12 +1,13 @@
 //! What each verb does: options from the command line to the facade, outcomes to exit codes.
 
-use crate::args::{Args, Copy, Inspect, Receive, Send, Transfer, Verb};
+use crate::args::{Args, Copy, Inspect, Keep, Keeping, Receive, Send, Transfer, Verb};
 use crate::show::{Show, finish, print_json, size};
 use crate::{demo, exit, signals, store};
 use anyhow::{Context, Result, bail};
+use pagewire::store::{Store, StoreError, StoreOptions};
 use pagewire::{
-    CancellationToken, CopyOptions, Inspection, Into, LandingOptions, Outcome, ReceiveOptions, SendOptions, Server,
-    ServerEvent,
+    CancellationToken, CopyOptions, Inspection, Into, KeepWhat, LandingOptions, Outcome, ReceiveOptions, Reuse,
+    SendOptions, Server, ServerEvent,
 };
 use serde_json::json;
 use std::path::Path;
@@ -74,13 +75,33 @@ fn is_remote(path: &Path) -> bool {
 }
 
 fn send(args: &Send) -> Result<ExitCode> {
-    let options =
-        SendOptions { lanes: args.lanes, insecure_plaintext: args.insecure_plaintext, ..send_options(&args.transfer)? };
+    let reuse = match reuse(&args.keeping, false) {
+        Ok(reuse) => reuse,
+        Err(error) => return store::refused(error),
+    };
+    let options = SendOptions {
+        lanes: args.lanes,
+        insecure_plaintext: args.insecure_plaintext,
+        reuse,
+        ..send_options(&args.transfer)?
+    };
     let mut show = Show::new(args.output.json);
     let outcome = pagewire::send(&args.source, &args.name, &args.to, &options, &mut show);
     show.end();
     finish(&outcome, &args.output)?;
     Ok(end(&outcome))
+}
+
+/// The store that a command names.
+fn reuse(keeping: &Keeping, trust: bool) -> Result<Option<Reuse>, StoreError> {
+    let Some(dir) = &keeping.store else { return Ok(None) };
+    let store = Store::open(dir, StoreOptions { budget: keeping.store_budget, existing: false })?;
+    let keep = keeping.keep.map(|keep| match keep {
+        Keep::None => KeepWhat::Nothing,
+        Keep::Manifest => KeepWhat::Manifest,
+        Keep::Visit => KeepWhat::Visit,
+    });
+    Ok(Some(Reuse { keep, trust, domain: keeping.domain.clone(), ..Reuse::new(store) }))
 }
 
 fn receive(args: Receive) -> Result<ExitCode> {
@@ -95,7 +116,12 @@ fn receive(args: Receive) -> Result<ExitCode> {
         eprintln!("pagewire: --into {}: is not a folder", dir.display());
         return Ok(ExitCode::from(2));
     }
+    let reuse = match reuse(&args.keeping, args.trust_store) {
+        Ok(reuse) => reuse,
+        Err(error) => return store::refused(error),
+    };
     let options = ReceiveOptions {
+        reuse,
         landing: LandingOptions { inplace: args.inplace, fresh: args.fresh },
         lanes: args.lanes,
         sessions_max: usize::from(args.max_sessions),

@@ -26,6 +26,7 @@ mod inspect;
 mod observe;
 mod receive;
 mod report;
+mod reuse;
 mod send;
 
 pub use copy::{CopyOptions, copy};
@@ -41,5 +42,6 @@ pub use pagewire_sender::memory::FileMemory;
 pub use pagewire_store::{self as store, LandingOptions};
 pub use pagewire_transport::{Address, AddressError, CancellationToken};
 pub use receive::{Into, ReceiveOptions, Server, ServerEvent};
-pub use report::{Decision, Faults, Outcome, Pages, Report, Role, Round, WireBytes};
+pub use report::{Decision, Faults, Outcome, Pages, Report, ReuseCounts, Role, Round, WireBytes};
+pub use reuse::{KeepWhat, Reuse};
 pub use send::{SendOptions, send, send_memory};

@@ -3,11 +3,14 @@
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::observe::Event;
-use crate::report::{Outcome, Pages, Report, Role, WireBytes};
+use crate::report::{Outcome, Pages, Report, ReuseCounts, Role, WireBytes};
+use crate::reuse::{Ground, Reuse, keep_arrived};
 use crate::send::check_plaintext;
 use pagewire_protocol::error::{CloseCode, chain};
+use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
+use pagewire_protocol::tree::Manifest;
 use pagewire_receiver::Offer;
 use pagewire_receiver::driver::{Beginning, Entropy, Landed, Refusal, Summary};
 use pagewire_receiver::memory::FileSink;
@@ -46,6 +49,8 @@ pub struct ReceiveOptions {
     pub sessions_max: usize,
     /// The largest image accepted, in bytes.
     pub image_bytes_max: u64,
+    /// Build on what is kept of guests that come back, and keep what arrives. For images that go into a folder.
+    pub reuse: Option<Reuse>,
     /// Allow unencrypted transfers over a network.
     pub insecure_plaintext: bool,
     /// Stop after the first session that got as far as naming an image.
@@ -63,6 +68,7 @@ impl ReceiveOptions {
             lanes: BULK_LANES_MAX,
             sessions_max: 64,
             image_bytes_max: IMAGE_BYTES_DEFAULT,
+            reuse: None,
             insecure_plaintext: false,
             once: false,
             cancel: CancellationToken::new(),
@@ -230,7 +236,12 @@ impl Shared {
             }
             land(offer, options)
         };
-        let (named, outcome) = session(arriving, &self.sessions, &options.cancel, decide, observe);
+        let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
+            if let (Some(reuse), Into::Folder(dir)) = (&options.reuse, &options.into) {
+                keep_arrived(reuse, open, manifest, Some(&dir.join(open.name.as_str())), report);
+            }
+        };
+        let (named, outcome) = session(arriving, &self.sessions, &options.cancel, decide, keep, observe);
         if stranger.is_none() {
             self.open.fetch_sub(1, Ordering::Relaxed);
         }
@@ -254,6 +265,7 @@ pub(crate) fn session(
     sessions: &Sessions,
     cancel: &CancellationToken,
     decide: impl FnMut(&Offer) -> Result<Landed<FileSink>, Refusal>,
+    keep: impl FnOnce(&Open, &Manifest, &mut Report),
     mut observe: impl FnMut(&Event),
 ) -> (bool, Outcome) {
     let Arriving { socket, framer, single_stream, lanes, start } = arriving;
@@ -273,7 +285,11 @@ pub(crate) fn session(
             received_bytes: progress.wire.received_bytes,
         });
     });
-    (summary.offer.is_some(), report(&summary).close(result.err().map(Error::from)))
+    let mut report = report(&summary);
+    if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
+        keep(&offer.open, manifest, &mut report);
+    }
+    (summary.offer.is_some(), report.close(result.err().map(Error::from)))
 }
 
 fn report(summary: &Summary) -> Report {
@@ -290,6 +306,13 @@ fn report(summary: &Summary) -> Report {
         delta: counts.delta,
     };
     report.wants = counts.wants;
+    report.reuse = ReuseCounts {
+        scanned: counts.scanned,
+        unverified: counts.unverified,
+        damaged: counts.damaged,
+        others: counts.others,
+        ..ReuseCounts::default()
+    };
     report.wire = WireBytes { sent_bytes: summary.wire.sent_bytes, received_bytes: summary.wire.received_bytes };
     report
 }
@@ -303,15 +326,22 @@ fn land(offer: &Offer, options: &ReceiveOptions) -> Result<Landed<FileSink>, Ref
         return Err(Refusal { code: CloseCode::REFUSED, reason });
     }
     let fresh = options.landing.fresh || offer.open.fresh;
-    let landing = match &options.into {
-        Into::File(path) => Landing::into_file(path, bytes, fresh),
-        Into::Folder(dir) => {
-            let landing = LandingOptions { fresh, ..options.landing };
-            Landing::start(dir, OsStr::new(offer.open.name.as_str()), bytes, landing)
+    let landing = LandingOptions { fresh, ..options.landing };
+    let ground = match (&options.into, &options.reuse) {
+        (Into::File(path), _) => Landing::into_file(path, bytes, fresh).map(Ground::plain),
+        (Into::Folder(dir), Some(reuse)) => Ground::of(reuse, dir, &offer.open, landing, seed()?),
+        (Into::Folder(dir), None) => {
+            Landing::start(dir, OsStr::new(offer.open.name.as_str()), bytes, landing).map(Ground::plain)
         }
     };
-    let landing = landing.map_err(|error| refusal(&error))?;
-    Ok(Landed { sink: FileSink::new(landing, offer.open.layout.clone()), agreed: None, others: None })
+    let ground = ground.map_err(|error| refusal(&error))?;
+    Ok(ground.landed(offer.open.layout.clone()))
+}
+
+/// A seed for the index of other guests' pages.
+fn seed() -> Result<u64, Refusal> {
+    let failed = |kind: ErrorKind| Refusal { code: CloseCode::DESTINATION, reason: chain(&kind) };
+    random().map(u64::from_le_bytes).map_err(failed)
 }
 
 /// What the peer is told of a place that cannot be used.

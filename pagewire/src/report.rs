@@ -38,6 +38,23 @@ pub struct WireBytes {
     pub received_bytes: u64,
 }
 
+/// What of a base was used, and what of it was looked at; at the sender the first two, at the receiver the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ReuseCounts {
+    /// Pages that memory knew to be unchanged since the base, and that nobody read.
+    pub unread: u64,
+    /// Pages that memory knew to be unchanged and that were read to see whether they were.
+    pub sampled: u64,
+    /// Pages of the base that were read and digested.
+    pub scanned: u64,
+    /// Unchanged pages that were taken on trust: never verified.
+    pub unverified: u64,
+    /// Pages of the base that were not what its manifest says.
+    pub damaged: u64,
+    /// Pages that another guest of the domain had.
+    pub others: u64,
+}
+
 /// One round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Round {
@@ -108,6 +125,11 @@ pub struct Report {
     pub faults: Faults,
     /// What was decided and why.
     pub decisions: Vec<Decision>,
+    /// What of the base was used, and how.
+    pub reuse: ReuseCounts,
+    /// What did not go as it should and did no harm.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// A report, and whether it is one of success.
@@ -152,6 +174,8 @@ impl Report {
             rounds: Vec::new(),
             faults: Faults::default(),
             decisions: Vec::new(),
+            reuse: ReuseCounts::default(),
+            warnings: Vec::new(),
         }
     }
 

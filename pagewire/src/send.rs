@@ -3,7 +3,8 @@
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::observe::{Event, Observer};
-use crate::report::{Decision, Outcome, Pages, Report, Role, Round, WireBytes};
+use crate::report::{Decision, Outcome, Pages, Report, ReuseCounts, Role, Round, WireBytes};
+use crate::reuse::{Departure, Reuse, keep_departed};
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::page::InstallSize;
 use pagewire_sender::driver::{Route, Stop, Summary};
@@ -32,6 +33,9 @@ pub struct SendOptions {
     pub insecure_plaintext: bool,
     /// Give up after this long.
     pub deadline: Option<Duration>,
+    /// Build on what is kept of the guest, and keep it when it has left. Used on local links alone until others are
+    /// authenticated.
+    pub reuse: Option<Reuse>,
     /// Stops the transfer.
     pub cancel: CancellationToken,
 }
@@ -47,6 +51,7 @@ impl Default for SendOptions {
             bandwidth_limit: None,
             insecure_plaintext: false,
             deadline: None,
+            reuse: None,
             cancel: CancellationToken::new(),
         }
     }
@@ -54,7 +59,6 @@ impl Default for SendOptions {
 
 impl SendOptions {
     pub(crate) fn config(&self, name: ImageName) -> Result<SenderConfig, ErrorKind> {
-        // SPEC 4.10: no link is authenticated yet, so the domain stays the public one on all of them.
         Ok(SenderConfig {
             session: random()?,
             nonce: random()?,
@@ -87,7 +91,7 @@ pub fn send(
     observer: &mut dyn Observer,
 ) -> Outcome {
     match FileMemory::open(source, options.install_size) {
-        Ok(memory) => send_memory(memory, name, to, options, observer),
+        Ok(memory) => send_from(memory, Some(source), name, to, options, observer),
         Err(error) => {
             let kind = ErrorKind::Source { path: source.to_path_buf(), source: error };
             Report::new(Role::Sender, name.to_string()).close(Some(kind.at_sender()))
@@ -95,7 +99,7 @@ pub fn send(
     }
 }
 
-/// As [`send`], for memory of any kind.
+/// As [`send`], for memory of any kind. Of what leaves only the manifest is kept: the pages are the caller's.
 pub fn send_memory<M: GuestMemory>(
     memory: M,
     name: &ImageName,
@@ -103,8 +107,19 @@ pub fn send_memory<M: GuestMemory>(
     options: &SendOptions,
     observer: &mut dyn Observer,
 ) -> Outcome {
+    send_from(memory, None, name, to, options, observer)
+}
+
+fn send_from<M: GuestMemory>(
+    memory: M,
+    source: Option<&Path>,
+    name: &ImageName,
+    to: &Address,
+    options: &SendOptions,
+    observer: &mut dyn Observer,
+) -> Outcome {
     match check_plaintext(to, options.insecure_plaintext) {
-        Ok(()) => run(memory, name, Route::Connect(to.clone()), options, observer),
+        Ok(()) => run((memory, source), name, Route::Connect(to.clone()), options, observer),
         Err(kind) => Report::new(Role::Sender, name.to_string()).close(Some(kind.at_sender())),
     }
 }
@@ -116,7 +131,7 @@ pub(crate) fn check_plaintext(address: &Address, allowed: bool) -> Result<(), Er
 
 /// Runs the sender over a route and makes the report.
 pub(crate) fn run<M: GuestMemory>(
-    memory: M,
+    (memory, source): (M, Option<&Path>),
     name: &ImageName,
     route: Route,
     options: &SendOptions,
@@ -127,20 +142,34 @@ pub(crate) fn run<M: GuestMemory>(
     let (bytes_total, pages_total) = (report.bytes_total, report.pages_total);
     observer.event(&Event::Started { bytes_total, pages_total });
     let single_stream = matches!(route, Route::Over(_));
+    // SPEC 4.10: no link is authenticated yet, so on others than local ones the domain stays the public one.
+    let local = matches!(&route, Route::Connect(to) if to.is_local().unwrap_or(false));
+    let reuse = options.reuse.as_ref().filter(|_| local);
+    if options.reuse.is_some() && reuse.is_none() {
+        report.warnings.push("the store is not used: the link is neither local nor authenticated".to_owned());
+    }
+    let departure = match reuse {
+        Some(reuse) => Departure::of(reuse, name, memory.layout(), &mut report),
+        None => Departure::unknown(),
+    };
+    let Departure { lineage, bases } = departure;
     let config = match options.config(name.clone()) {
-        Ok(config) => SenderConfig { single_stream, ..config },
+        Ok(config) => SenderConfig { single_stream, domain_key: lineage.key, lineage: lineage.id, ..config },
         Err(kind) => return report.close(Some(kind.at_sender())),
     };
-    let (summary, result) =
-        pagewire_sender::driver::send(memory, Vec::new(), config, route, &options.stop(), |progress| {
-            observer.event(&Event::Progress {
-                pages: progress.pages,
-                pages_total,
-                sent_bytes: progress.wire.sent_bytes,
-                received_bytes: progress.wire.received_bytes,
-            });
+    let (session, stop) = (config.session, options.stop());
+    let (summary, result) = pagewire_sender::driver::send(memory, bases, config, route, &stop, |progress| {
+        observer.event(&Event::Progress {
+            pages: progress.pages,
+            pages_total,
+            sent_bytes: progress.wire.sent_bytes,
+            received_bytes: progress.wire.received_bytes,
         });
+    });
     fill(&mut report, &summary);
+    if let (Some(reuse), Some(manifest)) = (reuse.filter(|_| lineage.key != [0; 32]), &summary.manifest) {
+        keep_departed(reuse, lineage, (name, session), manifest, source, &mut report);
+    }
     report.close(result.err().map(Error::from))
 }
 
@@ -155,9 +184,10 @@ fn fill(report: &mut Report, summary: &Summary) {
         delta: counts.delta,
     };
     report.wants = counts.wants;
+    report.reuse = ReuseCounts { unread: counts.unread, sampled: counts.sampled, ..ReuseCounts::default() };
     report.wire = WireBytes { sent_bytes: summary.wire.sent_bytes, received_bytes: summary.wire.received_bytes };
     report.rounds = vec![Round {
-        pages: counts.zero.saturating_add(counts.base).saturating_add(counts.reference).saturating_add(counts.inline),
+        pages: [counts.zero, counts.base, counts.reference, counts.inline, counts.delta].iter().sum(),
         bytes: summary.wire.sent_bytes,
         seconds: report.seconds,
         dirty_rate: 0.0,

@@ -8,20 +8,13 @@
 
 use crate::error::{ErrorKind, ReceiverError};
 use crate::memory::{GuestSink, OtherPages};
-use crate::page_map::PageMap;
+use crate::receiving::Receiving;
 use crate::report::Counts;
-use crate::resolve::{Base, Resolved, Resolver, Target};
-use crate::scan::Scan;
-use crate::wants::Wants;
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::{Digest, PageHasher, join_proof, proofs_equal};
-use pagewire_protocol::domain::DedupDomain;
-use pagewire_protocol::error::{CloseCode, DecodeError, GuestAt, Incompatible, PeerError, Violation, chain};
-use pagewire_protocol::frame::{
-    Accept, Ack, Done, EntryKind, Frame, FrameKind, Join, LaneId, Open, Pages, Role, Root, RoundEnd,
-};
-use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX, STALL_SPAN_MAX};
-use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId};
+use pagewire_protocol::digest::{join_proof, proofs_equal};
+use pagewire_protocol::error::{CloseCode, GuestAt, Incompatible, PeerError, Violation, chain};
+use pagewire_protocol::frame::{Accept, Done, Frame, FrameKind, Join, LaneId, Open, Role};
+use pagewire_protocol::limits::STALL_SPAN_MAX;
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, Job, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
@@ -81,7 +74,7 @@ pub enum Event {
 
 /// Makes the image last, possibly on another thread.
 #[derive(Debug)]
-pub struct FinishJob<S>(S);
+pub struct FinishJob<S>(pub(crate) S);
 
 /// What came of a [`FinishJob`].
 #[derive(Debug)]
@@ -97,49 +90,6 @@ impl<S: GuestSink> Job for FinishJob<S> {
         let result = self.0.finish();
         FinishOutput { sink: self.0, result }
     }
-}
-
-/// PAGES frames of a lane that are acknowledged without waiting for more.
-const ACK_AT_ONCE: u64 = 8;
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Lane {
-    joined: bool,
-    /// Rounds that have ended here, and so the round that is due.
-    ended: u32,
-    /// The round of the last pages.
-    round: u32,
-    frames: u64,
-    unacked_bytes: u64,
-    ack_due: Option<Time>,
-}
-
-/// What is true while an image is received.
-#[derive(Debug)]
-struct Receiving<S> {
-    open: Open,
-    secret: [u8; 32],
-    /// The codecs that were agreed, as bits.
-    codecs: u32,
-    hasher: PageHasher,
-    map: PageMap,
-    scan: Scan,
-    base: Base,
-    wants: Wants,
-    resolver: Resolver,
-    others: Option<Box<dyn OtherPages>>,
-    lanes: [Lane; LaneId::COUNT],
-    bulk_lanes: u8,
-    /// When something was last stated, or read from the base.
-    moved: Time,
-    /// Until when every granted lane must have joined.
-    joined_until: Time,
-    root: Option<Root>,
-    /// All of it is present, verified and lasting.
-    lasts: bool,
-    /// Gone while the finish job has it.
-    sink: Option<S>,
-    finish: Option<FinishJob<S>>,
 }
 
 /// The receiving side of one session.
@@ -169,71 +119,19 @@ impl<S: GuestSink> ReceiverEngine<S> {
     /// Takes the offered image.
     pub fn accept(&mut self, terms: Terms<S>, now: Time) {
         let (Some(open), Some(greeted)) = (self.offer.take(), self.endpoint.greeted()) else { return };
-        let Terms { sink, lanes, window, secret, seed, agreed, others } = terms;
-        let resolver = match Resolver::new() {
-            Ok(resolver) => resolver,
+        let (transcript, codecs) = (greeted.transcript, greeted.agreement.codecs);
+        let (mut receiving, accept) = match Receiving::new(open, terms, codecs, now) {
+            Ok((receiving, accept)) => (Box::new(receiving), Accept { transcript, ..accept }),
             Err(source) => return self.fail(ErrorKind::Destination { what: "zstd cannot start", source }),
         };
-        let regions = (0..).map(RegionId).take(open.layout.regions().len());
-        let base: Vec<u64> = regions.map(|region| sink.base_pages(region)).collect();
-        // SPEC 4.14
-        let held: Vec<u64> = base.iter().map(|&pages| if open.fresh { 0 } else { pages }).collect();
-        let agreed = agreed.filter(|agreed| !open.fresh && usize::from(agreed.known) < open.known.len());
-        let trusted = agreed.as_ref().is_some_and(|agreed| agreed.trusted) && sink.base_in_place();
-        let stays = sink.base_stays() && !open.fresh;
-        let scan = if trusted { Scan::trusting(held.clone()) } else { Scan::new(held.clone(), agreed.is_some()) };
-        let bulk_lanes = lanes.clamp(1, open.lanes);
-        let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
-        let mut receiving = Box::new(Receiving {
-            secret,
-            codecs: greeted.agreement.codecs,
-            map: PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero()),
-            hasher,
-            scan,
-            base: Base { agreed: agreed.is_some(), trusted, stays },
-            wants: Wants::new(&open.layout, bulk_lanes),
-            resolver,
-            others: None,
-            lanes: Default::default(),
-            bulk_lanes,
-            moved: now,
-            joined_until: now + HANDSHAKE_SPAN_MAX,
-            root: None,
-            lasts: false,
-            sink: Some(sink),
-            finish: None,
-            open,
-        });
-        for (region, pages) in (0..).map(RegionId).zip(base) {
-            // What is there is unknown until it is read, even if all beyond it is zero.
-            (0..pages).for_each(|page| receiving.map.forget(region, page));
-        }
-        if stays {
-            receiving.map.keep_overwritten();
-        }
-        let number = agreed.as_ref().map_or(0, |agreed| agreed.known.saturating_add(1));
-        if let Some(Agreed { trees, kept, .. }) = agreed {
-            receiving.map.claim(trees, &kept, trusted);
-        }
         self.endpoint.enter(Phase::Receiving);
         if receiving.open.single_stream {
-            for lane in (0..bulk_lanes).map(LaneId::bulk) {
+            for lane in (0..accept.lanes).map(LaneId::bulk) {
                 receiving.open_lane(lane);
                 self.endpoint.open_lane(lane, now);
             }
         }
-        let accept = Accept {
-            transcript: greeted.transcript,
-            secret,
-            lanes: bulk_lanes,
-            window,
-            held_pages: held,
-            agreed: number,
-            base_stays: stays,
-            others: others.is_some(),
-        };
         self.endpoint.push_frame(LaneId::CONTROL, &Frame::Accept(accept));
-        receiving.others = others;
         self.receiving = Some(receiving);
     }
 
@@ -353,152 +251,6 @@ impl<S: GuestSink> ReceiverEngine<S> {
         self.events.push_back(Event::Offered(Offer { open: open.clone() }));
         self.offer = Some(open);
         Ok(())
-    }
-}
-
-impl<S: GuestSink> Receiving<S> {
-    fn open_lane(&mut self, lane: LaneId) {
-        if let Some(lane) = self.lanes.get_mut(lane.index()) {
-            lane.joined = true;
-        }
-    }
-
-    fn handle_pages(
-        &mut self,
-        lane: LaneId,
-        pages: &Pages<'_>,
-        bytes: u64,
-        counts: &mut Counts,
-        now: Time,
-    ) -> Result<(), ErrorKind> {
-        let range = self.judge_range(lane, pages)?;
-        self.read_up_to(range, counts)?;
-        let Some(sink) = self.sink.as_mut() else {
-            // SPEC 7.4: a late answer to a want, whose page was stated again meanwhile.
-            return Ok(());
-        };
-        let (scan, hasher, base) = (&self.scan, &self.hasher, self.base);
-        let others = self.others.as_deref_mut();
-        let mut to = Target { map: &mut self.map, sink, scan, hasher, counts, base, others };
-        match self.resolver.apply(range, pages, &mut to)? {
-            Resolved::Missing(missing) => {
-                range.numbers().for_each(|page| self.wants.settle(&self.open.layout, range.region, page));
-                missing.iter().for_each(|&page| self.wants.ask(&self.open.layout, range.region, page, 1));
-            }
-            Resolved::Disbelieved => {
-                for page in range.numbers() {
-                    self.wants.settle(&self.open.layout, range.region, page);
-                    self.map.mark_absent(range.region, page);
-                }
-                self.wants.ask(&self.open.layout, range.region, range.first.0, u64::from(range.count));
-            }
-        }
-        self.wants.check(&self.open.layout)?;
-        if let Some(state) = self.lanes.get_mut(lane.index()) {
-            state.frames = state.frames.saturating_add(1);
-            state.round = pages.head.round;
-            state.unacked_bytes = state.unacked_bytes.saturating_add(bytes);
-            // The first ones at once: from them the sender learns what the link can do.
-            let delay = if state.frames <= ACK_AT_ONCE { Span::ZERO } else { ACK_DELAY_MAX };
-            state.ack_due.get_or_insert(now + delay);
-        }
-        Ok(())
-    }
-
-    /// Reads the base as far as a frame speaks of it: with an agreed one the sender need not wait for that.
-    fn read_up_to(&mut self, range: PageRange, counts: &mut Counts) -> Result<(), ErrorKind> {
-        let Some(sink) = self.sink.as_mut() else { return Ok(()) };
-        while !self.scan.is_finished() && !self.scan.has_read(range.region, range.first.0, range.count) {
-            let read = self.scan.step(&mut self.map, sink, &self.hasher, counts);
-            read.map_err(|source| ErrorKind::Destination { what: "base cannot be read", source })?;
-        }
-        Ok(())
-    }
-
-    /// Where the frame's pages lie, if they may be stated here and now.
-    fn judge_range(&self, lane: LaneId, pages: &Pages<'_>) -> Result<PageRange, ErrorKind> {
-        let head = pages.head;
-        let malformed = |source: DecodeError| PeerError::Decode { kind: FrameKind::PAGES, source };
-        let range = self.open.layout.range(head.region, head.first, head.count).map_err(malformed)?;
-        let (region, first) = (head.region, head.first);
-        // SPEC 6.21: a page has one lane, and there rounds only rise; answers to wants may follow the end of theirs.
-        let state = self.lanes.get(lane.index()).copied().unwrap_or_default();
-        if !(state.round..=state.ended).contains(&head.round) {
-            return Err(Violation::Round { got: head.round, expected: state.ended }.into());
-        }
-        let group = self.open.layout.group(range.region, first);
-        // SPEC 6.3
-        if lane.bulk_index().map(u64::from) != group.checked_rem(u64::from(self.bulk_lanes)) {
-            return Err(Violation::PageLane { region, first, lane: lane.number() }.into());
-        }
-        // SPEC 5.6
-        if self.codecs & head.codec.bit() == 0 {
-            return Err(Violation::Entry { what: "a codec that was not agreed", region, first }.into());
-        }
-        let looks = pages.runs().any(|run| !matches!(run.kind, EntryKind::ZERO | EntryKind::BASE));
-        let last = range.numbers().end.saturating_sub(1);
-        // SPEC 6.3
-        if (looks || self.bulk_lanes > 1) && first / GROUP_PAGES != last / GROUP_PAGES {
-            return Err(Violation::Entry { what: "a batch that crosses a group", region, first }.into());
-        }
-        // SPEC 6.15
-        if !self.base.agreed && !self.scan.has_read(range.region, first, head.count) {
-            return Err(Violation::Entry { what: "pages stated before their holdings", region, first }.into());
-        }
-        Ok(range)
-    }
-
-    fn handle_round(&mut self, lane: LaneId, end: RoundEnd, now: Time) -> Result<(), ErrorKind> {
-        let Some(state) = self.lanes.get_mut(lane.index()) else { return Ok(()) };
-        if end.round != state.ended {
-            return Err(Violation::Round { got: end.round, expected: state.ended }.into());
-        }
-        if end.frames != state.frames {
-            return Err(Violation::Ack { got: end.frames, sent: state.frames }.into());
-        }
-        state.ended = state.ended.saturating_add(1);
-        state.ack_due = Some(now);
-        Ok(())
-    }
-
-    fn handle_root(&mut self, root: Root) -> Result<(), ErrorKind> {
-        if let Some(known) = self.root {
-            return Err(Violation::Round { got: root.round, expected: known.round }.into());
-        }
-        self.root = Some(root);
-        Ok(())
-    }
-
-    /// Whether everything has come; if so the finish job is ready.
-    fn check_complete(&mut self) -> Result<bool, ErrorKind> {
-        let Some(root) = self.root.filter(|_| self.sink.is_some()) else { return Ok(false) };
-        let has_ended = |lane: LaneId| self.lanes.get(lane.index()).is_some_and(|lane| lane.ended > root.round);
-        if !self.scan.is_finished() || !(0..self.bulk_lanes).map(LaneId::bulk).all(has_ended) {
-            return Ok(false);
-        }
-        let (pages, present, wanted) = (self.open.layout.pages(), self.map.present_pages(), self.wants.outstanding());
-        if present < pages && wanted > 0 {
-            return Ok(false);
-        }
-        let ours = if present == pages { self.map.root(&self.hasher) } else { Digest::default() };
-        // SPEC 7.5
-        if present != pages || root.pages != pages || root.digest != ours {
-            let mismatch = Violation::Root { theirs: root.digest, their_pages: root.pages, ours, our_pages: present };
-            return Err(mismatch.into());
-        }
-        self.finish = self.sink.take().map(FinishJob);
-        Ok(true)
-    }
-
-    fn poll_ack(&mut self, lane: LaneId, now: Time) -> Option<Outgoing> {
-        let state = self.lanes.get_mut(lane.index()).filter(|lane| lane.joined)?;
-        let wants = self.wants.take(&self.open.layout, lane);
-        let due = state.ack_due.is_some_and(|due| now >= due) || state.unacked_bytes >= ACK_BYTES;
-        if wants.is_empty() && !due {
-            return None;
-        }
-        (state.unacked_bytes, state.ack_due) = (0, None);
-        Some(Outgoing::frame(&Frame::Ack(Ack { frames: state.frames, wants }), lane))
     }
 }
 

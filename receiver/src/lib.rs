@@ -12,6 +12,7 @@ mod engine;
 mod error;
 pub mod memory;
 mod page_map;
+mod receiving;
 mod report;
 mod resolve;
 mod scan;

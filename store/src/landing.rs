@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -109,6 +109,7 @@ pub struct Landing {
     old: Option<File>,
     /// The base is the old file, all of it and nothing else.
     stays: bool,
+    over: bool,
     copied: u64,
     base_len: u64,
     len: u64,
@@ -123,11 +124,21 @@ impl Landing {
     /// # Errors
     /// See [`LandingError`]; nothing is changed then.
     pub fn start(dir: &Path, name: &OsStr, len: u64, options: LandingOptions) -> Result<Self, LandingError> {
+        Self::look(dir, name, len, options, |found| found)
+    }
+
+    fn look(
+        dir: &Path,
+        name: &OsStr,
+        len: u64,
+        options: LandingOptions,
+        change: impl FnOnce(Found) -> Found,
+    ) -> Result<Self, LandingError> {
         let place = Place::open(dir, name)?;
         for _ in 0..TRIES {
             let work = place.work_folder()?;
             match place.attempt(&work, options) {
-                Ok(found) => return Self::begin(place, work, found, len, options),
+                Ok(found) => return Self::begin(place, work, change(found), len, options),
                 // Somebody else made, finished or removed what was looked at: look again.
                 Err(LandingError::Io { source, .. })
                     if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {}
@@ -135,6 +146,52 @@ impl Landing {
             }
         }
         Err(LandingError::Busy { path: place.path })
+    }
+
+    /// As [`start`](Self::start), over `base` instead of the old file of that name; but a partial that an earlier landing
+    /// left is gone on with. [`is_over`](Self::is_over) says which.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub fn start_over(
+        dir: &Path,
+        name: &OsStr,
+        len: u64,
+        base: File,
+        options: LandingOptions,
+    ) -> Result<Self, LandingError> {
+        let options = LandingOptions { inplace: false, fresh: options.fresh };
+        Self::look(dir, name, len, options, |found| match found.origin {
+            Origin::Left => Found { old: found.old, over: false, ..found },
+            _ => Found { old: Some(base), over: true, ..found },
+        })
+    }
+
+    /// As [`start`](Self::start), over an image that `take` puts under the name it is given in the folder it is given:
+    /// it becomes the new image where it lies. `None` if there is a partial already or nothing was taken.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub fn start_on(
+        dir: &Path,
+        name: &OsStr,
+        len: u64,
+        take: impl FnOnce(BorrowedFd<'_>, &OsStr) -> bool,
+    ) -> Result<Option<Self>, LandingError> {
+        let place = Place::open(dir, name)?;
+        let work = place.work_folder()?;
+        if !take(work.as_fd(), &partial_name(name)) {
+            let _ = fs::unlinkat(&place.dir, WORK, AtFlags::REMOVEDIR);
+            return Ok(None);
+        }
+        let landing =
+            Self::look(dir, name, len, LandingOptions::default(), |found| Found { old: None, over: true, ..found })?;
+        Ok(Some(landing))
+    }
+
+    /// Whether the base is all of the image that this landing was started over or on, and nothing else.
+    pub fn is_over(&self) -> bool {
+        self.over
     }
 
     /// Fills the file at `path` where it lies, which somebody may hold open: it is neither renamed nor replaced.
@@ -160,6 +217,7 @@ impl Landing {
             file,
             old: None,
             stays: false,
+            over: false,
             copied: base_len,
             base_len,
             len,
@@ -176,7 +234,7 @@ impl Landing {
         len: u64,
         options: LandingOptions,
     ) -> Result<Self, LandingError> {
-        let Found { file, old, origin } = found;
+        let Found { file, old, origin, over } = found;
         let error = |what, source| LandingError::Io { path: place.path.clone(), what, source };
         let length = |file: &File| file.metadata().map(|info| info.len());
         if options.fresh && origin != Origin::Borrowed {
@@ -196,7 +254,19 @@ impl Landing {
         let partial = partial_name(&place.name);
         let starts_zero = !(options.fresh && copied > 0);
         let target = Some(Target { dir: place.dir, work, name: place.name, partial, origin });
-        Ok(Self { path: place.path, file, old, stays, copied, base_len, len, starts_zero, touched: false, target })
+        Ok(Self {
+            path: place.path,
+            file,
+            old,
+            stays,
+            over,
+            copied,
+            base_len,
+            len,
+            starts_zero,
+            touched: false,
+            target,
+        })
     }
 
     /// Bytes from the start that are worth comparing: the old file's, or a partial's.
@@ -342,6 +412,8 @@ struct Found {
     file: File,
     old: Option<File>,
     origin: Origin,
+    /// The old file is an image that the landing was started with.
+    over: bool,
 }
 
 impl Place {
@@ -401,9 +473,9 @@ impl Place {
                 let flags = if stale.is_some() { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
                 let renamed = fs::renameat_with(&self.dir, &self.name, work, &partial, flags);
                 renamed.map_err(|errno| self.error("cannot become the partial", errno))?;
-                Ok(Found { file: whole, old: None, origin: Origin::Borrowed })
+                Ok(Found { file: whole, old: None, origin: Origin::Borrowed, over: false })
             }
-            (_, whole, Some(file)) => Ok(Found { file, old: whole, origin: Origin::Left }),
+            (_, whole, Some(file)) => Ok(Found { file, old: whole, origin: Origin::Left, over: false }),
             (_, whole, None) => {
                 let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let made = fs::openat(work, &partial, flags, Mode::RUSR | Mode::WUSR);
@@ -412,7 +484,7 @@ impl Place {
                 if let Some(info) = whole.as_ref().and_then(|whole| fs::fstat(whole).ok()) {
                     let _ = fs::fchmod(&file, Mode::from_raw_mode(info.st_mode & 0o777));
                 }
-                Ok(Found { file, old: whole, origin: Origin::Made })
+                Ok(Found { file, old: whole, origin: Origin::Made, over: false })
             }
         }
     }

@@ -1,0 +1,327 @@
+//! Memory reuse: what the facade keeps of images in a store, and how a session builds on what was kept.
+//!
+//! Trouble with the store never fails a transfer: it becomes a warning of the report, and the session goes on without.
+
+use crate::error::ErrorKind;
+use crate::report::Report;
+use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::digest::{Digest, PageBytes, PageHasher};
+use pagewire_protocol::domain::{DedupDomain, LineageId};
+use pagewire_protocol::error::chain;
+use pagewire_protocol::frame::{ImageName, Open};
+use pagewire_protocol::page::{Layout, RegionId};
+use pagewire_protocol::tree::{DigestTree, Manifest};
+use pagewire_receiver::memory::FileSink;
+use pagewire_receiver::{Agreed, OtherPages};
+use pagewire_sender::Base;
+use pagewire_store::{
+    DomainPages, Keep, KeepImage, Landing, LandingError, LandingOptions, Lineage, Removed, Store, StoreError, Visit,
+    VisitHead, VisitKind,
+};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+/// What of an image stays on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeepWhat {
+    /// Nothing.
+    Nothing,
+    /// The digests of its pages.
+    Manifest,
+    /// The digests and the pages.
+    Visit,
+}
+
+/// A store, and how transfers use it.
+#[derive(Clone, Debug)]
+pub struct Reuse {
+    /// The store of this host.
+    pub store: Store,
+    /// What stays; by default the pages of what leaves, and the manifest of what arrives.
+    pub keep: Option<KeepWhat>,
+    /// Do not read unchanged pages of a base to see whether they are what its manifest says. The report counts them.
+    pub trust: bool,
+    /// Match the pages of all guests of the domain of this name, instead of each with itself alone.
+    pub domain: Option<String>,
+}
+
+impl Reuse {
+    /// The defaults, with `store`.
+    pub fn new(store: Store) -> Self {
+        Self { store, keep: None, trust: false, domain: None }
+    }
+
+    /// The guest that is called `name` here, or a new one.
+    fn lineage(&self, name: &ImageName) -> Result<Lineage, StoreError> {
+        let known = self.store.lineage_named(name);
+        let Some(domain) = &self.domain else {
+            let known = known?;
+            return known.map_or_else(|| Lineage::random().map_err(no_entropy), Ok);
+        };
+        let key = DedupDomain::named_key(domain);
+        match known? {
+            Some(known) if known.key == key => Ok(known),
+            _ => Ok(Lineage { key, ..Lineage::random().map_err(no_entropy)? }),
+        }
+    }
+
+    /// The visits of a guest with this layout, newest first, and of these the ones with pages before the others.
+    fn visits(&self, lineage: &Lineage, layout: &Layout) -> Vec<VisitHead> {
+        let mut visits = self.store.visits(&lineage.key);
+        visits.retain(|head| head.lineage == lineage.id && head.layout == *layout);
+        visits
+    }
+
+    /// Keeps an image, and removes the visits that it supersedes.
+    fn keep(&self, keep: &Keep<'_>, manifest: &Manifest, pages: Option<&Path>) -> Result<(), StoreError> {
+        let file = pages.map(|path| File::open(path).map_err(|source| unreadable(path, source))).transpose()?;
+        let head = self.store.keep(keep, &manifest.trees, None, file.as_ref().map(KeepImage::File))?;
+        let older = self.store.visits(&keep.lineage.key).into_iter();
+        // A page that was changed on another host is of no further use, unless nothing newer has any pages.
+        let older = older.filter(|old| old.lineage == head.lineage && old.sequence < head.sequence);
+        for old in older.filter(|old| head.pages_kept || !old.pages_kept) {
+            // What another session has open stays until the next time.
+            let _: Removed = self.store.remove(old.id)?;
+        }
+        Ok(())
+    }
+}
+
+fn no_entropy(source: io::Error) -> StoreError {
+    StoreError::Io { path: "random numbers".into(), what: "cannot be had", source }
+}
+
+fn unreadable(path: &Path, source: io::Error) -> StoreError {
+    StoreError::Io { path: path.to_path_buf(), what: "cannot be read to be kept", source }
+}
+
+/// A visit as the sender knows it.
+#[derive(Debug)]
+struct VisitBase(Visit);
+
+impl Base for VisitBase {
+    fn root(&self) -> Digest {
+        self.0.head().root
+    }
+
+    fn session(&self) -> [u8; 16] {
+        self.0.head().session
+    }
+
+    fn trees(&mut self, hasher: &PageHasher) -> io::Result<Vec<DigestTree>> {
+        self.0.touch();
+        self.0.trees(hasher).map_err(|error| io::Error::other(chain(&error)))
+    }
+
+    fn has_pages(&self) -> bool {
+        self.0.image().is_some()
+    }
+
+    fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.0.read(region, first, bytes)
+    }
+}
+
+/// What a sending session starts with.
+#[derive(Debug)]
+pub(crate) struct Departure {
+    pub(crate) lineage: Lineage,
+    pub(crate) bases: Vec<Box<dyn Base>>,
+}
+
+impl Departure {
+    /// A session without a store.
+    pub(crate) fn unknown() -> Self {
+        Self { lineage: Lineage { id: LineageId([0; 16]), key: [0; 32] }, bases: Vec::new() }
+    }
+
+    /// What is known here of the guest `name`; whatever cannot be read is a warning.
+    pub(crate) fn of(reuse: &Reuse, name: &ImageName, layout: &Layout, report: &mut Report) -> Self {
+        let lineage = match reuse.lineage(name) {
+            Ok(lineage) => lineage,
+            Err(error) => {
+                report.warn("the store is not used", &error);
+                return Self::unknown();
+            }
+        };
+        let visits = reuse.visits(&lineage, layout).into_iter();
+        let opened = visits.filter_map(|head| reuse.store.open_visit(&head).ok().flatten());
+        let bases = opened.map(|visit| Box::new(VisitBase(visit)) as Box<dyn Base>).collect();
+        Self { lineage, bases }
+    }
+}
+
+/// Keeps what left this host: its pages by default, where they are in a file.
+pub(crate) fn keep_departed(
+    reuse: &Reuse,
+    lineage: Lineage,
+    (name, session): (&ImageName, [u8; 16]),
+    manifest: &Manifest,
+    source: Option<&Path>,
+    report: &mut Report,
+) {
+    let pages = match reuse.keep.unwrap_or(KeepWhat::Visit) {
+        KeepWhat::Nothing => return,
+        KeepWhat::Manifest => None,
+        KeepWhat::Visit => source,
+    };
+    let (kind, layout, root) = (VisitKind::Departed, &manifest.layout, manifest.root);
+    let keep = Keep { lineage, name: name.clone(), session, kind, layout, root };
+    if let Err(error) = reuse.keep(&keep, manifest, pages) {
+        report.warn("the image was not kept", &error);
+    }
+}
+
+/// Keeps what arrived on this host: its manifest by default.
+pub(crate) fn keep_arrived(reuse: &Reuse, open: &Open, manifest: &Manifest, image: Option<&Path>, report: &mut Report) {
+    let pages = match reuse.keep.unwrap_or(KeepWhat::Manifest) {
+        KeepWhat::Nothing => return,
+        KeepWhat::Manifest => None,
+        KeepWhat::Visit => image,
+    };
+    let Some(lineage) = claimed(open) else { return };
+    let (kind, layout, root) = (VisitKind::Arrived, &manifest.layout, manifest.root);
+    let keep = Keep { lineage, name: open.name.clone(), session: open.session, kind, layout, root };
+    if let Err(error) = reuse.keep(&keep, manifest, pages) {
+        report.warn("the image was not kept", &error);
+    }
+}
+
+/// Who the sender says the guest is; without a key of its own it says nothing.
+fn claimed(open: &Open) -> Option<Lineage> {
+    let lineage = Lineage { id: open.lineage, key: open.domain_key };
+    (open.domain_key != [0; 32] && open.lineage.0 != [0; 16]).then_some(lineage)
+}
+
+/// Where an offered image lands, and what both sides know of the base.
+pub(crate) struct Ground {
+    pub(crate) landing: Landing,
+    pub(crate) agreed: Option<Agreed>,
+    pub(crate) others: Option<Box<dyn OtherPages>>,
+}
+
+impl Ground {
+    /// Without a store: over the file of that name.
+    pub(crate) fn plain(landing: Landing) -> Self {
+        Self { landing, agreed: None, others: None }
+    }
+
+    /// Over what the store has of the guest, where that helps.
+    pub(crate) fn of(
+        reuse: &Reuse,
+        dir: &Path,
+        open: &Open,
+        options: LandingOptions,
+        seed: u64,
+    ) -> Result<Self, LandingError> {
+        let (name, len) = (OsStr::new(open.name.as_str()), open.layout.bytes());
+        let Some(lineage) = claimed(open).filter(|_| !options.fresh) else {
+            return Landing::start(dir, name, len, options).map(Self::plain);
+        };
+        let others = reuse.domain.as_ref().filter(|domain| DedupDomain::named_key(domain) == lineage.key);
+        let others = others.and_then(|_| DomainPages::new(&reuse.store, &lineage.key, seed).ok());
+        let others =
+            others.filter(|pages| !pages.is_empty()).map(|pages| Box::new(Others(pages)) as Box<dyn OtherPages>);
+        for head in reuse.visits(&lineage, &open.layout).into_iter().filter(|head| head.pages_kept) {
+            let known = open.known.iter().position(|root| *root == head.root);
+            let Ok(Some(visit)) = reuse.store.open_visit(&head) else { continue };
+            let Some(found) = Known::of(visit, known, &lineage) else { continue };
+            if let Some((landing, agreed)) = found.land(dir, name, len, options, reuse.trust)? {
+                return Ok(Self { landing, agreed, others });
+            }
+        }
+        Landing::start(dir, name, len, options).map(|landing| Self { landing, agreed: None, others })
+    }
+
+    /// As the receiver's driver takes it.
+    pub(crate) fn landed(self, layout: Layout) -> pagewire_receiver::driver::Landed<FileSink> {
+        let Self { landing, agreed, others } = self;
+        pagewire_receiver::driver::Landed { sink: FileSink::new(landing, layout), agreed, others }
+    }
+}
+
+/// A visit whose manifest was read, or that the sender does not know.
+struct Known {
+    visit: Visit,
+    manifest: Option<(u8, Vec<DigestTree>, PageBitmap)>,
+}
+
+impl Known {
+    /// `None` if the visit turned out damaged; then it is dropped.
+    fn of(visit: Visit, known: Option<usize>, lineage: &Lineage) -> Option<Self> {
+        let Some(known) = known.and_then(|at| u8::try_from(at).ok()) else {
+            return Some(Self { visit, manifest: None });
+        };
+        let hasher = PageHasher::new(&DedupDomain::new(&lineage.key));
+        match (visit.trees(&hasher), visit.present()) {
+            (Ok(trees), Ok(kept)) => {
+                visit.touch();
+                Some(Self { visit, manifest: Some((known, trees, kept)) })
+            }
+            _ => {
+                // A miss, and one that would come again: the visit is of no use to anybody.
+                let _ = visit.reject();
+                None
+            }
+        }
+    }
+
+    /// Lands on the visit's image, or over it; `None` where it is of no use.
+    fn land(
+        mut self,
+        dir: &Path,
+        name: &OsStr,
+        len: u64,
+        options: LandingOptions,
+        trusted: bool,
+    ) -> Result<Option<(Landing, Option<Agreed>)>, LandingError> {
+        let agreed = |landing: &Landing, manifest: Option<(u8, Vec<DigestTree>, PageBitmap)>| {
+            let manifest = manifest.filter(|_| landing.is_over());
+            manifest.map(|(known, trees, kept)| Agreed { known, trees, kept, trusted })
+        };
+        if options.inplace {
+            let visit = &mut self.visit;
+            let taken = Landing::start_on(dir, name, len, |folder, partial| {
+                matches!(visit.consume(folder, partial), Ok(Some(_)))
+            })?;
+            if let Some(landing) = taken {
+                let agreed = agreed(&landing, self.manifest);
+                return Ok(Some((landing, agreed)));
+            }
+        }
+        if self.manifest.is_none() && dir.join(name).exists() {
+            // Nobody knows which of the two is closer: the file of that name is where people expect it.
+            return Ok(None);
+        }
+        let Some(image) = self.visit.image().and_then(|image| image.try_clone().ok()) else { return Ok(None) };
+        let landing = Landing::start_over(dir, name, len, image, options)?;
+        let agreed = agreed(&landing, self.manifest);
+        Ok(Some((landing, agreed)))
+    }
+}
+
+/// Pages of other guests of a named domain.
+#[derive(Debug)]
+struct Others(DomainPages);
+
+impl OtherPages for Others {
+    fn fetch(&mut self, digest: &Digest, page: &mut PageBytes) -> bool {
+        self.0.find(digest).is_some_and(|found| self.0.read(found, page).is_ok())
+    }
+}
+
+impl Report {
+    /// Something that did not go as it should and did no harm.
+    pub(crate) fn warn(&mut self, what: &str, error: &dyn std::error::Error) {
+        self.warnings.push(format!("{what}: {}", chain(error)));
+    }
+}
+
+/// A place that cannot hold a visit is told apart from a guest that cannot move.
+impl From<StoreError> for ErrorKind {
+    fn from(error: StoreError) -> Self {
+        Self::Local { what: "store", source: io::Error::other(chain(&error)) }
+    }
+}

@@ -1,0 +1,269 @@
+//! What the receiver does while pages come: judges where they lie, has them resolved, and sees when all are there.
+//!
+//! Nothing of a frame is applied before the part of the base that it speaks of has been read, and nothing is complete
+//! before every page is present under the sender's root.
+
+use crate::engine::{Agreed, FinishJob, Terms};
+use crate::error::ErrorKind;
+use crate::memory::{GuestSink, OtherPages};
+use crate::page_map::PageMap;
+use crate::report::Counts;
+use crate::resolve::{Base, Resolved, Resolver, Target};
+use crate::scan::Scan;
+use crate::wants::Wants;
+use pagewire_protocol::digest::{Digest, PageHasher};
+use pagewire_protocol::domain::DedupDomain;
+use pagewire_protocol::error::{DecodeError, PeerError, Violation};
+use pagewire_protocol::frame::{Accept, Ack, EntryKind, Frame, FrameKind, LaneId, Open, Pages, Root, RoundEnd};
+use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX};
+use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId};
+use pagewire_protocol::session::Outgoing;
+use pagewire_protocol::time::{Span, Time};
+use std::io;
+
+/// PAGES frames of a lane that are acknowledged without waiting for more.
+const ACK_AT_ONCE: u64 = 8;
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Lane {
+    pub(crate) joined: bool,
+    /// Rounds that have ended here, and so the round that is due.
+    pub(crate) ended: u32,
+    /// The round of the last pages.
+    pub(crate) round: u32,
+    pub(crate) frames: u64,
+    pub(crate) unacked_bytes: u64,
+    pub(crate) ack_due: Option<Time>,
+}
+
+/// What is true while an image is received.
+#[derive(Debug)]
+pub(crate) struct Receiving<S> {
+    pub(crate) open: Open,
+    pub(crate) secret: [u8; 32],
+    /// The codecs that were agreed, as bits.
+    pub(crate) codecs: u32,
+    pub(crate) hasher: PageHasher,
+    pub(crate) map: PageMap,
+    pub(crate) scan: Scan,
+    pub(crate) base: Base,
+    pub(crate) wants: Wants,
+    pub(crate) resolver: Resolver,
+    pub(crate) others: Option<Box<dyn OtherPages>>,
+    pub(crate) lanes: [Lane; LaneId::COUNT],
+    pub(crate) bulk_lanes: u8,
+    /// When something was last stated, or read from the base.
+    pub(crate) moved: Time,
+    /// Until when every granted lane must have joined.
+    pub(crate) joined_until: Time,
+    pub(crate) root: Option<Root>,
+    /// All of it is present, verified and lasting.
+    pub(crate) lasts: bool,
+    /// Gone while the finish job has it.
+    pub(crate) sink: Option<S>,
+    pub(crate) finish: Option<FinishJob<S>>,
+}
+
+impl<S: GuestSink> Receiving<S> {
+    /// What an image that was offered goes into, and the ACCEPT that says so, but for its transcript.
+    pub(crate) fn new(open: Open, terms: Terms<S>, codecs: u32, now: Time) -> io::Result<(Self, Accept)> {
+        let Terms { sink, lanes, window, secret, seed, agreed, others } = terms;
+        let regions = (0..).map(RegionId).take(open.layout.regions().len());
+        let base: Vec<u64> = regions.map(|region| sink.base_pages(region)).collect();
+        // SPEC 4.14
+        let held: Vec<u64> = base.iter().map(|&pages| if open.fresh { 0 } else { pages }).collect();
+        let whole = held.iter().zip(open.layout.regions()).all(|(held, region)| *held == region.pages());
+        let agreed = agreed.filter(|agreed| whole && !open.fresh && usize::from(agreed.known) < open.known.len());
+        let trusted = agreed.as_ref().is_some_and(|agreed| agreed.trusted) && sink.base_in_place();
+        let stays = sink.base_stays() && !open.fresh;
+        let accept = Accept {
+            transcript: open.transcript,
+            secret,
+            lanes: lanes.clamp(1, open.lanes),
+            window,
+            held_pages: held.clone(),
+            agreed: agreed.as_ref().map_or(0, |agreed| agreed.known.saturating_add(1)),
+            base_stays: stays,
+            others: others.is_some(),
+        };
+        let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
+        let mut map = PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero());
+        for (region, pages) in (0..).map(RegionId).zip(base) {
+            // What is there is unknown until it is read, even if all beyond it is zero.
+            (0..pages).for_each(|page| map.forget(region, page));
+        }
+        if stays {
+            map.keep_overwritten();
+        }
+        let scan = if trusted { Scan::trusting(held) } else { Scan::new(held, agreed.is_some()) };
+        let base = Base { agreed: agreed.is_some(), trusted, stays };
+        if let Some(Agreed { trees, kept, .. }) = agreed {
+            map.claim(trees, &kept, trusted);
+        }
+        let receiving = Self {
+            secret,
+            codecs,
+            map,
+            hasher,
+            scan,
+            base,
+            wants: Wants::new(&open.layout, accept.lanes),
+            resolver: Resolver::new()?,
+            others,
+            lanes: Default::default(),
+            bulk_lanes: accept.lanes,
+            moved: now,
+            joined_until: now + HANDSHAKE_SPAN_MAX,
+            root: None,
+            lasts: false,
+            sink: Some(sink),
+            finish: None,
+            open,
+        };
+        Ok((receiving, accept))
+    }
+
+    pub(crate) fn open_lane(&mut self, lane: LaneId) {
+        if let Some(lane) = self.lanes.get_mut(lane.index()) {
+            lane.joined = true;
+        }
+    }
+
+    pub(crate) fn handle_pages(
+        &mut self,
+        lane: LaneId,
+        pages: &Pages<'_>,
+        bytes: u64,
+        counts: &mut Counts,
+        now: Time,
+    ) -> Result<(), ErrorKind> {
+        let range = self.judge_range(lane, pages)?;
+        self.read_up_to(range, counts)?;
+        let Some(sink) = self.sink.as_mut() else {
+            // SPEC 7.4: a late answer to a want, whose page was stated again meanwhile.
+            return Ok(());
+        };
+        let (scan, hasher, base) = (&self.scan, &self.hasher, self.base);
+        let others = self.others.as_deref_mut();
+        let mut to = Target { map: &mut self.map, sink, scan, hasher, counts, base, others };
+        match self.resolver.apply(range, pages, &mut to)? {
+            Resolved::Missing(missing) => {
+                range.numbers().for_each(|page| self.wants.settle(&self.open.layout, range.region, page));
+                missing.iter().for_each(|&page| self.wants.ask(&self.open.layout, range.region, page, 1));
+            }
+            Resolved::Disbelieved => {
+                for page in range.numbers() {
+                    self.wants.settle(&self.open.layout, range.region, page);
+                    self.map.mark_absent(range.region, page);
+                }
+                self.wants.ask(&self.open.layout, range.region, range.first.0, u64::from(range.count));
+            }
+        }
+        self.wants.check(&self.open.layout)?;
+        if let Some(state) = self.lanes.get_mut(lane.index()) {
+            state.frames = state.frames.saturating_add(1);
+            state.round = pages.head.round;
+            state.unacked_bytes = state.unacked_bytes.saturating_add(bytes);
+            // The first ones at once: from them the sender learns what the link can do.
+            let delay = if state.frames <= ACK_AT_ONCE { Span::ZERO } else { ACK_DELAY_MAX };
+            state.ack_due.get_or_insert(now + delay);
+        }
+        Ok(())
+    }
+
+    /// Reads the base as far as a frame speaks of it: with an agreed one the sender need not wait for that.
+    fn read_up_to(&mut self, range: PageRange, counts: &mut Counts) -> Result<(), ErrorKind> {
+        let Some(sink) = self.sink.as_mut() else { return Ok(()) };
+        while !self.scan.is_finished() && !self.scan.has_read(range.region, range.first.0, range.count) {
+            let read = self.scan.step(&mut self.map, sink, &self.hasher, counts);
+            read.map_err(|source| ErrorKind::Destination { what: "base cannot be read", source })?;
+        }
+        Ok(())
+    }
+
+    /// Where the frame's pages lie, if they may be stated here and now.
+    fn judge_range(&self, lane: LaneId, pages: &Pages<'_>) -> Result<PageRange, ErrorKind> {
+        let head = pages.head;
+        let malformed = |source: DecodeError| PeerError::Decode { kind: FrameKind::PAGES, source };
+        let range = self.open.layout.range(head.region, head.first, head.count).map_err(malformed)?;
+        let (region, first) = (head.region, head.first);
+        // SPEC 6.21: a page has one lane, and there rounds only rise; answers to wants may follow the end of theirs.
+        let state = self.lanes.get(lane.index()).copied().unwrap_or_default();
+        if !(state.round..=state.ended).contains(&head.round) {
+            return Err(Violation::Round { got: head.round, expected: state.ended }.into());
+        }
+        let group = self.open.layout.group(range.region, first);
+        // SPEC 6.3
+        if lane.bulk_index().map(u64::from) != group.checked_rem(u64::from(self.bulk_lanes)) {
+            return Err(Violation::PageLane { region, first, lane: lane.number() }.into());
+        }
+        // SPEC 5.6
+        if self.codecs & head.codec.bit() == 0 {
+            return Err(Violation::Entry { what: "a codec that was not agreed", region, first }.into());
+        }
+        let looks = pages.runs().any(|run| !matches!(run.kind, EntryKind::ZERO | EntryKind::BASE));
+        let last = range.numbers().end.saturating_sub(1);
+        // SPEC 6.3
+        if (looks || self.bulk_lanes > 1) && first / GROUP_PAGES != last / GROUP_PAGES {
+            return Err(Violation::Entry { what: "a batch that crosses a group", region, first }.into());
+        }
+        // SPEC 6.15
+        if !self.base.agreed && !self.scan.has_read(range.region, first, head.count) {
+            return Err(Violation::Entry { what: "pages stated before their holdings", region, first }.into());
+        }
+        Ok(range)
+    }
+
+    pub(crate) fn handle_round(&mut self, lane: LaneId, end: RoundEnd, now: Time) -> Result<(), ErrorKind> {
+        let Some(state) = self.lanes.get_mut(lane.index()) else { return Ok(()) };
+        if end.round != state.ended {
+            return Err(Violation::Round { got: end.round, expected: state.ended }.into());
+        }
+        if end.frames != state.frames {
+            return Err(Violation::Ack { got: end.frames, sent: state.frames }.into());
+        }
+        state.ended = state.ended.saturating_add(1);
+        state.ack_due = Some(now);
+        Ok(())
+    }
+
+    pub(crate) fn handle_root(&mut self, root: Root) -> Result<(), ErrorKind> {
+        if let Some(known) = self.root {
+            return Err(Violation::Round { got: root.round, expected: known.round }.into());
+        }
+        self.root = Some(root);
+        Ok(())
+    }
+
+    /// Whether everything has come; if so the finish job is ready.
+    pub(crate) fn check_complete(&mut self) -> Result<bool, ErrorKind> {
+        let Some(root) = self.root.filter(|_| self.sink.is_some()) else { return Ok(false) };
+        let has_ended = |lane: LaneId| self.lanes.get(lane.index()).is_some_and(|lane| lane.ended > root.round);
+        if !self.scan.is_finished() || !(0..self.bulk_lanes).map(LaneId::bulk).all(has_ended) {
+            return Ok(false);
+        }
+        let (pages, present, wanted) = (self.open.layout.pages(), self.map.present_pages(), self.wants.outstanding());
+        if present < pages && wanted > 0 {
+            return Ok(false);
+        }
+        let ours = if present == pages { self.map.root(&self.hasher) } else { Digest::default() };
+        // SPEC 7.5
+        if present != pages || root.pages != pages || root.digest != ours {
+            let mismatch = Violation::Root { theirs: root.digest, their_pages: root.pages, ours, our_pages: present };
+            return Err(mismatch.into());
+        }
+        self.finish = self.sink.take().map(FinishJob);
+        Ok(true)
+    }
+
+    pub(crate) fn poll_ack(&mut self, lane: LaneId, now: Time) -> Option<Outgoing> {
+        let state = self.lanes.get_mut(lane.index()).filter(|lane| lane.joined)?;
+        let wants = self.wants.take(&self.open.layout, lane);
+        let due = state.ack_due.is_some_and(|due| now >= due) || state.unacked_bytes >= ACK_BYTES;
+        if wants.is_empty() && !due {
+            return None;
+        }
+        (state.unacked_bytes, state.ack_due) = (0, None);
+        Some(Outgoing::frame(&Frame::Ack(Ack { frames: state.frames, wants }), lane))
+    }
+}
