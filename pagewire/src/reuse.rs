@@ -9,7 +9,7 @@ use pagewire_protocol::digest::{Digest, PageBytes, PageHasher};
 use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::chain;
 use pagewire_protocol::frame::{ImageName, Open};
-use pagewire_protocol::page::{Layout, RegionId};
+use pagewire_protocol::page::{Layout, RegionId, common_pages};
 use pagewire_protocol::tree::{DigestTree, Manifest};
 use pagewire_receiver::memory::FileSink;
 use pagewire_receiver::{Agreed, OtherPages};
@@ -67,10 +67,10 @@ impl Reuse {
         }
     }
 
-    /// The visits of a guest with this layout, newest first, and of these the ones with pages before the others.
+    /// The visits of a guest that an image of this layout can be built on, newest first.
     fn visits(&self, lineage: &Lineage, layout: &Layout) -> Vec<VisitHead> {
         let mut visits = self.store.visits(&lineage.key);
-        visits.retain(|head| head.lineage == lineage.id && head.layout == *layout);
+        visits.retain(|head| head.lineage == lineage.id && common_pages(&head.layout, layout).is_some());
         visits
     }
 
@@ -104,6 +104,10 @@ struct VisitBase(Visit);
 impl Base for VisitBase {
     fn root(&self) -> Digest {
         self.0.head().root
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.0.head().layout
     }
 
     fn session(&self) -> [u8; 16] {
@@ -277,9 +281,10 @@ impl Known {
         options: LandingOptions,
         trusted: bool,
     ) -> Result<Option<(Landing, Option<Agreed>)>, LandingError> {
+        let layout = self.visit.head().layout.clone();
         let agreed = |landing: &Landing, manifest: Option<(u8, Vec<DigestTree>, PageBitmap)>| {
             let manifest = manifest.filter(|_| landing.is_over());
-            manifest.map(|(known, trees, kept)| Agreed { known, trees, kept, trusted })
+            manifest.map(|(known, trees, kept)| Agreed { known, layout, trees, kept, trusted })
         };
         if options.inplace {
             let visit = &mut self.visit;

@@ -205,6 +205,19 @@ impl Layout {
     }
 }
 
+/// How many first pages of each region an image of `base` and one of `image` have both, if the one can be the base of
+/// the other: all regions are alike, or there is only one and its length differs.
+// SPEC 4.20
+pub fn common_pages(base: &Layout, image: &Layout) -> Option<Vec<u64>> {
+    let alike = base == image;
+    let (ours, theirs) = (base.regions(), image.regions());
+    let grown = match (ours, theirs) {
+        ([one], [other]) => one.install_size == other.install_size,
+        _ => false,
+    };
+    (alike || grown).then(|| ours.iter().zip(theirs).map(|(one, other)| one.pages().min(other.pages())).collect())
+}
+
 /// `run` moved by `shift` pages, as far as it lies in the first `held` pages of its region then.
 // SPEC 5.14
 pub fn shifted(run: Range<u64>, shift: i64, held: u64) -> Range<u64> {

@@ -41,6 +41,20 @@ impl DigestTree {
         }
     }
 
+    /// The same digests for a region of `pages` pages: what is cut off is gone, what is added is zero.
+    pub fn resized(self, hasher: &PageHasher, pages: u64) -> Self {
+        if pages == self.pages {
+            return self;
+        }
+        let mut resized = Self::new(hasher, pages);
+        for (index, leaves) in (0u64..).zip(&self.leaves).take(resized.nodes.len()) {
+            if let Some(leaves) = leaves {
+                resized.set_leaves(index, leaves);
+            }
+        }
+        resized
+    }
+
     /// Pages of the region.
     pub fn pages(&self) -> u64 {
         self.pages
@@ -237,6 +251,10 @@ mod tests {
                 if let Some(leaves) = tree.leaves(index) { loaded.set_leaves(index, leaves); }
             }
             prop_assert_eq!(loaded.root(), expected);
+            let mut longer = loaded.resized(&hasher, pages + 700);
+            prop_assert!((0..pages).all(|page| longer.leaf(page) == tree.leaf(page)));
+            prop_assert_ne!(longer.root(), expected);
+            prop_assert_eq!(longer.resized(&hasher, pages).root(), expected);
             prop_assert_eq!(tree.batch(0, pages as u32), batch_digest(hasher.domain(), 0, [twin.as_slice()]));
         }
     }

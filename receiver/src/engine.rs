@@ -15,6 +15,7 @@ use pagewire_protocol::digest::{join_proof, proofs_equal};
 use pagewire_protocol::error::{CloseCode, GuestAt, Incompatible, PeerError, Violation, chain};
 use pagewire_protocol::frame::{Accept, Done, Frame, FrameKind, Join, LaneId, Open, Role};
 use pagewire_protocol::limits::STALL_SPAN_MAX;
+use pagewire_protocol::page::Layout;
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, Job, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
@@ -53,9 +54,11 @@ pub struct Terms<S> {
 pub struct Agreed {
     /// Which of OPEN's known roots it has, counted from 0.
     pub known: u8,
+    /// Its regions.
+    pub layout: Layout,
     /// Its digests: the root over them was checked.
     pub trees: Vec<DigestTree>,
-    /// The pages, by their places in the image, that are here; of the others the digests alone are known.
+    /// The pages, by their places in it, that are here; of the others the digests alone are known.
     pub kept: PageBitmap,
     /// Pages that did not change are not read. Takes effect where the sink says that the base is in place.
     pub trusted: bool,

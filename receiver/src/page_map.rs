@@ -51,13 +51,15 @@ impl PageMap {
         self.left = Some(TagIndex::new(self.seed));
     }
 
-    /// The digests are those of a manifest: of the `kept` pages, which are trusted to have them or have yet to prove it.
-    pub fn claim(&mut self, trees: Vec<DigestTree>, kept: &PageBitmap, trusted: bool) {
+    /// The digests of the first `held` pages of each region are those of a manifest, and those `kept` are here: they
+    /// are trusted to have them, or have yet to prove it.
+    pub fn claim(&mut self, trees: Vec<DigestTree>, kept: &PageBitmap, held: &[u64], trusted: bool) {
         self.trees = trees;
-        let pages = self.layout.pages();
-        (self.known, self.claimed) = (PageBitmap::new(pages), PageBitmap::new(pages));
         let state = if trusted { &mut self.known } else { &mut self.claimed };
-        kept.runs(0..pages).for_each(|run| state.insert_range(run));
+        for (region, &held) in (0..).map(RegionId).zip(held) {
+            let first = u64::from(self.layout.place(region, 0).0);
+            kept.runs(first..first.saturating_add(held)).for_each(|run| state.insert_range(run));
+        }
     }
 
     /// The bytes of a claimed page were read and have `digest`: whether it is the one that was claimed.

@@ -16,7 +16,7 @@ use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{Accept, Ack, EntryKind, Frame, FrameKind, LaneId, Open, Pages, Root, RoundEnd};
 use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX};
-use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId};
+use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId, common_pages};
 use pagewire_protocol::session::Outgoing;
 use pagewire_protocol::time::{Span, Time};
 use std::io;
@@ -72,8 +72,9 @@ impl<S: GuestSink> Receiving<S> {
         let base: Vec<u64> = regions.map(|region| sink.base_pages(region)).collect();
         // SPEC 4.14
         let held: Vec<u64> = base.iter().map(|&pages| if open.fresh { 0 } else { pages }).collect();
-        let whole = held.iter().zip(open.layout.regions()).all(|(held, region)| *held == region.pages());
-        let agreed = agreed.filter(|agreed| whole && !open.fresh && usize::from(agreed.known) < open.known.len());
+        let fits = |base: &Agreed| common_pages(&base.layout, &open.layout).is_some_and(|common| common == held);
+        let agreed =
+            agreed.filter(|agreed| !open.fresh && usize::from(agreed.known) < open.known.len() && fits(agreed));
         let trusted = agreed.as_ref().is_some_and(|agreed| agreed.trusted) && sink.base_in_place();
         let stays = sink.base_stays() && !open.fresh;
         let accept = Accept {
@@ -95,10 +96,13 @@ impl<S: GuestSink> Receiving<S> {
         if stays {
             map.keep_overwritten();
         }
-        let scan = if trusted { Scan::trusting(held) } else { Scan::new(held, agreed.is_some()) };
+        let scan = if trusted { Scan::trusting(held.clone()) } else { Scan::new(held.clone(), agreed.is_some()) };
         let base = Base { agreed: agreed.is_some(), trusted, stays };
         if let Some(Agreed { trees, kept, .. }) = agreed {
-            map.claim(trees, &kept, trusted);
+            let trees = trees.into_iter().zip(open.layout.regions());
+            let trees = trees.map(|(tree, region)| tree.resized(&hasher, region.pages())).collect();
+            // Of one region places are pages; of several both layouts are the same.
+            map.claim(trees, &kept, &held, trusted);
         }
         let receiving = Self {
             secret,

@@ -1,15 +1,19 @@
 //! What the sending host knows of an earlier image of the guest: its manifest, and perhaps its bytes.
 
 use pagewire_protocol::digest::{Digest, PageHasher};
-use pagewire_protocol::page::RegionId;
+use pagewire_protocol::page::{Layout, RegionId};
 use pagewire_protocol::tree::DigestTree;
 use std::io;
 
-/// An earlier image of the guest, which the receiver may hold too. Bytes and digests are guesses: nothing wrong can be
+/// An earlier image of the guest, which the receiver may hold too. Only one that has
+/// [pages in common](pagewire_protocol::page::common_pages) with the memory that is sent can be named. Bytes and digests are guesses: nothing wrong can be
 /// installed because of them.
 pub trait Base: Send + std::fmt::Debug + 'static {
-    /// The root over its digests and layout; the layout is that of the memory that is sent.
+    /// The root over its digests and layout.
     fn root(&self) -> Digest;
+
+    /// Its regions.
+    fn layout(&self) -> &Layout;
 
     /// The session that brought the image here, or took it away.
     fn session(&self) -> [u8; 16];

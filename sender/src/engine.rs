@@ -17,7 +17,7 @@ use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::{GuestAt, Incompatible, PeerError, Violation, chain};
 use pagewire_protocol::frame::{Accept, Done, Frame, FrameKind, ImageName, Join, LaneId, Open, Role, Root};
 use pagewire_protocol::limits::ROOTS_MAX;
-use pagewire_protocol::page::Layout;
+use pagewire_protocol::page::{Layout, common_pages};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
@@ -118,6 +118,7 @@ impl<M: GuestMemory> SenderEngine<M> {
     /// A session that greets. `bases` are earlier images of the same layout, the newest first; of these
     /// [`ROOTS_MAX`] are named.
     pub fn new(memory: M, mut bases: Vec<Box<dyn Base>>, config: SenderConfig, now: Time) -> Self {
+        bases.retain(|base| common_pages(base.layout(), memory.layout()).is_some());
         bases.truncate(ROOTS_MAX);
         Self {
             endpoint: Endpoint::new(Role::Sender, &config.policy, config.nonce, now),
@@ -231,7 +232,9 @@ impl<M: GuestMemory> SenderEngine<M> {
         if accept.lanes > self.config.lanes {
             return Err(Violation::Join { lane: accept.lanes, why: "more lanes granted than asked for" }.into());
         }
-        check_holdings(accept, memory.layout())?;
+        let agreed = usize::from(accept.agreed).checked_sub(1).map(|at| self.bases.get(at));
+        let common = agreed.flatten().and_then(|base| common_pages(base.layout(), memory.layout()));
+        check_holdings(accept, memory.layout(), common.as_deref())?;
         // SPEC 4.20
         if usize::from(accept.agreed) > self.bases.len() {
             let (got, expected) = (u64::from(accept.agreed), self.bases.len() as u64);
@@ -276,14 +279,17 @@ impl<M: GuestMemory> SenderEngine<M> {
 }
 
 /// SPEC 4.13: one number of held pages for each region, none above the region's own.
-fn check_holdings(accept: &Accept, layout: &Layout) -> Result<(), Violation> {
+fn check_holdings(accept: &Accept, layout: &Layout, agreed: Option<&[u64]>) -> Result<(), Violation> {
     let (got, expected) = (accept.held_pages.len() as u64, layout.regions().len() as u64);
     if got != expected {
         return Err(Violation::Terms { what: "regions held", got, expected });
     }
     let mut held = accept.held_pages.iter().zip(layout.regions());
-    // An agreed image is held as a whole.
-    let wrong = |held: u64, pages: u64| held > pages || (accept.agreed > 0 && held < pages);
+    if let Some(agreed) = agreed.filter(|agreed| **agreed != *accept.held_pages) {
+        let (got, expected) = (accept.held_pages.iter().sum(), agreed.iter().sum());
+        return Err(Violation::Terms { what: "pages held of an agreed image", got, expected });
+    }
+    let wrong = |held: u64, pages: u64| held > pages;
     match held.find(|(held, region)| wrong(**held, region.pages())) {
         Some((held, region)) => {
             Err(Violation::Terms { what: "pages held of a region", got: *held, expected: region.pages() })

@@ -9,7 +9,7 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::frame::EntryKind;
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::{Layout, PageRange, RegionId, shifted};
+use pagewire_protocol::page::{Layout, PageRange, RegionId, common_pages, shifted};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::tree::DigestTree;
 use pagewire_store::MovedPages;
@@ -26,6 +26,8 @@ const CHANGED_SHARE: u64 = 32;
 #[derive(Debug)]
 pub(crate) struct Reuse {
     base: Box<dyn Base>,
+    /// First pages of each region that are part of it.
+    held: Vec<u64>,
     /// The receiver can read all of it until the end.
     stays: bool,
     /// Changed pages may travel as deltas.
@@ -50,6 +52,7 @@ impl Reuse {
     pub(crate) fn new(base: Box<dyn Base>, layout: &Layout, stays: bool, deltas: bool, seed: u64) -> Self {
         Self {
             deltas: deltas && base.has_pages(),
+            held: common_pages(base.layout(), layout).unwrap_or_default(),
             base,
             stays,
             moved: None,
@@ -71,13 +74,19 @@ impl Reuse {
         self.unchanged = unchanged;
     }
 
+    /// First pages of a region that the base has.
+    fn held(&self, region: RegionId) -> u64 {
+        self.held.get(usize::from(region.0)).copied().unwrap_or(0)
+    }
+
     /// The parts of a range that are read, and those that are known: neighbours alike are one part.
     pub(crate) fn parts(&self, layout: &Layout, range: PageRange) -> Vec<(Range<u64>, bool)> {
         let Some(unchanged) = &self.unchanged else { return vec![(range.numbers(), true)] };
         let mut parts: Vec<(Range<u64>, bool)> = Vec::new();
         for page in range.numbers() {
             let place = u64::from(layout.place(range.region, page).0);
-            let read = !unchanged.contains(place) || place % SAMPLE_EVERY == self.sample;
+            let read =
+                page >= self.held(range.region) || !unchanged.contains(place) || place % SAMPLE_EVERY == self.sample;
             match parts.last_mut() {
                 Some((part, same)) if *same == read => part.end = page.saturating_add(1),
                 _ => parts.push((page..page.saturating_add(1), read)),
@@ -102,8 +111,9 @@ impl Reuse {
     ) -> Stated {
         let region = range.region;
         let tree = trees.get(usize::from(region.0));
+        let held = self.held(region);
         let kind = |(page, digest): (u64, &Digest)| match tree {
-            Some(tree) if tree.leaf(page) == *digest => EntryKind::BASE,
+            Some(tree) if page < held && tree.leaf(page) == *digest => EntryKind::BASE,
             _ if *digest == hasher.zero() => EntryKind::ZERO,
             _ => EntryKind::INLINE,
         };
@@ -147,9 +157,9 @@ impl Reuse {
         region: RegionId,
         runs: &[Range<u64>],
         shift: i64,
-        held: u64,
         mut buffer: PageBuffer,
     ) -> Option<PageBuffer> {
+        let held = self.held(region);
         let parts: Vec<Range<u64>> = runs.iter().map(|run| shifted(run.clone(), shift, held)).collect();
         let bytes = |part: &Range<u64>| {
             usize::try_from(part.end.saturating_sub(part.start)).unwrap_or(0).saturating_mul(PAGE_BYTES)

@@ -97,7 +97,8 @@ impl<M: GuestMemory> Sending<M> {
             layout.regions().iter().map(|region| DigestTree::new(&hasher, region.pages())).collect();
         let is_agreed = agreed.is_some();
         let reuse = agreed.and_then(|mut base| {
-            trees = base.trees(&hasher).ok()?;
+            let of_base = base.trees(&hasher).ok()?.into_iter();
+            trees = of_base.zip(layout.regions()).map(|(tree, region)| tree.resized(&hasher, region.pages())).collect();
             let mut reuse = Reuse::new(base, &layout, accept.base_stays, codecs & Codec::DELTA.bit() != 0, config.seed);
             let (root, session) = reuse.identity();
             reuse.hint(memory.unchanged_since(&root, &session).filter(|hint| hint.len() == layout.pages()));
@@ -440,9 +441,8 @@ impl<M: GuestMemory> Sending<M> {
     /// What the inline pages of a batch were in the base.
     fn old_pages(&mut self, range: PageRange, runs: &[Run], shift: i64) -> Option<PageBuffer> {
         let inline = inline_pages(range.first.0, runs);
-        let held = self.layout.region(range.region)?.pages();
         let buffer = self.lanes.buffer(0);
-        self.reuse.as_mut()?.old_pages(range.region, &inline, shift, held, buffer)
+        self.reuse.as_mut()?.old_pages(range.region, &inline, shift, buffer)
     }
 
     /// Adds pages that need no look to the run of them that is under way.

@@ -34,6 +34,14 @@ fn frames(outcome: &Outcome, kind: FrameKind) -> usize {
     outcome.frames.iter().filter(|(_, of, _)| *of == kind).count()
 }
 
+/// Cuts an image of one region, or adds zeros to it.
+fn resize(image: &mut Image, length: u64) {
+    image.regions[0].bytes = length;
+    let whole = length.div_ceil(4096) as usize * 4096;
+    image.bytes[0].resize(whole, 0);
+    image.bytes[0][length as usize..].fill(0);
+}
+
 fn rot(image: &Image, every: u64) -> Image {
     let mut rotten = image.clone();
     for region in 0..image.regions.len() {
@@ -52,6 +60,7 @@ proptest! {
     fn what_arrives_over_an_agreed_base_is_a_copy(
         seed: u64, lengths in proptest::collection::vec(1u64..3_000_000, 1..4), touched in 0u64..60, moved in 0usize..40,
         stays: bool, lanes in 1u8..=8, theirs in 0u64..30, ours in 0u64..30, bytes: bool, lost in 0u8..8, text in 0u64..60,
+        length in 1u64..3_000_000,
     ) {
         let mut rng = Rng::new(seed);
         let mix = Mix { zero: 10, pool: 20, text };
@@ -65,7 +74,13 @@ proptest! {
         }
         image.touch(touched, mix, &mut rng);
         let rotten = |every: u64| if every == 0 { before.clone() } else { rot(&before, every) };
-        let sink = ImageSink::claiming(&before, KEY, rotten(theirs), stays);
+        // An image of one region may have grown or shrunk since.
+        let mut theirs = rotten(theirs);
+        if image.regions.len() == 1 {
+            resize(&mut image, length);
+            resize(&mut theirs, length);
+        }
+        let sink = ImageSink::claiming(&before, KEY, theirs, stays);
         let mut base = ImageBase::whole(&before, KEY);
         base.bytes = bytes.then(|| rotten(ours));
         base.lost = lost == 0;

@@ -8,7 +8,7 @@ use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::{Layout, RegionId};
+use pagewire_protocol::page::{Layout, RegionId, common_pages};
 use pagewire_protocol::tree::DigestTree;
 use pagewire_receiver::{Agreed, GuestSink};
 use pagewire_sender::{Base, GuestMemory};
@@ -85,6 +85,8 @@ impl GuestMemory for ImageMemory {
 pub struct ImageBase {
     /// Its manifest is that of this image.
     pub image: Image,
+    /// Its regions.
+    pub layout: Layout,
     /// The domain that its digests belong to.
     pub key: [u8; 32],
     /// The session that brought it.
@@ -98,13 +100,24 @@ pub struct ImageBase {
 impl ImageBase {
     /// All of `image`.
     pub fn whole(image: &Image, key: [u8; 32]) -> Self {
-        Self { image: image.clone(), key, session: [7; 16], bytes: Some(image.clone()), lost: false }
+        Self {
+            image: image.clone(),
+            layout: image.layout(),
+            key,
+            session: [7; 16],
+            bytes: Some(image.clone()),
+            lost: false,
+        }
     }
 }
 
 impl Base for ImageBase {
     fn root(&self) -> Digest {
         self.image.root(&self.key)
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.layout
     }
 
     fn session(&self) -> [u8; 16] {
@@ -204,6 +217,8 @@ impl ImageSink {
     pub fn claiming(image: &Image, key: [u8; 32], base: Image, stays: bool) -> Self {
         let sink = Self::holding(base.clone());
         {
+            let common = common_pages(&image.layout(), &base.layout()).unwrap_or_default();
+            sink.state().base_pages = common;
             let mut state = sink.state();
             state.manifest = Some((image.clone(), key));
             state.old = stays.then_some(base);
@@ -220,7 +235,7 @@ impl ImageSink {
         let mut kept = PageBitmap::new(image.pages());
         kept.insert_range(0..image.pages());
         let trees = image.trees(&PageHasher::new(&DedupDomain::new(key)));
-        Some(Agreed { known: known as u8, trees, kept, trusted: state.trusted })
+        Some(Agreed { known: known as u8, layout: image.layout(), trees, kept, trusted: state.trusted })
     }
 
     /// The state.
