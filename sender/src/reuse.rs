@@ -21,6 +21,8 @@ const SAMPLE_EVERY: u64 = 256;
 const CHANGED_MIN: u64 = 256;
 /// And the share of the pages that they must be: looking costs an index over all of the base.
 const CHANGED_SHARE: u64 = 32;
+/// The share of a batch that has changed where much has.
+const BUSY_SHARE: usize = 8;
 
 /// The agreed base, and what was learned of it.
 #[derive(Debug)]
@@ -37,6 +39,8 @@ pub(crate) struct Reuse {
     shifts: Vec<i64>,
     stated: u64,
     changed: u64,
+    /// The last batch had changed pages: the next one is small enough to stay in a core's cache with its old bytes.
+    busy: bool,
     unchanged: Option<PageBitmap>,
     sample: u64,
 }
@@ -59,6 +63,7 @@ impl Reuse {
             shifts: vec![0; layout.regions().len()],
             stated: 0,
             changed: 0,
+            busy: false,
             unchanged: None,
             sample: seed % SAMPLE_EVERY,
         }
@@ -122,6 +127,7 @@ impl Reuse {
         let changed: Vec<(u64, Digest)> = rest.map(|((page, &digest), _)| (page, digest)).collect();
         self.stated = self.stated.saturating_add(u64::from(range.count));
         self.changed = self.changed.saturating_add(changed.len() as u64);
+        self.busy = changed.len() >= digests.len() / BUSY_SHARE;
         let worth = self.changed >= CHANGED_MIN && self.changed.saturating_mul(CHANGED_SHARE) >= self.stated;
         if self.stays && worth && self.moved.is_none() {
             self.moved = Some(MovedPages::new(layout, trees, &hasher.zero()));
@@ -143,6 +149,11 @@ impl Reuse {
             }
         }
         Stated { kinds, shift: *shift }
+    }
+
+    /// Whether little has changed where the sender is: then it reads more at once.
+    pub(crate) fn is_quiet(&self) -> bool {
+        !self.busy
     }
 
     /// Whether changed pages may travel as deltas.

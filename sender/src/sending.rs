@@ -211,7 +211,7 @@ impl<M: GuestMemory> Sending<M> {
             let region = *self.layout.region(self.region)?;
             let left = region.pages().saturating_sub(self.next);
             if left > 0 {
-                let held = self.reuse.is_some()
+                let held = self.reuse.as_ref().is_some_and(Reuse::is_quiet)
                     || self.holdings.look(self.region, self.next / SUBTREE_PAGES as u64) != Held::Nothing;
                 let least = u64::from(region.install_size.pages()).max(if held { SUBTREE_PAGES as u64 } else { 1 });
                 let step = self.step_pages().max(least).min(GROUP_PAGES);
