@@ -3,7 +3,7 @@
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::observe::Event;
-use crate::report::{Outcome, Pages, Report, ReuseCounts, Role, WireBytes};
+use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role, WireBytes};
 use crate::reuse::{Ground, Reuse, keep_arrived};
 use crate::send::check_plaintext;
 use pagewire_protocol::error::{CloseCode, chain};
@@ -287,6 +287,7 @@ pub(crate) fn session(
     });
     let mut report = report(&summary);
     if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
+        report.image = Some(ImageId { root: manifest.root.0, session: offer.open.session });
         keep(&offer.open, manifest, &mut report);
     }
     (summary.offer.is_some(), report.close(result.err().map(Error::from)))

@@ -55,6 +55,26 @@ pub struct ReuseCounts {
     pub others: u64,
 }
 
+/// Which image of a guest: what a hint of unchanged pages has to be bound to. Written as hex.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageId {
+    /// The root over its digests and regions.
+    pub root: [u8; 32],
+    /// The session that moved it.
+    pub session: [u8; 16],
+}
+
+impl Serialize for ImageId {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeStruct;
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let mut id = serializer.serialize_struct("ImageId", 2)?;
+        id.serialize_field("root", &hex(&self.root))?;
+        id.serialize_field("session", &hex(&self.session))?;
+        id.end()
+    }
+}
+
 /// One round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Round {
@@ -123,6 +143,9 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// Of a post-copy.
     pub faults: Faults,
+    /// What was moved, if all of it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageId>,
     /// What was decided and why.
     pub decisions: Vec<Decision>,
     /// What of the base was used, and how.
@@ -173,6 +196,7 @@ impl Report {
             wire: WireBytes::default(),
             rounds: Vec::new(),
             faults: Faults::default(),
+            image: None,
             decisions: Vec::new(),
             reuse: ReuseCounts::default(),
             warnings: Vec::new(),

@@ -3,7 +3,7 @@
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::observe::{Event, Observer};
-use crate::report::{Decision, Outcome, Pages, Report, ReuseCounts, Role, Round, WireBytes};
+use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round, WireBytes};
 use crate::reuse::{Departure, Reuse, keep_departed};
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::page::InstallSize;
@@ -167,6 +167,7 @@ pub(crate) fn run<M: GuestMemory>(
         });
     });
     fill(&mut report, &summary);
+    report.image = summary.manifest.as_ref().map(|manifest| ImageId { root: manifest.root.0, session });
     if let (Some(reuse), Some(manifest)) = (reuse.filter(|_| lineage.key != [0; 32]), &summary.manifest) {
         keep_departed(reuse, lineage, (name, session), manifest, source, &mut report);
     }

@@ -109,7 +109,7 @@ impl Resolver {
                 let (region, first, count) = (range.region.0, range.first.0, range.count);
                 return Err(Violation::PageDigest { region, first, count }.into());
             }
-            check_padding(range, pages, bytes.inline, to)?;
+            check_padding(range, pages, bytes, to)?;
             self.place(range, pages, bytes, to)
         });
         (self.payload, self.old) = (payload, old);
@@ -452,14 +452,18 @@ fn used_bytes(layout: &Layout, region: RegionId, page: u64) -> usize {
 fn check_padding<S>(
     range: PageRange,
     pages: &Pages<'_>,
-    inline: &[PageBytes],
+    bytes: Bytes<'_>,
     to: &Target<'_, S>,
 ) -> Result<(), ErrorKind> {
     let last = range.numbers().end.saturating_sub(1);
     let used = used_bytes(to.map.layout(), range.region, last);
-    let ends_inline = pages.runs().last().is_some_and(|run| run.kind == EntryKind::INLINE);
+    let from = match pages.runs().last().map(|run| run.kind) {
+        Some(EntryKind::INLINE) => bytes.inline,
+        Some(EntryKind::SHIFTED) => bytes.shifted,
+        _ => &[],
+    };
     // SPEC 5.7
-    let padding = inline.last().filter(|_| ends_inline).and_then(|page| page.get(used..));
+    let padding = from.last().and_then(|page| page.get(used..));
     if padding.is_none_or(is_zero) {
         return Ok(());
     }

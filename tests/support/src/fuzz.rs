@@ -4,21 +4,22 @@
 //! read their input as operations: frames that are nearly right reach further than noise.
 
 use crate::image::{Image, Mix};
-use crate::memory::ImageSink;
+use crate::memory::{ImageBase, ImageSink};
 use crate::peer::{AgainstReceiver, AgainstSender, SECRET, SESSION, Script, Statement, digests};
 use crate::rng::Rng;
-use pagewire_protocol::compress::Decompressor;
-use pagewire_protocol::digest::{Digest, join_proof};
+use pagewire_protocol::compress::{Decompressor, compress_delta};
+use pagewire_protocol::digest::{Digest, join_proof, page_digest};
+use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::PeerError;
 use pagewire_protocol::frame::{
-    Ack, Done, Frame, FrameKind, HEADER_BYTES, Have, Join, LaneId, Pages, Root, RoundEnd, Want,
+    Ack, Codec, Done, Frame, FrameKind, HEADER_BYTES, Have, Join, LaneId, Pages, Root, RoundEnd, Want,
 };
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::session::{Job, Machine, Phase};
 use pagewire_protocol::time::Span;
-use pagewire_sender::SenderConfig;
+use pagewire_sender::{Base, SenderConfig};
 
 /// A fuzz target: what it does with an input.
 pub type Target = fn(&[u8]);
@@ -166,8 +167,19 @@ pub fn receiver_session(data: &[u8]) {
     let mut input = Input(data);
     let flags = input.byte();
     let image = small_image();
-    let sink = if flags & 1 == 0 { ImageSink::empty(&image) } else { ImageSink::holding(older(&image)) };
+    let sink = match flags & 5 {
+        0 => ImageSink::empty(&image),
+        1 => ImageSink::holding(older(&image)),
+        // What is said to be held, and is not quite.
+        _ => ImageSink::claiming(
+            &older(&image),
+            [0; 32],
+            if flags & 8 == 0 { older(&image) } else { image.clone() },
+            flags & 1 == 0,
+        ),
+    };
     let mut script = AgainstReceiver::receiver(flags / 2 % 2 + 1);
+    script.known = vec![older(&image).root(&[0; 32])];
     let phases =
         [Phase::Receiving, Phase::Receiving, Phase::Receiving, Phase::Greeting, Phase::Waiting, Phase::Deciding];
     script.enter(phases[usize::from(flags >> 4) % phases.len()], &image, &sink);
@@ -235,7 +247,15 @@ fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
             0..128 => statement.inline(&bytes),
             128..150 => statement.zero(),
             150..200 => statement.reference(known[usize::from(input.byte()) % known.len()]),
-            200..230 => statement.base(known[usize::from(input.byte()) % known.len()]),
+            200..220 => statement.base(known[usize::from(input.byte()) % known.len()]),
+            220..230 => {
+                statement.shift = (input.number() % 7).cast_signed() - 3;
+                let from = page.saturating_add_signed(statement.shift);
+                let base = older(image);
+                let from = if from < base.regions[usize::from(region)].pages() { from } else { 0 };
+                let page = base.page(usize::from(region), from).first_chunk().unwrap();
+                statement.shifted(page_digest(&DedupDomain::public(), page))
+            }
             flaw => {
                 bytes[usize::from(input.byte()) * 16] ^= flaw;
                 statement.inline(&bytes)
@@ -243,7 +263,14 @@ fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
         };
     }
     match input.byte() {
-        0..200 => statement.body(),
+        0..170 => statement.body(),
+        170..200 if !statement.payload.is_empty() => {
+            let old = &older(image).bytes[usize::from(region)];
+            let mut payload = Vec::new();
+            compress_delta(&statement.payload, old, statement.payload.len(), &mut payload);
+            statement.encoded(Codec::DELTA, &payload)
+        }
+        170..200 => statement.body(),
         200..230 if statement.payload.chunks(64).all(|chunk| chunk == &statement.payload[..64]) => statement.body(),
         200..230 => {
             let mut body = statement.body();
@@ -266,13 +293,21 @@ pub fn sender_session(data: &[u8]) {
     let mut config = SenderConfig::new(pagewire_protocol::frame::ImageName::new("vm.img").unwrap());
     (config.session, config.nonce, config.lanes) = (SESSION, [8; 16], flags / 2 % 2 + 1);
     (config.dedup, config.compress, config.batch_pages) = (flags & 4 == 0, flags & 8 == 0, 16);
-    let mut script = AgainstSender::sender_with(&image, Vec::new(), config);
+    let base: Box<dyn Base> = Box::new(ImageBase::whole(&older(&image), [0; 32]));
+    let mut script = AgainstSender::sender_with(&image, vec![base], config);
     let phase = [Phase::Opening, Phase::Opening, Phase::Sending, Phase::Greeting][usize::from(flags >> 4) % 4];
     script.enter(phase, &image);
     if phase == Phase::Opening {
         let mut accept = script.honest_accept(&image);
         accept.held_pages = if flags & 1 == 0 { vec![0, 0] } else { vec![input.number() % 11, input.number() % 19] };
         accept.window = input.number().clamp(1, 1 << 20);
+        let terms = input.byte();
+        (accept.base_stays, accept.others) = (terms & 1 != 0, terms & 2 != 0);
+        if terms & 4 != 0 {
+            accept.agreed = terms / 8 % 3;
+            accept.held_pages =
+                if terms & 128 == 0 { image.regions.iter().map(Region::pages).collect() } else { accept.held_pages };
+        }
         script.take(accept);
     }
     let mut fits = false;

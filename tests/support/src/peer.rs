@@ -5,7 +5,7 @@
 
 use crate::image::Image;
 use crate::memory::{ImageMemory, ImageSink, SourceFaults};
-use pagewire_protocol::compress::Compressor;
+use pagewire_protocol::compress::{Compressor, compress_delta};
 use pagewire_protocol::digest::{
     Digest, PageBytes, PageHasher, batch_digest, join_proof, page_digest, transcript_digest,
 };
@@ -52,11 +52,14 @@ pub struct Script<M> {
     pub transcript: [u8; 32],
     /// Lanes that a transport would have.
     pub lanes: u8,
+    /// Roots that an honest sender knows.
+    pub known: Vec<Digest>,
 }
 
 impl<M: Machine> Script<M> {
     fn new(engine: M, now: Time, lanes: u8) -> Self {
-        let mut script = Self { engine, now, said: Vec::new(), hello: Vec::new(), transcript: [0; 32], lanes };
+        let (said, hello, known) = Default::default();
+        let mut script = Self { engine, now, said, hello, transcript: [0; 32], lanes, known };
         script.listen();
         script.hello = script.said.first().map(|said| said.body.clone()).unwrap_or_default();
         script
@@ -194,6 +197,18 @@ impl Statement {
         self.push(EntryKind::BASE, digest)
     }
 
+    /// The next page is as in the base `shift` pages further, and has this digest.
+    pub fn shifted(self, digest: Digest) -> Self {
+        self.push(EntryKind::SHIFTED, digest)
+    }
+
+    /// The body with its payload as a delta against `old`.
+    pub fn delta(&self, old: &[u8]) -> Vec<u8> {
+        let mut payload = Vec::new();
+        assert!(compress_delta(&self.payload, old, self.payload.len(), &mut payload), "shrinks");
+        self.encoded(Codec::DELTA, &payload)
+    }
+
     /// The next page has this digest.
     pub fn reference(mut self, digest: Digest) -> Self {
         self.references.push(digest);
@@ -261,7 +276,7 @@ impl AgainstReceiver {
             domain_key: [0; 32],
             layout: image.layout(),
             lineage: LineageId([0; 16]),
-            known: Vec::new(),
+            known: self.known.clone(),
         }
     }
 

@@ -1,0 +1,161 @@
+//! Raw peers that lie about an agreed base: the session ends with the right code, or goes on unharmed.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: a failed expectation is a failed test"
+)]
+
+use pagewire_protocol::digest::{Digest, page_digest};
+use pagewire_protocol::domain::DedupDomain;
+use pagewire_protocol::error::CloseCode;
+use pagewire_protocol::frame::{Codec, Frame, FrameKind, Have, LaneId};
+use pagewire_protocol::session::Phase;
+use pagewire_test_support::image::{Image, Mix};
+use pagewire_test_support::memory::{ImageBase, ImageSink};
+use pagewire_test_support::peer::{AgainstReceiver, AgainstSender, Statement};
+use pagewire_test_support::rng::Rng;
+
+const CONTROL: LaneId = LaneId::CONTROL;
+const BULK: LaneId = LaneId::bulk(0);
+const PUBLIC: [u8; 32] = [0; 32];
+
+fn image(pages: u64) -> Image {
+    Image::random(pages, Mix::NOISE, &mut Rng::new(pages))
+}
+
+fn digest(image: &Image, page: u64) -> Digest {
+    page_digest(&DedupDomain::public(), image.page(0, page).first_chunk().unwrap())
+}
+
+/// A receiver that holds `base` under its manifest, agreed with a sender of an image like it.
+fn receiving(base: &Image, stays: bool) -> (AgainstReceiver, ImageSink) {
+    let sink = ImageSink::claiming(base, PUBLIC, base.clone(), stays);
+    let mut script = AgainstReceiver::receiver(1);
+    script.known = vec![base.root(&PUBLIC)];
+    script.enter(Phase::Receiving, base, &sink);
+    (script, sink)
+}
+
+fn refuses(base: &Image, stays: bool, body: &[u8], code: CloseCode, text: &str) {
+    let (mut script, _) = receiving(base, stays);
+    script.raw(BULK, FrameKind::PAGES, body);
+    let (got, reason) = script.failure();
+    assert_eq!(got, code);
+    assert!(reason.contains(text), "{reason}");
+}
+
+/// SPEC 6.24
+#[test]
+fn shifted_entries_need_a_held_source_in_a_base_that_stays() {
+    let base = image(10);
+    let shifted = |shift| Statement { shift, ..Statement::at(0, 2).shifted(digest(&base, 0)) };
+    let text = "a shifted entry, but its source is not held or does not stay";
+    refuses(&base, false, &shifted(-2).body(), CloseCode::VIOLATION, text);
+    for shift in [-3, 8, i64::MAX, i64::MIN] {
+        refuses(&base, true, &shifted(shift).body(), CloseCode::VIOLATION, text);
+    }
+    let (mut script, sink) = receiving(&base, true);
+    script.raw(BULK, FrameKind::PAGES, &shifted(-2).body());
+    assert!(script.closed().is_none());
+    assert_eq!(sink.state().image.page(0, 2), base.page(0, 0));
+}
+
+/// SPEC 6.8: where the bytes in the base are not what the sender thinks, it is asked for its own.
+#[test]
+fn a_shifted_entry_that_finds_other_bytes_is_wanted() {
+    let base = image(10);
+    let (mut script, sink) = receiving(&base, true);
+    let statement = Statement { shift: 1, ..Statement::at(0, 2).shifted(digest(&base, 9)) };
+    script.raw(BULK, FrameKind::PAGES, &statement.body());
+    script.listen();
+    let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("no wants") };
+    assert_eq!((ack.wants[0].first, ack.wants[0].count), (2, 1));
+    assert_eq!(sink.state().written, (0, 0));
+}
+
+/// SPEC 5.14
+#[test]
+fn deltas_need_an_agreed_base_and_shifts_one_that_stays() {
+    let base = image(10);
+    let mut page = *base.page(0, 3).first_chunk().unwrap();
+    page[7] ^= 1;
+    let statement = Statement::at(0, 3).inline(&page);
+    let text = "a delta against a base that is not agreed or does not stay";
+    let shifted = Statement { shift: 1, ..statement.clone() };
+    refuses(&base, false, &shifted.encoded(Codec::DELTA, &[1; 50]), CloseCode::VIOLATION, text);
+    let mut script = AgainstReceiver::receiver(1);
+    script.enter(Phase::Receiving, &base, &ImageSink::holding(base.clone()));
+    script.settle();
+    script.raw(BULK, FrameKind::PAGES, &statement.delta(base.page(0, 3)));
+    assert_eq!(script.failure().0, CloseCode::VIOLATION);
+    let (mut script, sink) = receiving(&base, false);
+    script.raw(BULK, FrameKind::PAGES, &statement.delta(base.page(0, 3)));
+    assert_eq!(sink.state().image.page(0, 3), page);
+}
+
+/// SPEC 6.8: a delta against other bytes, and one that is no zstd frame, install nothing and are wanted.
+#[test]
+fn deltas_that_do_not_fit_are_wanted() {
+    let base = image(10);
+    let mut page = *base.page(0, 3).first_chunk().unwrap();
+    page[7] ^= 1;
+    let statement = Statement::at(0, 3).inline(&page);
+    for body in [statement.delta(base.page(0, 3)), statement.encoded(Codec::DELTA, &[7; 100])] {
+        let mut rotten = base.clone();
+        rotten.page_mut(0, 3)[100] ^= 1;
+        let sink = ImageSink::claiming(&base, PUBLIC, rotten.clone(), true);
+        let mut script = AgainstReceiver::receiver(1);
+        script.known = vec![base.root(&PUBLIC)];
+        script.enter(Phase::Receiving, &base, &sink);
+        script.raw(BULK, FrameKind::PAGES, &body);
+        script.listen();
+        let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("no wants") };
+        assert_eq!((ack.wants[0].first, ack.wants[0].count), (3, 1));
+        assert_eq!(sink.state().image, rotten);
+    }
+}
+
+/// A02: a digest that the sender never had the page for brings nothing from another domain, and in its own domain a
+/// page that is held: what is asked for is what the receiver lacks.
+#[test]
+fn a_digest_of_nothing_here_is_wanted_and_never_installed() {
+    let (base, other) = (image(10), image(11));
+    let (mut script, sink) = receiving(&base, true);
+    script.raw(BULK, FrameKind::PAGES, &Statement::at(0, 5).reference(digest(&other, 5)).body());
+    script.listen();
+    let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("no wants") };
+    assert_eq!((ack.wants[0].first, ack.wants[0].count), (5, 1));
+    assert_eq!(sink.state().image, base);
+}
+
+/// SPEC 4.20: terms about a base that was never named, or another number of pages than it has.
+#[test]
+fn terms_about_a_base_that_was_not_named_are_violations() {
+    let image = image(10);
+    for (named, agreed, held) in [(0, 1, 10), (1, 2, 10), (1, 8, 10), (1, 1, 9), (1, 1, 0), (1, 1, 11)] {
+        let bases = (0..named).map(|_| Box::new(ImageBase::whole(&image, PUBLIC)) as Box<dyn pagewire_sender::Base>);
+        let mut config = pagewire_sender::SenderConfig::new(pagewire_protocol::frame::ImageName::new("vm").unwrap());
+        config.session = [3; 16];
+        let mut script = AgainstSender::sender_with(&image, bases.collect(), config);
+        script.enter(Phase::Opening, &image);
+        let mut accept = script.honest_accept(&image);
+        (accept.agreed, accept.held_pages) = (agreed, vec![held]);
+        script.say(CONTROL, &Frame::Accept(accept));
+        assert_eq!(script.failure().0, CloseCode::VIOLATION, "{named} {agreed} {held}");
+    }
+}
+
+/// SPEC 6.13: of an agreed base nothing is announced.
+#[test]
+fn holdings_of_an_agreed_base_are_a_violation() {
+    let image = image(300);
+    let config = pagewire_sender::SenderConfig::new(pagewire_protocol::frame::ImageName::new("vm").unwrap());
+    let mut script = AgainstSender::sender_with(&image, vec![Box::new(ImageBase::whole(&image, PUBLIC))], config);
+    script.enter(Phase::Opening, &image);
+    let mut accept = script.honest_accept(&image);
+    (accept.agreed, accept.held_pages) = (1, vec![300]);
+    script.take(accept);
+    script.say(CONTROL, &Frame::Have(Have { region: 0, first: 0, digests: vec![Digest([1; 32]); 1] }));
+    assert_eq!(script.failure().0, CloseCode::VIOLATION);
+}
