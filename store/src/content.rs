@@ -15,7 +15,7 @@ use std::io;
 /// Visits that are looked through, the newest: each takes three descriptors, of which a process has 1,024.
 const VISITS_MAX: usize = 128;
 /// Digests that are read at once.
-const PIECE_DIGESTS: usize = 32 * 1024;
+const PIECE_DIGESTS: usize = 256 * 1024;
 
 /// Where a page with a wanted digest is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,9 +98,14 @@ impl DomainPages {
             each_piece(visit, present, |_, digests| pages = pages.saturating_add(digests.count()));
         }
         index.reserve(pages, |place| shelf.digest(place));
+        let mut order: Vec<u64> = Vec::new();
         for ((visit, present), &start) in shelf.visits.iter().zip(&kept).zip(&shelf.starts) {
             each_piece(visit, present, |piece, digests| {
-                for (place, digest) in digests {
+                order.clear();
+                order.extend(digests.map(|(place, digest)| index.bucket(&digest) << 32 | u64::from(place)));
+                order.sort_unstable();
+                for place in order.iter().filter_map(|key| u32::try_from(key & u64::from(u32::MAX)).ok()) {
+                    let Some(digest) = piece.digest(u64::from(place)) else { continue };
                     // A duplicate is mostly a neighbour's: its digest is at hand.
                     let known = |known: Place| {
                         let near = known.0.checked_sub(start).and_then(|at| piece.digest(u64::from(at)));

@@ -36,11 +36,11 @@ pub(crate) enum Change<'a> {
     SetLen(&'a Path, u64),
     Write(&'a Path, u64, &'a [u8]),
     Punch(&'a Path, u64, u64),
-    Clone(&'a Path),
+    Clone,
     Sync(&'a Path),
     Rename(&'a Path, &'a Path),
-    /// Out of the store, under this name.
-    RenameOut(&'a Path, &'a OsStr),
+    /// Out of the store.
+    RenameOut(&'a Path),
     Unlink(&'a Path),
 }
 
@@ -233,7 +233,7 @@ impl Folder {
 
     /// Renames out of the store, never over anything.
     pub(crate) fn rename_out(&self, from: &OsStr, into: BorrowedFd<'_>, to: &OsStr) -> io::Result<()> {
-        announce(&self.watch, &Change::RenameOut(&self.path.join(from), to))?;
+        announce(&self.watch, &Change::RenameOut(&self.path.join(from)))?;
         Ok(fs::renameat_with(&self.fd, from, into, to, RenameFlags::NOREPLACE)?)
     }
 
@@ -372,7 +372,7 @@ impl Draft {
 
     /// Shares all blocks of `from`; false where the file system cannot.
     pub(crate) fn clone_from(&self, from: &File) -> bool {
-        announce(&self.watch, &Change::Clone(&self.path)).is_ok() && fs::ioctl_ficlone(&self.file, from).is_ok()
+        announce(&self.watch, &Change::Clone).is_ok() && fs::ioctl_ficlone(&self.file, from).is_ok()
     }
 
     pub(crate) fn sync(&self) -> Result<(), StoreError> {

@@ -54,6 +54,11 @@ impl DigestIndex {
         }
     }
 
+    /// Where in the table a digest belongs. Inserting many in this order walks through memory instead of jumping.
+    pub(crate) fn bucket(&self, digest: &Digest) -> u64 {
+        hash(self.seed, digest) & (self.table.num_buckets() as u64).saturating_sub(1)
+    }
+
     /// Pages known.
     pub fn len(&self) -> usize {
         self.table.len()
