@@ -25,38 +25,54 @@ impl DigestIndex {
     pub fn reserve(&mut self, pages: usize, digest_of: impl Fn(Place) -> Digest) {
         let seed = self.seed;
         let more = pages.saturating_sub(self.table.len());
-        self.table.reserve(more, |&place| hash(seed, &digest_of(Place(place))));
+        self.table.reserve(more, |&place| fold(seed, &digest_of(Place(place))));
     }
 
     /// A page whose digest is `digest` now.
     pub fn find(&self, digest: &Digest, digest_of: impl Fn(Place) -> Digest) -> Option<Place> {
-        let found = self.table.find(hash(self.seed, digest), |&place| digest_of(Place(place)) == *digest);
+        let found = self.table.find(fold(self.seed, digest), |&place| digest_of(Place(place)) == *digest);
         found.map(|&place| Place(place))
     }
 
     /// Remembers that `place` has `digest`, unless a page with it is known; returns the one that is.
     pub fn insert(&mut self, digest: &Digest, place: Place, digest_of: impl Fn(Place) -> Digest) -> Option<Place> {
+        self.insert_hashed(fold(self.seed, digest), place, |known| digest_of(known) == *digest, &digest_of)
+    }
+
+    /// Forgets that `place` has `digest`. Must be called before the page's digest changes.
+    pub fn remove(&mut self, digest: &Digest, place: Place) {
+        if let Ok(entry) = self.table.find_entry(fold(self.seed, digest), |&known| known == place.0) {
+            entry.remove();
+        }
+    }
+
+    /// What selects a digest's bucket, for [`insert_hashed`](Self::insert_hashed).
+    pub(crate) fn hash(&self, digest: &Digest) -> u64 {
+        fold(self.seed, digest)
+    }
+
+    /// Sorts hashes by bucket: inserting many in this order walks through memory instead of jumping.
+    pub(crate) fn sort(&self, order: &mut [(u64, u32)]) {
+        let mask = (self.table.num_buckets() as u64).saturating_sub(1);
+        order.sort_unstable_by_key(|(hash, _)| hash & mask);
+    }
+
+    /// As [`insert`](Self::insert), by a digest's hash, for who can tell `same` without reading digests.
+    pub(crate) fn insert_hashed(
+        &mut self,
+        hash: u64,
+        place: Place,
+        same: impl Fn(Place) -> bool,
+        digest_of: impl Fn(Place) -> Digest,
+    ) -> Option<Place> {
         let seed = self.seed;
-        let same = |&known: &u32| digest_of(Place(known)) == *digest;
-        match self.table.entry(hash(seed, digest), same, |&known| hash(seed, &digest_of(Place(known)))) {
+        match self.table.entry(hash, |&known| same(Place(known)), |&known| fold(seed, &digest_of(Place(known)))) {
             Entry::Occupied(known) => Some(Place(*known.get())),
             Entry::Vacant(free) => {
                 free.insert(place.0);
                 None
             }
         }
-    }
-
-    /// Forgets that `place` has `digest`. Must be called before the page's digest changes.
-    pub fn remove(&mut self, digest: &Digest, place: Place) {
-        if let Ok(entry) = self.table.find_entry(hash(self.seed, digest), |&known| known == place.0) {
-            entry.remove();
-        }
-    }
-
-    /// Where in the table a digest belongs. Inserting many in this order walks through memory instead of jumping.
-    pub(crate) fn bucket(&self, digest: &Digest) -> u64 {
-        hash(self.seed, digest) & (self.table.num_buckets() as u64).saturating_sub(1)
     }
 
     /// Pages known.
@@ -76,7 +92,7 @@ impl DigestIndex {
 }
 
 /// A digest is uniform already; the seed and one folded multiplication hide which bits pick the bucket.
-fn hash(seed: u64, digest: &Digest) -> u64 {
+pub(crate) fn fold(seed: u64, digest: &Digest) -> u64 {
     let word =
         |at: usize| digest.0.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u64::from_le_bytes(*bytes));
     let product = u128::from(word(0) ^ seed).wrapping_mul(u128::from(word(8) | 1));
@@ -114,7 +130,7 @@ mod tests {
     fn digests_aimed_at_one_bucket_are_compared_a_constant_number_of_times() {
         // Without a seed the first word of zeros makes every one of these hash to nothing.
         let aimed: Vec<Digest> = (0..8000).map(|at| digest([0, at * 2 + 1, at, 1])).collect();
-        assert!(aimed.iter().all(|digest| hash(0, digest) == 0));
+        assert!(aimed.iter().all(|digest| fold(0, digest) == 0));
         let compared = std::cell::Cell::new(0u32);
         let most = |seed: u64, digests: &[Digest]| {
             let of = |place: Place| {
