@@ -14,8 +14,8 @@ use std::io;
 
 /// Visits that are looked through, the newest: each takes three descriptors, of which a process has 1,024.
 const VISITS_MAX: usize = 128;
-/// Digests that are read at once.
-const PIECE_DIGESTS: usize = 32 * 1024;
+/// Digests that are read and sorted at once, 8 MiB: more leave the processor's cache, fewer jump further in the table.
+const PIECE_DIGESTS: usize = 256 * 1024;
 
 /// Where a page with a wanted digest is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,15 +98,25 @@ impl DomainPages {
             each_piece(visit, present, |_, digests| pages = pages.saturating_add(digests.count()));
         }
         index.reserve(pages, |place| shelf.digest(place));
+        let mut hints = Hints(vec![0; usize::try_from(shelf.end.div_ceil(2)).unwrap_or(usize::MAX)]);
+        let mut order: Vec<(u64, u32)> = Vec::new();
         for ((visit, present), &start) in shelf.visits.iter().zip(&kept).zip(&shelf.starts) {
             each_piece(visit, present, |piece, digests| {
+                order.clear();
                 for (place, digest) in digests {
-                    // A duplicate is mostly a neighbour's: its digest is at hand.
-                    let known = |known: Place| {
+                    hints.set(Place(start.saturating_add(place)), &digest);
+                    order.push((index.hash(&digest), place));
+                }
+                index.sort(&mut order);
+                for &(hash, place) in &order {
+                    let same = |known: Place| {
+                        let digest = piece.digest(u64::from(place)).unwrap_or_default();
+                        // A duplicate is mostly a neighbour's: its digest is at hand.
                         let near = known.0.checked_sub(start).and_then(|at| piece.digest(u64::from(at)));
-                        near.unwrap_or_else(|| shelf.digest(known))
+                        hints.fits(known, &digest) && near.unwrap_or_else(|| shelf.digest(known)) == digest
                     };
-                    index.insert(&digest, Place(start.saturating_add(place)), known);
+                    let of = |known| shelf.digest(known);
+                    index.insert_hashed(hash, Place(start.saturating_add(place)), same, of);
                 }
             });
         }
@@ -146,6 +156,25 @@ impl DomainPages {
     /// Whether none is.
     pub fn is_empty(&self) -> bool {
         self.index.is_empty()
+    }
+}
+
+/// Four bits of each indexed page's digest, while the index is built: of two digests that share a slot's tag, fifteen in
+/// sixteen differ in them, and nobody has to read the manifest to see it.
+struct Hints(Vec<u8>);
+
+impl Hints {
+    fn fits(&self, place: Place, digest: &Digest) -> bool {
+        let both = usize::try_from(place.0 / 2).ok().and_then(|at| self.0.get(at)).copied().unwrap_or(0);
+        let hint = if place.0.is_multiple_of(2) { both } else { both >> 4 };
+        hint & 0xf == digest.0[31] & 0xf
+    }
+
+    fn set(&mut self, place: Place, digest: &Digest) {
+        let shift = if place.0.is_multiple_of(2) { 0 } else { 4 };
+        if let Some(both) = usize::try_from(place.0 / 2).ok().and_then(|at| self.0.get_mut(at)) {
+            *both |= (digest.0[31] & 0xf) << shift;
+        }
     }
 }
 

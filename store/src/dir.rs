@@ -22,6 +22,7 @@ const LOCK: &str = "lock";
 /// How often a lock file that was replaced while we waited for it is opened again.
 const TRIES: usize = 16;
 const PRIVATE: Mode = Mode::RWXU;
+// STORE 1.3
 const OPEN: OFlags = OFlags::NOFOLLOW.union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
 
 /// A change that is about to be made. Paths are the store's, temporary names included.
@@ -35,11 +36,11 @@ pub(crate) enum Change<'a> {
     SetLen(&'a Path, u64),
     Write(&'a Path, u64, &'a [u8]),
     Punch(&'a Path, u64, u64),
-    Clone(&'a Path),
+    Clone,
     Sync(&'a Path),
     Rename(&'a Path, &'a Path),
-    /// Out of the store, under this name.
-    RenameOut(&'a Path, &'a OsStr),
+    /// Out of the store.
+    RenameOut(&'a Path),
     Unlink(&'a Path),
 }
 
@@ -104,6 +105,7 @@ impl Folder {
         }
     }
 
+    // STORE 1.2
     fn judged(fd: OwnedFd, path: PathBuf, watch: Watcher) -> Result<Self, StoreError> {
         let info = match fs::fstat(&fd) {
             Ok(info) => info,
@@ -190,10 +192,11 @@ impl Folder {
     pub(crate) fn open(&self, name: &OsStr, write: bool) -> Result<Found, StoreError> {
         let fail = |errno| self.io(name, "cannot be opened", errno);
         match fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(info) => match judge(&info) {
-                Some(what) => return Ok(Found::Planted(what)),
-                None => {}
-            },
+            Ok(info) => {
+                if let Some(what) = judge(&info) {
+                    return Ok(Found::Planted(what));
+                }
+            }
             Err(Errno::NOENT) => return Ok(Found::Nothing),
             Err(errno) => return Err(fail(errno)),
         }
@@ -230,7 +233,7 @@ impl Folder {
 
     /// Renames out of the store, never over anything.
     pub(crate) fn rename_out(&self, from: &OsStr, into: BorrowedFd<'_>, to: &OsStr) -> io::Result<()> {
-        announce(&self.watch, &Change::RenameOut(&self.path.join(from), to))?;
+        announce(&self.watch, &Change::RenameOut(&self.path.join(from)))?;
         Ok(fs::renameat_with(&self.fd, from, into, to, RenameFlags::NOREPLACE)?)
     }
 
@@ -256,6 +259,7 @@ impl Folder {
         fs::fstat(&self.fd).ok().map(|info| info.st_dev)
     }
 
+    // STORE 4.1
     /// Waits for the store's lock. Whoever only looks shares it; the lock ends with the returned file.
     pub(crate) fn lock(&self, shared: bool) -> Result<File, StoreError> {
         let fail = |errno| self.io(LOCK.as_ref(), "cannot be locked", errno);
@@ -304,6 +308,7 @@ fn not_a_folder(path: PathBuf, errno: Errno) -> StoreError {
     StoreError::Refused { path, why }
 }
 
+// STORE 1.4
 /// What keeps a file from counting.
 fn judge(info: &Stat) -> Option<&'static str> {
     match FileType::from_raw_mode(info.st_mode) {
@@ -367,7 +372,7 @@ impl Draft {
 
     /// Shares all blocks of `from`; false where the file system cannot.
     pub(crate) fn clone_from(&self, from: &File) -> bool {
-        announce(&self.watch, &Change::Clone(&self.path)).is_ok() && fs::ioctl_ficlone(&self.file, from).is_ok()
+        announce(&self.watch, &Change::Clone).is_ok() && fs::ioctl_ficlone(&self.file, from).is_ok()
     }
 
     pub(crate) fn sync(&self) -> Result<(), StoreError> {

@@ -29,6 +29,7 @@ pub enum Removed {
 pub(crate) fn remove(folder: &Folder, id: VisitId) -> Result<Removed, StoreError> {
     let name = manifest_name(id);
     let Found::File(file, _) = folder.open(&name, false)? else { return Ok(Removed::Unknown) };
+    // STORE 4.2
     if !try_lock(&file, false) {
         return Ok(Removed::Busy);
     }
@@ -72,6 +73,7 @@ pub(crate) fn to_budget(
     budget: u64,
     just_kept: Option<VisitId>,
 ) -> Result<Vec<VisitHead>, StoreError> {
+    // STORE 5.3: all it looks at is in this one folder.
     let mut candidates = candidates(folder, domain)?;
     for kept in candidates.iter_mut().filter(|candidate| Some(candidate.id) == just_kept && candidate.bytes > budget) {
         folder.unlink(&image_name(kept.id))?;

@@ -265,6 +265,7 @@ impl<'a> Writing<'a> {
             self.folder.rename(&draft_name(image_name(self.id)), &image_name(self.id))?;
             self.folder.sync()?;
         }
+        // STORE 4.3
         self.folder.rename(&draft_name(manifest_name(self.id)), &manifest_name(self.id))?;
         self.done = true;
         self.folder.sync()
@@ -311,7 +312,7 @@ fn punch_absent(draft: &Draft, layout: &Layout, present: &PageBitmap) -> Result<
     for (index, region) in (0u16..).zip(layout.regions()) {
         let end = start.saturating_add(region.pages());
         let mut next = start;
-        let kept = present.runs(start..end).chain([end..end]);
+        let kept = present.runs(start..end).chain(std::iter::once(end..end));
         for run in kept {
             let (first, count) = (next.saturating_sub(start), run.start.saturating_sub(next));
             if count > 0 {

@@ -190,6 +190,7 @@ impl std::fmt::Debug for Manifest {
 }
 
 impl Manifest {
+    // STORE 2.3
     /// Judges the first [`BLOCK`] bytes of a manifest file of `len` bytes.
     ///
     /// # Errors

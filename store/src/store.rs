@@ -199,7 +199,8 @@ impl Store {
         manifest.sequence = newest.saturating_add(1);
         writing.commit(&manifest)?;
         if let Some(budget) = self.budget {
-            evict::to_budget(&folder, domain, budget, Some(manifest.id))?;
+            // The visit is kept; what could not go today goes when the next one comes.
+            let _ = evict::to_budget(&folder, domain, budget, Some(manifest.id));
         }
         let kept = open(&folder, domain, manifest.id)?;
         kept.map(|opened| opened.head).ok_or_else(|| folder.io(OsStr::new(""), "its newest visit went away", gone()))

@@ -340,6 +340,7 @@ impl PieceOf<'_> {
             return;
         }
         let mut digests = Vec::with_capacity(bytes.len());
+        // STORE 3.3
         self.hasher.digest_nonzero(bytes, &mut digests);
         for (page, digest) in pages.zip(digests) {
             if self.tree.leaf(page) != digest {

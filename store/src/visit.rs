@@ -188,6 +188,7 @@ impl Visit {
             start = start.saturating_add(region.pages());
             trees.push(tree);
         }
+        // STORE 2.5
         if image_root(hasher.domain(), &self.head.layout, &mut trees) != self.head.root {
             return Err(self.damaged("its digests do not lead to its root"));
         }
@@ -317,6 +318,7 @@ impl Visit {
         if !self.is_linked()? {
             return Ok(None);
         }
+        // STORE 4.5
         self.folder.rename(&manifest, &gone)?;
         let left = self.folder.sync().and_then(|()| {
             let renamed = self.folder.rename_out(&image, into, name);

@@ -53,7 +53,7 @@ impl Watch for Recorder {
         let own = Path::to_path_buf;
         let step = match change {
             // Blocks that are shared show in no log: the store has to copy here.
-            Change::Clone(_) => return Err(io::ErrorKind::Unsupported.into()),
+            Change::Clone => return Err(io::ErrorKind::Unsupported.into()),
             Change::MakeFolder(path) => Step::MakeFolder(own(path)),
             Change::RemoveFolder(path) => Step::RemoveFolder(own(path)),
             Change::SyncFolder(path) => Step::SyncFolder(own(path)),
@@ -63,7 +63,7 @@ impl Watch for Recorder {
             Change::Punch(path, offset, len) => Step::Punch(own(path), *offset, *len),
             Change::Sync(path) => Step::Sync(own(path)),
             Change::Rename(from, to) => Step::Rename(own(from), own(to)),
-            Change::RenameOut(path, _) | Change::Unlink(path) => Step::Gone(own(path)),
+            Change::RenameOut(path) | Change::Unlink(path) => Step::Gone(own(path)),
         };
         let at = self.steps.lock().unwrap().len();
         self.note(step);
@@ -76,7 +76,7 @@ fn run(home: &Path, recorder: &Arc<Recorder>) -> Result<(), StoreError> {
     let measured = 70 << 12;
     let options = StoreOptions { budget: Some(measured), existing: false };
     let store = Store::open_watched(&home.join("store"), options, Some(Arc::clone(recorder) as Arc<dyn Watch>))?;
-    let mut kept = |guest: &Guest| {
+    let kept = |guest: &Guest| {
         let head = guest.try_keep(&store, None)?;
         recorder.note(Step::Kept(head.id));
         Ok::<_, StoreError>(head)

@@ -61,7 +61,6 @@ fn text(manifest: &Manifest, bytes: &[u8]) -> String {
     text
 }
 
-// STORE 2.1
 #[test]
 fn the_golden_manifest_is_what_is_written() {
     let (manifest, bytes) = golden();
@@ -104,7 +103,6 @@ fn with(change: impl FnOnce(&mut Body)) -> Result<Manifest, ManifestError> {
     Manifest::decode(&seal(&body.1, &encoded), file.len() as u64)
 }
 
-// STORE 2.2, 2.3
 #[test]
 fn headers_outside_their_limits_are_refused() {
     assert!(with(|_| {}).is_ok());

@@ -92,6 +92,24 @@ fn record_sessions() {
     }
 }
 
+/// The golden manifest as it is and as a body to be sealed, and bodies that come near a limit.
+fn record_manifests() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../store/vectors/manifest.txt");
+    let text = fs::read_to_string(path).unwrap();
+    let lines = text.lines().filter_map(|line| line.split_once(": ")).take_while(|(at, _)| *at != "1000");
+    let header: Vec<u8> = lines.flat_map(|(_, digits)| hex(digits)).collect();
+    let body = header[16..16 + usize::from(header[12])].to_vec();
+    keep("manifest", "vector", &[&[0], header.as_slice()].concat());
+    keep("manifest", "sealed", &[&[1], body.as_slice()].concat());
+    keep("manifest", "cut", &[&[1], &body[..body.len() - 1]].concat());
+    // Name, kind, number of regions, install size: one byte of each.
+    for (name, at) in [("name", 72), ("kind", 112), ("regions", 113), ("install-size", 130), ("pages", 127)] {
+        let mut wrong = body.clone();
+        wrong[at] ^= 0x40;
+        keep("manifest", name, &[&[1], wrong.as_slice()].concat());
+    }
+}
+
 fn record_operations() {
     let mut compressed = Vec::new();
     let text = [7u8; 8192];
@@ -124,6 +142,7 @@ fn made_seeds_can_be_made_again() {
     if std::env::var_os("PAGEWIRE_RECORD").is_some() {
         record_vectors();
         record_sessions();
+        record_manifests();
         record_operations();
     }
 }

@@ -19,7 +19,12 @@ use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::session::{Job, Machine, Phase};
 use pagewire_protocol::time::Span;
+<<<<<<< HEAD
 use pagewire_sender::{Base, SenderConfig};
+=======
+use pagewire_sender::SenderConfig;
+use pagewire_store::manifest::{self, BLOCK, Manifest, ManifestError};
+>>>>>>> store
 
 /// A fuzz target: what it does with an input.
 pub type Target = fn(&[u8]);
@@ -30,6 +35,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("frame", frame),
     ("pages", pages),
     ("decompress", decompress),
+    ("manifest", manifest),
     ("sender_session", sender_session),
     ("receiver_session", receiver_session),
 ];
@@ -103,6 +109,39 @@ pub fn decompress(data: &[u8]) {
     let Some((&pages, payload)) = data.split_first() else { return };
     let mut out = vec![0; (usize::from(pages) % 16 + 1) * PAGE_BYTES];
     let _ = Decompressor::new().unwrap().decompress(payload, &mut out);
+}
+
+/// A manifest's header: as it is (first byte even), or a body that is sealed here, for the fuzzer cannot. What decodes has
+/// one encoding, and a present bitmap that is sealed for it reads as it was written.
+pub fn manifest(data: &[u8]) {
+    let Some((&kind, data)) = data.split_first() else { return };
+    let mut block = [0; BLOCK];
+    if kind & 1 == 0 {
+        block.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
+    } else {
+        let key = data.get(16..48).and_then(<[u8]>::first_chunk).copied().unwrap_or([0; 32]);
+        block = manifest::seal(&key, data);
+    }
+    let len = match Manifest::decode(&block, 0) {
+        Err(ManifestError::Length { found: 0, expected }) => expected,
+        refused => return assert!(refused.is_err(), "a manifest is never empty"),
+    };
+    let mut manifest = Manifest::decode(&block, len).unwrap();
+    assert!(manifest.encode() == block, "two encodings");
+    assert!(Manifest::decode(&block, len + 1).is_err());
+    let (offset, bytes) = manifest.present_span();
+    if bytes > 64 * 1024 {
+        return;
+    }
+    let bitmap: Vec<u8> = data.iter().rev().copied().cycle().take(bytes as usize).collect();
+    manifest.present = manifest.seal_present(&bitmap);
+    let padded = (manifest.digest_offset(0) - offset) as usize;
+    let mut bitmap_and_padding = bitmap.clone();
+    bitmap_and_padding.resize(padded, 0);
+    if let Ok(present) = manifest.decode_present(&bitmap_and_padding) {
+        assert_eq!((present.len(), present.bytes()), (manifest.layout.pages(), bitmap));
+    }
+    assert!(manifest.decode_present(&[bitmap_and_padding.as_slice(), &[1]].concat()).is_err());
 }
 
 /// Numbers out of the input; zeros behind its end.
