@@ -19,12 +19,9 @@ use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::session::{Job, Machine, Phase};
 use pagewire_protocol::time::Span;
-<<<<<<< HEAD
-use pagewire_sender::{Base, SenderConfig};
-=======
 use pagewire_sender::SenderConfig;
+use pagewire_sender::{Base, SenderConfig};
 use pagewire_store::manifest::{self, BLOCK, Manifest, ManifestError};
->>>>>>> store
 
 /// A fuzz target: what it does with an input.
 pub type Target = fn(&[u8]);
