@@ -82,26 +82,43 @@ impl PageBitmap {
         self.change(index, false)
     }
 
-    /// Sets every index of `range` that lies below the end.
-    pub fn insert_range(&mut self, range: Range<u64>) {
+    /// Sets every index of `range` that lies below the end; says how many were clear.
+    pub fn insert_range(&mut self, range: Range<u64>) -> u64 {
+        let before = self.ones;
+        self.change_range(range, true);
+        self.ones.saturating_sub(before)
+    }
+
+    /// Clears every index of `range`; says how many were set.
+    pub fn remove_range(&mut self, range: Range<u64>) -> u64 {
+        let before = self.ones;
+        self.change_range(range, false);
+        before.saturating_sub(self.ones)
+    }
+
+    fn change_range(&mut self, range: Range<u64>, on: bool) {
         let (mut index, end) = (range.start, range.end.min(self.len));
         while index < end {
-            let whole = index % 64 == 0 && end.saturating_sub(index) >= 64;
-            let word = usize::try_from(index / 64).ok().and_then(|at| self.words.get_mut(at)).filter(|_| whole);
-            if let Some(word) = word {
-                self.ones = self.ones.saturating_add(u64::from(word.count_zeros()));
-                *word = u64::MAX;
-                index = index.saturating_add(64);
-            } else {
-                self.insert(index);
-                index = index.saturating_add(1);
-            }
+            let next = end.min((index / 64).saturating_add(1).saturating_mul(64));
+            let count = next.saturating_sub(index);
+            let mask = (u64::MAX >> 64u64.saturating_sub(count).min(63)) << (index % 64);
+            let Some(word) = usize::try_from(index / 64).ok().and_then(|at| self.words.get_mut(at)) else { return };
+            let was = u64::from((*word & mask).count_ones());
+            *word = if on { *word | mask } else { *word & !mask };
+            let ones = self.ones.saturating_sub(was);
+            self.ones = if on { ones.saturating_add(count) } else { ones };
+            index = next;
         }
     }
 
     /// The runs of set bits inside `within`, in order.
     pub fn runs(&self, within: Range<u64>) -> Runs<'_> {
-        Runs { bitmap: self, next: within.start, end: within.end.min(self.len) }
+        Runs { bitmap: self, next: within.start, end: within.end.min(self.len), on: true }
+    }
+
+    /// The runs of clear bits inside `within`, in order; below the end.
+    pub fn gaps(&self, within: Range<u64>) -> Runs<'_> {
+        Runs { on: false, ..self.runs(within) }
     }
 
     fn word(&self, index: u64) -> Option<u64> {
@@ -144,23 +161,24 @@ const fn bit(index: u64) -> u64 {
     1 << (index % 64)
 }
 
-/// Iterator over runs of set bits; see [`PageBitmap::runs`].
+/// Iterator over runs of bits alike; see [`PageBitmap::runs`] and [`PageBitmap::gaps`].
 #[derive(Debug)]
 pub struct Runs<'a> {
     bitmap: &'a PageBitmap,
     next: u64,
     end: u64,
+    on: bool,
 }
 
 impl Iterator for Runs<'_> {
     type Item = Range<u64>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let start = self.bitmap.find(self.next, self.end, true);
+        let start = self.bitmap.find(self.next, self.end, self.on);
         if start >= self.end {
             return None;
         }
-        let stop = self.bitmap.find(start, self.end, false);
+        let stop = self.bitmap.find(start, self.end, !self.on);
         self.next = stop;
         Some(start..stop)
     }
@@ -175,7 +193,7 @@ mod tests {
     proptest! {
         /// The slow twin is a set of numbers.
         #[test]
-        fn agrees_with_a_set_of_numbers(len in 1u64..400, ops in proptest::collection::vec((any::<bool>(), 0u64..450), 0..300), from in 0u64..400, fill in (0u64..400, 0u64..200)) {
+        fn agrees_with_a_set_of_numbers(len in 1u64..400, ops in proptest::collection::vec((any::<bool>(), 0u64..450), 0..300), from in 0u64..400, fill in (0u64..400, 0u64..200), clear in (0u64..400, 0u64..100)) {
             let mut bitmap = PageBitmap::new(len);
             let mut twin = BTreeSet::new();
             for (on, index) in ops {
@@ -183,8 +201,16 @@ mod tests {
                 let got = if on { bitmap.insert(index) } else { bitmap.remove(index) };
                 prop_assert_eq!(got, changed);
             }
-            bitmap.insert_range(fill.0..fill.0 + fill.1);
+            let before = twin.len();
+            let new = bitmap.insert_range(fill.0..fill.0 + fill.1);
             twin.extend((fill.0..fill.0 + fill.1).filter(|&index| index < len));
+            prop_assert_eq!(new, (twin.len() - before) as u64);
+            let gone = bitmap.remove_range(clear.0..clear.0 + clear.1);
+            let before = twin.len();
+            twin.retain(|index| !(clear.0..clear.0 + clear.1).contains(index));
+            prop_assert_eq!(gone, (before - twin.len()) as u64);
+            let gaps: Vec<u64> = bitmap.gaps(from..len + 9).flatten().collect();
+            prop_assert_eq!(gaps, (from..len).filter(|index| !twin.contains(index)).collect::<Vec<_>>());
             prop_assert_eq!(bitmap.count(), twin.len() as u64);
             let from_runs: Vec<u64> = bitmap.runs(from..len + 9).flatten().collect();
             let from_twin: Vec<u64> = twin.range(from..).copied().collect();

@@ -113,6 +113,23 @@ impl DigestTree {
         }
     }
 
+    /// Appends the digests of `pages`, which must lie in the region.
+    pub fn copy_to(&self, pages: Range<u64>, out: &mut Vec<Digest>) {
+        let mut page = pages.start;
+        while page < pages.end {
+            let (subtree, at) = split(page);
+            let border = (page / SUBTREE_PAGES as u64).saturating_add(1).saturating_mul(SUBTREE_PAGES as u64);
+            let next = pages.end.min(border);
+            let count = usize::try_from(next.saturating_sub(page)).unwrap_or(0);
+            let leaves = self.leaves.get(subtree).and_then(Option::as_ref);
+            match leaves.and_then(|leaves| leaves.get(at..at.saturating_add(count))) {
+                Some(leaves) => out.extend(leaves.iter().map(|leaf| if *leaf == UNSET { self.zero } else { *leaf })),
+                None => out.extend(core::iter::repeat_n(self.zero, count)),
+            }
+            page = next;
+        }
+    }
+
     /// Lowest nodes of the region: one for each started MiB.
     pub fn subtrees(&self) -> u64 {
         self.nodes.len() as u64
@@ -131,9 +148,9 @@ impl DigestTree {
         if known != UNSET {
             return known;
         }
-        let mut leaves = [UNSET; SUBTREE_PAGES];
-        let count = self.copy_leaves(self.subtree_pages(index), &mut leaves);
-        let node = node_digest(&self.domain, 0, leaves.get(..count).unwrap_or(&[]));
+        let mut leaves = Vec::with_capacity(SUBTREE_PAGES);
+        self.copy_to(self.subtree_pages(index), &mut leaves);
+        let node = node_digest(&self.domain, 0, &leaves);
         if let Some(slot) = self.nodes.get_mut(at) {
             *slot = node;
         }
@@ -154,26 +171,9 @@ impl DigestTree {
     /// The batch digest of `count` pages from `first` as they stand in the tree.
     pub fn batch(&self, first: u64, count: u32) -> Digest {
         let end = first.saturating_add(u64::from(count)).min(self.pages);
-        let mut buffers = Vec::new();
-        let mut at = first;
-        while at < end {
-            let stop = end.min((at / SUBTREE_PAGES as u64).saturating_add(1).saturating_mul(SUBTREE_PAGES as u64));
-            let mut leaves = vec![UNSET; SUBTREE_PAGES];
-            let count = self.copy_leaves(at..stop, &mut leaves);
-            leaves.truncate(count);
-            buffers.push(leaves);
-            at = stop;
-        }
-        batch_digest(&self.domain, first, buffers.iter().map(Vec::as_slice))
-    }
-
-    fn copy_leaves(&self, pages: Range<u64>, out: &mut [Digest]) -> usize {
-        let mut count = 0;
-        for (slot, page) in out.iter_mut().zip(pages) {
-            *slot = self.leaf(page);
-            count += 1;
-        }
-        count
+        let mut leaves = Vec::with_capacity(usize::try_from(end.saturating_sub(first)).unwrap_or(0));
+        self.copy_to(first..end, &mut leaves);
+        batch_digest(&self.domain, first, [leaves.as_slice()])
     }
 }
 

@@ -6,9 +6,11 @@
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher};
-use pagewire_protocol::page::{Layout, Place, RegionId};
+use pagewire_protocol::limits::SUBTREE_PAGES;
+use pagewire_protocol::page::{Layout, PageRange, Place, RegionId};
 use pagewire_protocol::tree::{DigestTree, image_root};
 use pagewire_store::{DigestIndex, TagIndex};
+use std::ops::Range;
 
 /// Digests and states of all pages of an image.
 #[derive(Debug)]
@@ -58,7 +60,9 @@ impl PageMap {
         let state = if trusted { &mut self.known } else { &mut self.claimed };
         for (region, &held) in (0..).map(RegionId).zip(held) {
             let first = u64::from(self.layout.place(region, 0).0);
-            kept.runs(first..first.saturating_add(held)).for_each(|run| state.insert_range(run));
+            kept.runs(first..first.saturating_add(held)).for_each(|run| {
+                state.insert_range(run);
+            });
         }
     }
 
@@ -73,9 +77,30 @@ impl PageMap {
         fits
     }
 
-    /// What the sender means by a page of the base: its digest, whether or not the bytes are here.
-    pub fn meant(&self, region: RegionId, page: u64) -> Option<Digest> {
-        self.tree(region).map(|tree| tree.leaf(page))
+    /// Appends the digests of pages: as the sender means them if the base is agreed, else as far as they are known.
+    pub fn digests(&self, region: RegionId, pages: Range<u64>, out: &mut Vec<Digest>) {
+        if let Some(tree) = self.tree(region) {
+            tree.copy_to(pages, out);
+        }
+    }
+
+    /// Whether the bytes of all these pages are known.
+    pub fn knows(&self, region: RegionId, pages: Range<u64>) -> bool {
+        self.known.gaps(self.places(region, pages)).next().is_none()
+    }
+
+    /// Splits pages into those whose bytes are known and the others.
+    pub fn split(&self, region: RegionId, pages: Range<u64>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+        let places = self.places(region, pages.clone());
+        let page = |place: u64| place.saturating_sub(places.start).saturating_add(pages.start);
+        let of_pages = |run: Range<u64>| page(run.start)..page(run.end);
+        let known = self.known.runs(places.clone()).map(of_pages).collect();
+        (known, self.known.gaps(places.clone()).map(of_pages).collect())
+    }
+
+    fn places(&self, region: RegionId, pages: Range<u64>) -> Range<u64> {
+        let first = u64::from(self.layout.place(region, pages.start).0);
+        first..first.saturating_add(pages.end.saturating_sub(pages.start))
     }
 
     /// The regions and their digests.
@@ -128,9 +153,14 @@ impl PageMap {
         self.claimed.remove(u64::from(place.0));
     }
 
-    /// The page is as the sender means it; says whether it was not before.
-    pub fn mark_present(&mut self, region: RegionId, page: u64) -> bool {
-        self.present.insert(u64::from(self.layout.place(region, page).0))
+    /// What is in memory at these pages is not known, before anything else is.
+    pub fn forget_first(&mut self, region: RegionId, pages: u64) {
+        self.known.remove_range(self.places(region, 0..pages));
+    }
+
+    /// The pages are as the sender means them; says how many were not before.
+    pub fn mark_present(&mut self, region: RegionId, pages: Range<u64>) -> u64 {
+        self.present.insert_range(self.places(region, pages))
     }
 
     /// The page was stated anew and is not there yet.
@@ -163,6 +193,15 @@ impl PageMap {
         };
         let (region, page) = layout.locate(place);
         Some(if here || self.left.is_none() { Found::Image(region, page.0) } else { Found::Base(region, page.0) })
+    }
+
+    /// These pages were stated: nodes over whole subtrees are hashed while others wait, not when all wait for the root.
+    pub fn note_stated(&mut self, range: PageRange) {
+        let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) else { return };
+        let pages = range.numbers();
+        (pages.start / SUBTREE_PAGES as u64..pages.end / SUBTREE_PAGES as u64).for_each(|index| {
+            tree.subtree(index);
+        });
     }
 
     /// The digest over the first pages of a subtree as they are known.

@@ -91,7 +91,7 @@ impl<S: GuestSink> Receiving<S> {
         let mut map = PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero());
         for (region, pages) in (0..).map(RegionId).zip(base) {
             // What is there is unknown until it is read, even if all beyond it is zero.
-            (0..pages).for_each(|page| map.forget(region, page));
+            map.forget_first(region, pages);
         }
         if stays {
             map.keep_overwritten();
@@ -152,18 +152,19 @@ impl<S: GuestSink> Receiving<S> {
         let mut to = Target { map: &mut self.map, sink, scan, hasher, counts, base, others };
         match self.resolver.apply(range, pages, &mut to)? {
             Resolved::Missing(missing) => {
-                range.numbers().for_each(|page| self.wants.settle(&self.open.layout, range.region, page));
+                self.wants.settle(&self.open.layout, range);
                 missing.iter().for_each(|&page| self.wants.ask(&self.open.layout, range.region, page, 1));
             }
             Resolved::Disbelieved => {
-                for page in range.numbers() {
-                    self.wants.settle(&self.open.layout, range.region, page);
+                self.wants.settle(&self.open.layout, range);
+                range.numbers().for_each(|page| {
                     self.map.mark_absent(range.region, page);
-                }
+                });
                 self.wants.ask(&self.open.layout, range.region, range.first.0, u64::from(range.count));
             }
         }
         self.wants.check(&self.open.layout)?;
+        self.map.note_stated(range);
         if let Some(state) = self.lanes.get_mut(lane.index()) {
             state.frames = state.frames.saturating_add(1);
             state.round = pages.head.round;

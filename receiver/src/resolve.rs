@@ -160,19 +160,13 @@ impl Resolver {
             let end = next.saturating_add(u64::from(run.count));
             match run.kind {
                 EntryKind::BASE => {
-                    for page in next..end {
-                        // SPEC 6.4
-                        if !to.scan.is_held(range.region, page) {
-                            return Err(entry("base entry, but nothing is held").into());
-                        }
-                        let known = if to.base.agreed {
-                            to.map.meant(range.region, page)
-                        } else {
-                            to.map.digest(range.region, page)
-                        };
-                        belief = belief.max(if known.is_some() { Belief::Base } else { Belief::Lost });
-                        self.digests.push(known.unwrap_or_default());
+                    // SPEC 6.4
+                    if end > to.scan.held(range.region) {
+                        return Err(entry("base entry, but nothing is held").into());
                     }
+                    let fits = to.base.agreed || to.map.knows(range.region, next..end);
+                    belief = belief.max(if fits { Belief::Base } else { Belief::Lost });
+                    to.map.digests(range.region, next..end, &mut self.digests);
                 }
                 EntryKind::REFERENCE => self.digests.extend(references.by_ref().take(usize::from(run.count))),
                 EntryKind::INLINE => {
@@ -213,13 +207,12 @@ impl Resolver {
                 EntryKind::ZERO => self.clear(region, run.clone(), to)?,
                 EntryKind::BASE => {
                     // Of an agreed base this is what the manifest says, and the bytes may be something else.
-                    for page in run.clone() {
-                        if to.map.digest(region, page).is_none() {
-                            to.map.mark_absent(region, page);
-                            missing.push(page);
-                        }
+                    let (known, unknown) = to.map.split(region, run);
+                    for page in unknown.into_iter().flatten() {
+                        to.map.mark_absent(region, page);
+                        missing.push(page);
                     }
-                    self.count_base(region, run, to);
+                    known.into_iter().for_each(|run| count_present(kind, false, region, run, to));
                     continue;
                 }
                 _ => continue,
@@ -239,18 +232,6 @@ impl Resolver {
             }
         }
         Ok(Resolved::Missing(missing))
-    }
-
-    /// Base pages whose bytes are here are present.
-    fn count_base<S>(&self, region: RegionId, run: Range<u64>, to: &mut Target<'_, S>) {
-        let mut next = run.start;
-        while next < run.end {
-            let known = |page: &u64| to.map.digest(region, *page).is_some();
-            let Some(first) = (next..run.end).find(known) else { return };
-            let end = (first..run.end).find(|page| !known(page)).unwrap_or(run.end);
-            count_present(EntryKind::BASE, false, region, first..end, to);
-            next = end;
-        }
     }
 
     fn digest_of(&self, start: u64, page: u64) -> Digest {
@@ -410,7 +391,7 @@ fn read_shifted<'b, S: GuestSink>(
 
 /// Pages are present; each is counted the way in which it came first.
 fn count_present<S>(kind: EntryKind, delta: bool, region: RegionId, pages: Range<u64>, to: &mut Target<'_, S>) {
-    let news = pages.fold(0u64, |news, page| news.saturating_add(u64::from(to.map.mark_present(region, page))));
+    let news = to.map.mark_present(region, pages);
     let count = match kind {
         EntryKind::ZERO => &mut to.counts.zero,
         EntryKind::BASE => {

@@ -70,11 +70,6 @@ impl Scan {
             || (region.0 == self.region && end <= self.next.saturating_mul(SUBTREE_PAGES as u64))
     }
 
-    /// Whether a page is held at all.
-    pub(crate) fn is_held(&self, region: RegionId, page: u64) -> bool {
-        page < self.held(region)
-    }
-
     /// Reads and digests one subtree; returns a HAVE when enough of them wait, unless their digests are agreed.
     pub(crate) fn step<S: GuestSink>(
         &mut self,

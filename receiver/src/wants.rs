@@ -7,7 +7,7 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::error::Violation;
 use pagewire_protocol::frame::{LaneId, Want};
 use pagewire_protocol::limits::{WANTS_A_PAGE_MAX, WANTS_MAX};
-use pagewire_protocol::page::{GROUP_PAGES, Layout, Place, RegionId};
+use pagewire_protocol::page::{GROUP_PAGES, Layout, PageRange, Place, RegionId};
 
 /// Outstanding wants of a session.
 #[derive(Debug)]
@@ -40,12 +40,13 @@ impl Wants {
         }
     }
 
-    /// A page was stated again.
-    pub(crate) fn settle(&mut self, layout: &Layout, region: RegionId, page: u64) {
+    /// Pages were stated again.
+    pub(crate) fn settle(&mut self, layout: &Layout, range: PageRange) {
         if self.outstanding.count() > 0 {
-            let place = u64::from(layout.place(region, page).0);
-            self.outstanding.remove(place);
-            self.unsent.remove(place);
+            let first = u64::from(layout.place(range.region, range.first.0).0);
+            let places = first..first.saturating_add(u64::from(range.count));
+            self.outstanding.remove_range(places.clone());
+            self.unsent.remove_range(places);
         }
     }
 
@@ -112,7 +113,7 @@ mod tests {
         assert_eq!(wants.take(&layout, LaneId::bulk(1)), [want(0, 512, 16), want(1, 2032, 16)]);
         assert_eq!(wants.take(&layout, LaneId::bulk(1)), []);
         assert_eq!((wants.outstanding(), wants.asked()), (48, 48));
-        wants.settle(&layout, RegionId(0), 496);
-        assert_eq!(wants.outstanding(), 47);
+        wants.settle(&layout, layout.range(0, 496, 16).unwrap());
+        assert_eq!(wants.outstanding(), 32);
     }
 }

@@ -25,16 +25,23 @@ pub(crate) struct SentPages {
     /// For each group, the number on its lane of the last frame that carried bytes of it.
     last_frame: Vec<u64>,
     index: Option<DigestIndex>,
+    /// Most pages are expected to go: room for them is made at once.
+    many: bool,
 }
 
 impl SentPages {
     /// Nothing sent yet; with a `seed` duplicates are found.
-    pub(crate) fn new(layout: &Layout, seed: Option<u64>) -> Self {
+    pub(crate) fn new(layout: &Layout, seed: Option<u64>, many: bool) -> Self {
         let last = layout.regions().len().saturating_sub(1);
         let region = pagewire_protocol::page::RegionId(u16::try_from(last).unwrap_or(u16::MAX));
         let pages = layout.region(region).map_or(0, |region| region.pages());
         let groups = usize::try_from(layout.group(region, pages).saturating_add(1)).unwrap_or(0);
-        Self { inline: PageBitmap::new(layout.pages()), last_frame: vec![0; groups], index: seed.map(DigestIndex::new) }
+        Self {
+            inline: PageBitmap::new(layout.pages()),
+            last_frame: vec![0; groups],
+            index: seed.map(DigestIndex::new),
+            many,
+        }
     }
 
     /// Whether the content `digest` has gone so that a frame on `lane` may refer to it; if not, it goes at `place` now.
@@ -52,7 +59,7 @@ impl SentPages {
         };
         let pages = usize::try_from(layout.pages()).unwrap_or(usize::MAX).min(INDEX_START_MAX);
         let known = self.index.as_mut().and_then(|index| {
-            if index.is_empty() {
+            if self.many && index.is_empty() {
                 index.reserve(pages, of);
             }
             index.insert(digest, place, of)

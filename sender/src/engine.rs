@@ -21,7 +21,7 @@ use pagewire_protocol::page::{Layout, common_pages};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
-use pagewire_protocol::tree::Manifest;
+use pagewire_protocol::tree::{DigestTree, Manifest};
 use std::collections::VecDeque;
 
 /// How to send.
@@ -106,6 +106,8 @@ pub struct SenderEngine<M> {
     config: SenderConfig,
     memory: Option<M>,
     bases: Vec<Box<dyn Base>>,
+    /// The digests of the newest base, read while the receiver decides.
+    ahead: Option<Option<Vec<DigestTree>>>,
     secret: Option<[u8; 32]>,
     sending: Option<Box<Sending<M>>>,
     root: Option<Root>,
@@ -125,6 +127,7 @@ impl<M: GuestMemory> SenderEngine<M> {
             config,
             memory: Some(memory),
             bases,
+            ahead: None,
             secret: None,
             sending: None,
             root: None,
@@ -243,7 +246,8 @@ impl<M: GuestMemory> SenderEngine<M> {
         self.secret = Some(accept.secret);
         let hasher = PageHasher::new(&DedupDomain::new(&self.config.domain_key));
         let agreed = usize::from(accept.agreed).checked_sub(1);
-        let agreed = agreed.filter(|&at| at < self.bases.len()).map(|at| self.bases.swap_remove(at));
+        let ahead = self.ahead.take().flatten().filter(|_| agreed == Some(0));
+        let agreed = agreed.filter(|&at| at < self.bases.len()).map(|at| (self.bases.swap_remove(at), ahead));
         self.bases.clear();
         let terms = (hasher, greeted.agreement.codecs);
         let mut sending = Box::new(Sending::new(memory, accept, agreed, &self.config, terms));
@@ -340,6 +344,11 @@ impl<M: GuestMemory> Machine for SenderEngine<M> {
     }
 
     fn work(&mut self, now: Time) -> bool {
+        if self.endpoint.phase() == Phase::Opening && self.ahead.is_none() {
+            let hasher = PageHasher::new(&DedupDomain::new(&self.config.domain_key));
+            self.ahead = Some(self.bases.first_mut().and_then(|base| base.trees(&hasher).ok()));
+            return true;
+        }
         if !self.is_sending() {
             return false;
         }

@@ -45,6 +45,13 @@ pub(crate) struct Reuse {
     sample: u64,
 }
 
+/// What of `pages` lies between the `known` parts of it.
+pub(crate) fn between(pages: Range<u64>, known: &[Range<u64>]) -> impl Iterator<Item = Range<u64>> {
+    let starts = std::iter::once(pages.start).chain(known.iter().map(|part| part.end));
+    let ends = known.iter().map(|part| part.start).chain([pages.end]);
+    starts.zip(ends).filter(|(start, end)| start < end).map(|(start, end)| start..end)
+}
+
 /// How the pages of a batch are stated.
 #[derive(Debug)]
 pub(crate) struct Stated {
@@ -84,17 +91,22 @@ impl Reuse {
         self.held.get(usize::from(region.0)).copied().unwrap_or(0)
     }
 
-    /// The parts of a range that are read, and those that are known: neighbours alike are one part.
-    pub(crate) fn parts(&self, layout: &Layout, range: PageRange) -> Vec<(Range<u64>, bool)> {
-        let Some(unchanged) = &self.unchanged else { return vec![(range.numbers(), true)] };
-        let mut parts: Vec<(Range<u64>, bool)> = Vec::new();
-        for page in range.numbers() {
-            let place = u64::from(layout.place(range.region, page).0);
-            let read =
-                page >= self.held(range.region) || !unchanged.contains(place) || place % SAMPLE_EVERY == self.sample;
-            match parts.last_mut() {
-                Some((part, same)) if *same == read => part.end = page.saturating_add(1),
-                _ => parts.push((page..page.saturating_add(1), read)),
+    /// The parts of a range that are known, in order; what lies between them is read.
+    pub(crate) fn known_parts(&self, layout: &Layout, range: PageRange) -> Vec<Range<u64>> {
+        let Some(unchanged) = &self.unchanged else { return Vec::new() };
+        let start = u64::from(layout.place(range.region, 0).0);
+        let (first, end) = (range.first.0, range.numbers().end.min(self.held(range.region)));
+        let mut parts = Vec::new();
+        for run in unchanged.runs(start.saturating_add(first)..start.saturating_add(end)) {
+            let mut next = run.start;
+            while next < run.end {
+                // One place in so many is read all the same.
+                let ahead = self.sample.saturating_add(SAMPLE_EVERY).saturating_sub(next % SAMPLE_EVERY) % SAMPLE_EVERY;
+                let stop = run.end.min(next.saturating_add(ahead));
+                if stop > next {
+                    parts.push(next.saturating_sub(start)..stop.saturating_sub(start));
+                }
+                next = stop.saturating_add(1);
             }
         }
         parts
@@ -106,25 +118,34 @@ impl Reuse {
         self.unchanged.as_ref().is_some_and(|unchanged| unchanged.contains(place))
     }
 
-    /// How the pages of a batch with these digests are stated; `trees` still have the base's. Inline is what is left.
+    /// How the pages of a batch with these digests are stated; `trees` still have the base's, and the pages of `known`
+    /// are not looked at. Inline is what is left.
     pub(crate) fn classify(
         &mut self,
         range: PageRange,
         digests: &[Digest],
+        known: &[Range<u64>],
         hasher: &PageHasher,
         (layout, trees): (&Layout, &[DigestTree]),
     ) -> Stated {
         let region = range.region;
-        let tree = trees.get(usize::from(region.0));
-        let held = self.held(region);
-        let kind = |(page, digest): (u64, &Digest)| match tree {
-            Some(tree) if page < held && tree.leaf(page) == *digest => EntryKind::BASE,
-            _ if *digest == hasher.zero() => EntryKind::ZERO,
-            _ => EntryKind::INLINE,
-        };
-        let mut kinds: Vec<EntryKind> = range.numbers().zip(digests).map(kind).collect();
-        let rest = range.numbers().zip(digests).zip(&kinds).filter(|(_, kind)| **kind == EntryKind::INLINE);
-        let changed: Vec<(u64, Digest)> = rest.map(|((page, &digest), _)| (page, digest)).collect();
+        let mut kinds = vec![EntryKind::BASE; digests.len()];
+        let mut changed: Vec<(u64, Digest)> = Vec::new();
+        let (held, tree) = (self.held(region), trees.get(usize::from(region.0)));
+        for pages in between(range.numbers(), known) {
+            for page in pages {
+                let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
+                let (Some(digest), Some(kind)) = (digests.get(at), kinds.get_mut(at)) else { continue };
+                if page < held && tree.is_some_and(|tree| tree.leaf(page) == *digest) {
+                    continue;
+                }
+                *kind = EntryKind::ZERO;
+                if *digest != hasher.zero() {
+                    *kind = EntryKind::INLINE;
+                    changed.push((page, *digest));
+                }
+            }
+        }
         self.stated = self.stated.saturating_add(u64::from(range.count));
         self.changed = self.changed.saturating_add(changed.len() as u64);
         self.busy = changed.len() >= digests.len() / BUSY_SHARE;
@@ -137,15 +158,13 @@ impl Reuse {
             return Stated { kinds, shift: *shift };
         };
         *shift = moved.better_shift(layout, region, *shift, &changed).unwrap_or(*shift);
-        for ((page, digest), kind) in range.numbers().zip(digests).zip(&mut kinds) {
-            if *kind == EntryKind::INLINE {
-                *kind = if moved.fits(layout, region, page, *shift, digest) {
-                    EntryKind::SHIFTED
-                } else if moved.find(digest).is_some() {
-                    EntryKind::REFERENCE
-                } else {
-                    EntryKind::INLINE
-                };
+        for (page, digest) in &changed {
+            let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
+            let Some(kind) = kinds.get_mut(at) else { continue };
+            if moved.fits(layout, region, *page, *shift, digest) {
+                *kind = EntryKind::SHIFTED;
+            } else if moved.find(digest).is_some() {
+                *kind = EntryKind::REFERENCE;
             }
         }
         Stated { kinds, shift: *shift }

@@ -11,11 +11,11 @@ use crate::holdings::{Held, Holdings};
 use crate::lanes::{Batch, EncodeOutput, Lanes, inline_pages};
 use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision};
-use crate::reuse::Reuse;
+use crate::reuse::{Reuse, Stated, between};
 use crate::switch::{AnnounceSwitch, CompressSwitch, Way};
 use crate::tally::Tally;
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::{Digest, PageHasher, batch_digest};
+use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
     Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run,
@@ -26,6 +26,7 @@ use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::Payload;
 use pagewire_protocol::time::Time;
 use pagewire_protocol::tree::{DigestTree, image_root};
+use std::ops::Range;
 
 /// Pages between two wanted ones that are stated again rather than ending the frame: 256 bytes of digests at most.
 const GAP_PAGES: u64 = 8;
@@ -87,7 +88,7 @@ impl<M: GuestMemory> Sending<M> {
     pub(crate) fn new(
         mut memory: M,
         accept: &Accept,
-        agreed: Option<Box<dyn Base>>,
+        agreed: Option<(Box<dyn Base>, Option<Vec<DigestTree>>)>,
         config: &SenderConfig,
         (hasher, codecs): (PageHasher, u32),
     ) -> Self {
@@ -96,8 +97,8 @@ impl<M: GuestMemory> Sending<M> {
         let mut trees: Vec<_> =
             layout.regions().iter().map(|region| DigestTree::new(&hasher, region.pages())).collect();
         let is_agreed = agreed.is_some();
-        let reuse = agreed.and_then(|mut base| {
-            let of_base = base.trees(&hasher).ok()?.into_iter();
+        let reuse = agreed.and_then(|(mut base, ahead)| {
+            let of_base = ahead.or_else(|| base.trees(&hasher).ok())?.into_iter();
             trees = of_base.zip(layout.regions()).map(|(tree, region)| tree.resized(&hasher, region.pages())).collect();
             let mut reuse = Reuse::new(base, &layout, accept.base_stays, codecs & Codec::DELTA.bit() != 0, config.seed);
             let (root, session) = reuse.identity();
@@ -111,7 +112,7 @@ impl<M: GuestMemory> Sending<M> {
             // Nothing is announced of an agreed base.
             holdings: Holdings::new(&layout, if is_agreed { &[] } else { &accept.held_pages }),
             others: accept.others,
-            sent: SentPages::new(&layout, config.dedup.then_some(config.seed)),
+            sent: SentPages::new(&layout, config.dedup.then_some(config.seed), !is_agreed),
             lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers),
             compress: CompressSwitch::new(config.compress && zstd, config.workers),
             announce: layout.regions().iter().map(|_| AnnounceSwitch::default()).collect(),
@@ -254,14 +255,13 @@ impl<M: GuestMemory> Sending<M> {
 
     /// Reads what may have changed since the agreed base, and states it all.
     fn state_on_base(&mut self, range: PageRange, now: Time) -> Result<Step, ErrorKind> {
-        let buffer = self.read_on_base(range)?;
+        let known = self.reuse.as_ref().map(|reuse| reuse.known_parts(&self.layout, range)).unwrap_or_default();
+        let buffer = self.read_on_base(range, &known)?;
         self.next = range.numbers().end;
         let Some(reuse) = self.reuse.as_mut() else { return Ok(Step::Did) };
-        let stated = reuse.classify(range, &self.digests, &self.hasher, (&self.layout, &self.trees));
-        if let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) {
-            range.numbers().zip(&self.digests).for_each(|(page, digest)| tree.set(page, *digest));
-        }
-        if stated.kinds.iter().all(|kind| *kind == EntryKind::BASE) {
+        let Stated { kinds, shift } =
+            reuse.classify(range, &self.digests, &known, &self.hasher, (&self.layout, &self.trees));
+        if kinds.iter().all(|kind| *kind == EntryKind::BASE) {
             self.lanes.recycle(buffer);
             let count = u16::try_from(range.count).unwrap_or(0);
             let runs = [Run { kind: EntryKind::BASE, count }];
@@ -272,43 +272,64 @@ impl<M: GuestMemory> Sending<M> {
         self.flush_cover();
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let mut entries = Entries::over(buffer);
-        for (at, ((page, &digest), &kind)) in range.numbers().zip(&self.digests).zip(&stated.kinds).enumerate() {
+        for (at, ((page, &digest), &kind)) in range.numbers().zip(&self.digests).zip(&kinds).enumerate() {
             let place = self.layout.place(range.region, page);
+            if kind != EntryKind::BASE
+                && let Some(tree) = self.trees.get_mut(usize::from(range.region.0))
+            {
+                tree.set(page, digest);
+            }
             let gone = kind == EntryKind::INLINE
                 && self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes));
             entries.push(if gone { EntryKind::REFERENCE } else { kind }, at, digest);
         }
-        self.send(range, lane, entries, Sent { shift: stated.shift, delta: true, ..Sent::default() }, now);
+        self.send(range, lane, entries, Sent { shift, delta: true, ..Sent::default() }, now);
+        // Nodes over whole subtrees are hashed now, not when everybody waits for the root.
+        if let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) {
+            let pages = range.numbers();
+            (pages.start / SUBTREE_PAGES as u64..pages.end / SUBTREE_PAGES as u64).for_each(|index| {
+                tree.subtree(index);
+            });
+        }
         Ok(Step::Did)
     }
 
-    /// Copies out and digests what of a range may have changed since the base; of the rest the digests are known.
-    fn read_on_base(&mut self, range: PageRange) -> Result<PageBuffer, ErrorKind> {
-        let Some(reuse) = &self.reuse else { return self.read(range) };
-        let parts = reuse.parts(&self.layout, range);
+    /// Copies out and digests what of a range may have changed since the base; of the known parts the digests are.
+    fn read_on_base(&mut self, range: PageRange, known: &[Range<u64>]) -> Result<PageBuffer, ErrorKind> {
         let mut buffer = self.lanes.buffer(usize::try_from(range.count).unwrap_or(0).saturating_mul(PAGE_BYTES));
         self.digests.clear();
         let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return Ok(buffer) };
-        for (part, read) in parts {
-            let bytes =
-                |page: u64| usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(0).saturating_mul(PAGE_BYTES);
-            if !read {
-                self.counts.unread = self.counts.unread.saturating_add(part.end.saturating_sub(part.start));
-                self.digests.extend(part.map(|page| tree.leaf(page)));
-                continue;
-            }
-            let space = buffer.get_mut(bytes(part.start)..bytes(part.end)).unwrap_or_default();
+        let at = |page: u64| usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
+        for part in between(range.numbers(), known) {
+            let bytes = at(part.start).saturating_mul(PAGE_BYTES)..at(part.end).saturating_mul(PAGE_BYTES);
+            let space = buffer.get_mut(bytes).unwrap_or_default();
             self.memory.read(range.region, part.start, space).map_err(ErrorKind::Source)?;
-            self.hasher.digest_nonzero(space.as_chunks().0, &mut self.digests);
-            for page in part.filter(|&page| reuse.is_hinted(&self.layout, range.region, page)) {
-                let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
-                if self.digests.get(at) != Some(&tree.leaf(page)) {
-                    let message = format!("page {page} was said to be unchanged since the base, and is not");
-                    return Err(ErrorKind::Source(std::io::Error::other(message)));
-                }
-                self.counts.sampled = self.counts.sampled.saturating_add(1);
-            }
         }
+        if known.is_empty() {
+            self.hasher.digest_nonzero(buffer.as_chunks().0, &mut self.digests);
+            return Ok(buffer);
+        }
+        tree.copy_to(range.numbers(), &mut self.digests);
+        let unread: u64 = known.iter().map(|part| part.end.saturating_sub(part.start)).sum();
+        self.counts.unread = self.counts.unread.saturating_add(unread);
+        let pages: &[PageBytes] = buffer.as_chunks().0;
+        let mut read = between(range.numbers(), known).flatten();
+        let digests = &mut self.digests;
+        let bytes = between(range.numbers(), known).flatten().filter_map(|page| pages.get(at(page)));
+        let mut hinted = Vec::new();
+        self.hasher.digest_pages(bytes, |digest| {
+            let Some(page) = read.next() else { return };
+            let Some(slot) = digests.get_mut(at(page)) else { return };
+            if self.reuse.as_ref().is_some_and(|reuse| reuse.is_hinted(&self.layout, range.region, page)) {
+                hinted.push((page, *slot == digest));
+            }
+            *slot = digest;
+        });
+        if let Some((page, _)) = hinted.iter().find(|(_, unchanged)| !unchanged) {
+            let message = format!("page {page} was said to be unchanged since the base, and is not");
+            return Err(ErrorKind::Source(std::io::Error::other(message)));
+        }
+        self.counts.sampled = self.counts.sampled.saturating_add(hinted.len() as u64);
         Ok(buffer)
     }
 

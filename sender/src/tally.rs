@@ -44,7 +44,16 @@ impl Tally {
     fn change(&mut self, places: Range<u64>, way: usize, which: impl Fn(usize) -> bool) {
         let range = |end: u64| usize::try_from(end).unwrap_or(usize::MAX).min(self.ways.len());
         let range = range(places.start)..range(places.end);
-        for slot in self.ways.get_mut(range).unwrap_or_default() {
+        let slots = self.ways.get_mut(range).unwrap_or_default();
+        if which(NONE) && slots.iter().all(|&slot| usize::from(slot) == NONE) {
+            // The first statement of all of them, as for nearly every page.
+            slots.fill(u8::try_from(way).unwrap_or(0));
+            if let Some(count) = self.counts.get_mut(way) {
+                *count = count.saturating_add(slots.len() as u64);
+            }
+            return;
+        }
+        for slot in slots {
             let old = usize::from(*slot);
             if !which(old) {
                 continue;

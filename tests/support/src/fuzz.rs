@@ -19,7 +19,6 @@ use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::session::{Job, Machine, Phase};
 use pagewire_protocol::time::Span;
-use pagewire_sender::SenderConfig;
 use pagewire_sender::{Base, SenderConfig};
 use pagewire_store::manifest::{self, BLOCK, Manifest, ManifestError};
 
