@@ -16,7 +16,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-const PAGE: u64 = 4096;
+const PAGE_BYTES: usize = 4096;
+const PAGE: u64 = PAGE_BYTES as u64;
 const RUNS: usize = 5;
 const SMALL: u64 = 64 << 20;
 const LARGE: u64 = 4 << 30;
@@ -88,7 +89,7 @@ impl Drop for Host {
 
 fn fill(file: &File, pages: impl Iterator<Item = u64>, seed: u64) -> io::Result<()> {
     let mut state = seed | 1;
-    let mut bytes = vec![0; PAGE as usize];
+    let mut bytes = vec![0; PAGE_BYTES];
     for page in pages {
         for word in bytes.as_chunks_mut::<8>().0 {
             state ^= state << 13;

@@ -137,7 +137,7 @@ async fn drive<S: GuestSink>(
                     let Entropy { secret, seed, .. } = entropy;
                     Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed, others })
                 });
-                summary.offer = Some(offer);
+                summary.offer = Some(*offer);
                 let now = pump.now();
                 match terms {
                     Ok(terms) => pump.machine().accept(terms, now),

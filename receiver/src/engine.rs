@@ -68,7 +68,7 @@ pub struct Agreed {
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Decide: [`ReceiverEngine::accept`] or [`ReceiverEngine::refuse`].
-    Offered(Offer),
+    Offered(Box<Offer>),
     /// Every page is present and the root is equal; now it is made to last.
     Verified,
     /// It lasts, and the sender knows or will.
@@ -251,7 +251,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
             }
         }
         self.endpoint.enter(Phase::Deciding);
-        self.events.push_back(Event::Offered(Offer { open: open.clone() }));
+        self.events.push_back(Event::Offered(Box::new(Offer { open: open.clone() })));
         self.offer = Some(open);
         Ok(())
     }

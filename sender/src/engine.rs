@@ -10,7 +10,7 @@ use crate::error::{ErrorKind, SenderError};
 use crate::lanes::{EncodeJob, EncodeOutput};
 use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision};
-use crate::sending::{Sending, Step};
+use crate::sending::{AgreedBase, Sending, Step};
 use pagewire_protocol::digest::PageHasher;
 use pagewire_protocol::digest::join_proof;
 use pagewire_protocol::domain::{DedupDomain, LineageId};
@@ -247,7 +247,8 @@ impl<M: GuestMemory> SenderEngine<M> {
         let hasher = PageHasher::new(&DedupDomain::new(&self.config.domain_key));
         let agreed = usize::from(accept.agreed).checked_sub(1);
         let ahead = self.ahead.take().flatten().filter(|_| agreed == Some(0));
-        let agreed = agreed.filter(|&at| at < self.bases.len()).map(|at| (self.bases.swap_remove(at), ahead));
+        let agreed =
+            agreed.filter(|&at| at < self.bases.len()).map(|at| AgreedBase { base: self.bases.swap_remove(at), ahead });
         self.bases.clear();
         let terms = (hasher, greeted.agreement.codecs);
         let mut sending = Box::new(Sending::new(memory, accept, agreed, &self.config, terms));

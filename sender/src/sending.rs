@@ -53,6 +53,13 @@ struct Sent {
     delta: bool,
 }
 
+/// The base that both sides know, with its digests if they were read ahead.
+#[derive(Debug)]
+pub(crate) struct AgreedBase {
+    pub(crate) base: Box<dyn Base>,
+    pub(crate) ahead: Option<Vec<DigestTree>>,
+}
+
 /// What is true while pages travel.
 #[derive(Debug)]
 pub(crate) struct Sending<M> {
@@ -88,7 +95,7 @@ impl<M: GuestMemory> Sending<M> {
     pub(crate) fn new(
         mut memory: M,
         accept: &Accept,
-        agreed: Option<(Box<dyn Base>, Option<Vec<DigestTree>>)>,
+        agreed: Option<AgreedBase>,
         config: &SenderConfig,
         (hasher, codecs): (PageHasher, u32),
     ) -> Self {
@@ -97,7 +104,7 @@ impl<M: GuestMemory> Sending<M> {
         let mut trees: Vec<_> =
             layout.regions().iter().map(|region| DigestTree::new(&hasher, region.pages())).collect();
         let is_agreed = agreed.is_some();
-        let reuse = agreed.and_then(|(mut base, ahead)| {
+        let reuse = agreed.and_then(|AgreedBase { mut base, ahead }| {
             let of_base = ahead.or_else(|| base.trees(&hasher).ok())?.into_iter();
             trees = of_base.zip(layout.regions()).map(|(tree, region)| tree.resized(&hasher, region.pages())).collect();
             let mut reuse = Reuse::new(base, &layout, accept.base_stays, codecs & Codec::DELTA.bit() != 0, config.seed);

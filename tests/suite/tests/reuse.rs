@@ -3,13 +3,17 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::cast_possible_truncation,
     reason = "test code: a failed expectation is a failed test"
 )]
 
 use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::digest::{Digest, PageBytes, page_digest};
+use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::frame::FrameKind;
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::time::Span;
+use pagewire_receiver::OtherPages;
 use pagewire_test_support::checkers::check_success;
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::link::LinkConfig;
@@ -216,6 +220,40 @@ fn a_store_that_does_not_help_costs_a_line_of_open() {
     check_success(&outcome, &image, &sink);
     assert!(outcome.wire[0] - cold.wire[0] <= 32, "{:?} {:?}", outcome.wire, cold.wire);
     assert!(outcome.wire[1].abs_diff(cold.wire[1]) <= 200, "{:?} {:?}", outcome.wire, cold.wire);
+}
+
+/// Pages of another guest of the domain, some of which are not what they were.
+#[derive(Debug)]
+struct Neighbour {
+    image: Image,
+    rotten: bool,
+}
+
+impl OtherPages for Neighbour {
+    fn fetch(&mut self, digest: &Digest, page: &mut PageBytes) -> bool {
+        let domain = DedupDomain::new(&KEY);
+        let whole = |at: &u64| page_digest(&domain, self.image.page(0, *at).first_chunk().unwrap()) == *digest;
+        let Some(at) = (0..self.image.pages()).find(whole) else { return false };
+        page.copy_from_slice(self.image.page(0, at));
+        page[5] ^= u8::from(self.rotten);
+        true
+    }
+}
+
+/// A06, I7: what another guest has is used only if its bytes have the digest.
+#[test]
+fn pages_of_other_guests_of_a_domain_are_found_and_checked() {
+    let neighbour = Image::random(300, Mix { zero: 0, pool: 0, text: 0 }, &mut Rng::new(1));
+    let mut image = neighbour.clone();
+    image.bytes[0].rotate_right(7 * 4096);
+    for rotten in [false, true] {
+        let sink = ImageSink::empty(&image);
+        let others = Neighbour { image: neighbour.clone(), rotten };
+        let outcome = run(&image, &sink, Vec::new(), |config| config.others = Some(Box::new(others)));
+        check_success(&outcome, &image, &sink);
+        let found = if rotten { 0 } else { 300 };
+        assert_eq!((outcome.received.others, outcome.received.inline), (found, 300 - found));
+    }
 }
 
 /// A01: digests of two domains never compare, so that nothing of the one is found for the other.
