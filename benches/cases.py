@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import images
 import processes
+import visits
 from links import CappedLink, Loopback
 from sides import PagewireCopy, PagewireNetwork, RsyncCopy, RsyncNetwork, SocatNetwork, ZstdPipe
 from tables import Table, percent, plain, size
@@ -299,4 +300,5 @@ ALL = {
     "cold": cold,
     "cold-1gbit": cold_1gbit,
     "memory": memory,
+    **visits.ALL,
 }

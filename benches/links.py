@@ -70,3 +70,31 @@ class CappedLink:
             if os.path.exists(f"/run/netns/{name}"):
                 subprocess.run(["ip", "netns", "del", name], check=False)
         atexit.unregister(self.close)
+
+
+class CappedLoopback:
+    """A network namespace of its own whose loopback is capped by tbf: a slow link that counts as local."""
+
+    address = "127.0.0.1"
+    plaintext = ()
+    rate = "1gbit"
+
+    def __init__(self):
+        self.name = f"pwbench{os.getpid()}lo"
+        self.sender = self.receiver = ("nsenter", f"--net=/run/netns/{self.name}")
+        self.setup = []
+        atexit.register(self.close)
+        # Frames of an Ethernet's size: tbf drops what is larger than its burst.
+        for line in ("ip netns add {}", "ip -n {} link set lo mtu 1500 up", f"tc -n {{}} qdisc add dev lo root tbf rate {self.rate} burst 128kb latency 50ms"):
+            self.setup.append(line.format(self.name))
+            subprocess.run(self.setup[-1].split(), check=True)
+
+    def counted(self):
+        """Both directions share the interface: its counters do not tell them apart."""
+        return None
+
+    def close(self):
+        """Remove the namespace."""
+        if os.path.exists(f"/run/netns/{self.name}"):
+            subprocess.run(["ip", "netns", "del", self.name], check=False)
+        atexit.unregister(self.close)
