@@ -23,8 +23,8 @@ const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the guest is at the send
 pub(crate) enum Verb {
     /// Show what it does: 5, 10 and 15 guests move from host A to host B and back, on this machine.
     ///
-    /// They come back changed, and what did not change stays where it is: in the store of the host they left. Takes
-    /// about a minute and, at full scale, 6 GB of memory or disk while it runs.
+    /// They come back changed, and what did not change never travels again: it is in the store of the host they left.
+    /// Takes less than a minute and, at full scale, 6 GB of memory or disk while it runs.
     Demo(Demo),
     /// Copy an image to another file on this host; if that exists, only what differs is written.
     Copy(Copy),

@@ -31,8 +31,8 @@ struct Plan {
     rewritten_percent: u64,
 }
 
-/// Guests, memory and shares are those of the paper's table. There the host's memory ran out at 15 guests, so that most
-/// of what had been kept was gone and three times the share travelled; here all 15 arrive, and write as much anew.
+/// Guests, memory and shares are those of the paper's table. There memory ran out at 15 guests, and three times the
+/// share came back; here all 15 arrive, so what they write anew has to make that share.
 const PLANS: [Plan; 3] = [
     Plan { guests: 5, memory: 587_000_000, rewritten_percent: 20 },
     Plan { guests: 10, memory: 1_143_000_000, rewritten_percent: 20 },

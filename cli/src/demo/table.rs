@@ -44,7 +44,7 @@ pub(super) fn text(rows: &[Row]) -> String {
         false => "of this process with both hosts (VmHWM) since it began",
     };
     text + "\nmoved: bytes on the wire, both directions, uncompressed; back/out, pages: those that travelled with bytes\n\
-            time: from connecting to the last image synced under its name, without keeping visits\n"
+            time: from connecting to the last image synced under its name; what the stores still keep then is not in it\n"
         + &format!("memory peak: {peak}\n")
         + "all images were compared page by page after each leg: equal\n"
 }
