@@ -127,7 +127,7 @@ impl From<PageSize> for InstallSize {
 pub(crate) struct Demo {
     /// Size of the guests, from 0.001 to 1. By default 1, or what fits into half of the memory and space that is free.
     #[arg(long, value_name = "FACTOR", value_parser = scale)]
-    pub(crate) scale: Option<f64>,
+    pub(crate) scale: Option<u32>,
     /// Put the two hosts' folders below DIR. By default they are in /dev/shm, as guests' memory is memory, or in the
     /// system's temporary folder if that has too little room.
     #[arg(long, value_name = "DIR")]
@@ -309,9 +309,12 @@ fn rate(text: &str) -> Result<u64, String> {
     }
 }
 
-fn scale(text: &str) -> Result<f64, String> {
+/// In thousandths: what is finer makes no difference to what a demo shows.
+fn scale(text: &str) -> Result<u32, String> {
     let scale: f64 = text.parse().map_err(|_| "expected a number as in 0.1".to_owned())?;
-    if (0.001..=1.0).contains(&scale) { Ok(scale) } else { Err("must be from 0.001 to 1".to_owned()) }
+    let is_nearest = |thousandths: &u32| (scale * 1000.0 - f64::from(*thousandths)).abs() <= 0.5;
+    let known = (0.001..=1.0).contains(&scale).then(|| (1..=1000).find(is_nearest)).flatten();
+    known.ok_or_else(|| "must be from 0.001 to 1".to_owned())
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use support::*;
 
 const MIB: usize = 1 << 20;
-/// Of the images here, unless a test says otherwise.
+/// Of the images here, 8 MiB, unless a test says otherwise.
 const PAGES: u64 = 2048;
 const VM: &str = "vm";
 
@@ -139,7 +139,7 @@ fn moves(from: &Host, to: &Host, name: &str, sender: &[&str], receiver: &[&str])
 /// Two hosts, and a guest that has moved from the first to the second.
 fn moved_there(sender: &[&str], receiver: &[&str]) -> (Host, Host) {
     let (a, b) = (Host::new(), Host::new());
-    fs::write(a.image(VM), noise(1, PAGES as usize * PAGE)).unwrap();
+    fs::write(a.image(VM), noise(1, 8 * MIB)).unwrap();
     let there = moves(&a, &b, VM, sender, receiver);
     assert_eq!(count(&there.sent, "/pages/inline"), PAGES);
     (a, b)
@@ -268,7 +268,8 @@ fn a_damaged_manifest_is_a_miss() {
     let garbage = |path: &Path| fs::write(path, noise(3, 70_000)).unwrap();
     let header = |path: &Path| flip(path, 40);
     let digests = |path: &Path| flip(path, path.metadata().unwrap().len() - 100);
-    let harms: [(&str, &dyn Fn(&Path)); 5] =
+    type Harm<'a> = (&'a str, &'a dyn Fn(&Path));
+    let harms: [Harm<'_>; 5] =
         [("cut", &truncate), ("empty", &empty), ("garbage", &garbage), ("header", &header), ("digests", &digests)];
     for (what, harm) in harms {
         for at_sender in [false, true] {

@@ -106,8 +106,8 @@ fn records(content: u64, page: &mut Vec<u8>) {
     while page.len() < end {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let word = WORDS.get((state >> 61) as usize).copied().unwrap_or(b"memory");
-        let digits: [u8; 12] =
-            std::array::from_fn(|at| HEX.get((state >> (8 + 4 * at)) as usize & 15).copied().unwrap_or(b'0'));
+        let digit = |at: usize| usize::try_from(state >> (8 + 4 * at) & 15).ok().and_then(|digit| HEX.get(digit));
+        let digits: [u8; 12] = std::array::from_fn(|at| digit(at).copied().unwrap_or(b'0'));
         page.extend_from_slice(b"{\"");
         page.extend_from_slice(word);
         page.extend_from_slice(b"\":\"0x");
@@ -115,4 +115,39 @@ fn records(content: u64, page: &mut Vec<u8>) {
         page.extend_from_slice(b"\"},\n");
     }
     page.truncate(end);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGES: u64 = 1000;
+
+    #[test]
+    fn rewrites_the_share_it_is_told_and_a_difference_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (left, right, cancel) = (dir.path().join("left"), dir.path().join("right"), CancellationToken::new());
+        create(&left, PAGES, 7, &cancel).unwrap();
+        create(&right, PAGES, 7, &cancel).unwrap();
+        compare(&left, &right, &cancel).unwrap();
+        let rewritten = work(&right, 20, 8, &cancel).unwrap();
+        assert!((150..230).contains(&rewritten), "{rewritten}");
+        assert!(compare(&left, &right, &cancel).is_err());
+        std::fs::copy(&left, &right).unwrap();
+        let file = File::options().write(true).open(&right).unwrap();
+        file.write_all_at(b"!", 700 * PAGE as u64 + 4095).unwrap();
+        let why = compare(&left, &right, &cancel).unwrap_err().to_string();
+        assert!(why.starts_with("page 700 of") && why.contains("right"), "{why}");
+        std::fs::copy(&left, &right).unwrap();
+        file.set_len(PAGES * PAGE as u64 - 1).unwrap();
+        assert!(compare(&left, &right, &cancel).is_err(), "shorter by a byte");
+    }
+
+    #[test]
+    fn stops_when_it_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let cancel = CancellationToken::new();
+        cancel.cancel();
+        assert!(create(&dir.path().join("memory"), PAGES, 1, &cancel).is_err());
+    }
 }

@@ -80,8 +80,7 @@ impl<'a> Scene<'a> {
         let host = |name: &str| Host::start(&dir.path().join(name)).with_context(|| format!("host {name}"));
         let (a, b) = (host("a")?, host("b")?);
         let guests: Vec<String> = (1..=plan.guests).map(|guest| format!("guest-{guest}")).collect();
-        let thousandths = (place.scale * 1000.0).round() as u64;
-        let one = plan.memory.saturating_mul(thousandths) / 1000 / guests.len().max(1) as u64;
+        let one = place.scaled(plan.memory) / guests.len().max(1) as u64;
         let pages = one / PAGE as u64;
         ensure!(pages > 0, "the guests have no memory");
         Ok(Self { plan, title, cancel, guests, pages, a, b, _dir: dir })

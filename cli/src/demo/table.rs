@@ -62,7 +62,7 @@ pub(super) fn json(place: &Place, rows: &[Row]) -> Value {
         .collect();
     json!({
         "schema": "pagewire.demo/1",
-        "scale": place.scale,
+        "scale": place.scale(),
         "in_memory": place.in_memory,
         "equal": true,
         "rows": rows,
