@@ -250,11 +250,3 @@ fn inspect_counts_every_page_once() {
     assert_eq!((count("elsewhere"), count("duplicate")), (2, 1));
     assert!(fails(1, &["inspect", "/nonexistent"]).contains("No such file"));
 }
-
-#[test]
-fn the_demo_runs_with_nothing_prepared() {
-    let output = pagewire(&["demo", "--size", "16MiB"]);
-    let said = text(&output.stdout);
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    assert!(said.contains("A to B") && said.contains("B to A") && said.contains("equal"), "{said}");
-}
