@@ -31,8 +31,8 @@ impl std::fmt::Display for Way {
 const WAYS: [Way; 3] = [Way::Level(-1), Way::Level(1), Way::Delta];
 /// The last of them, alone measured where it is possible.
 const DELTA: usize = 2;
-/// Raw bytes that show what an unknown link can do.
-const GLIMPSE_BYTES: usize = 128 * 1024;
+/// Raw bytes that show what an unknown link can do: more than what a shaper lets through in one burst.
+const GLIMPSE_BYTES: usize = 192 * 1024;
 /// A link is looked at again after so many batches that were deltas.
 const GLIMPSE_EVERY: u64 = 256;
 /// Compression must promise at least this share less time than raw before it is switched on.

@@ -139,7 +139,13 @@ impl<M: Machine> Pump<M> {
                 self.machine.handle_timeout(now);
             }
             let moved = poll_fn(|cx| Poll::Ready(self.turn(cx))).await;
-            if moved || self.machine.work(now) {
+            if moved {
+                continue;
+            }
+            if self.machine.work(now) {
+                // The runtime learns what has become ready only where it gets its turn: without this, work that goes on
+                // would keep what has arrived waiting.
+                tokio::task::yield_now().await;
                 continue;
             }
             self.wait().await;
