@@ -213,7 +213,8 @@ pub(crate) struct Receive {
     pub(crate) insecure_plaintext: bool,
     #[command(flatten)]
     pub(crate) keeping: Keeping,
-    /// Take unchanged pages of a kept image as they are, without reading them. The report counts them.
+    /// Take unchanged pages of a kept image as they are, where they need not be copied: with --inplace, or on a file
+    /// system that shares blocks. They are not read, and the report counts them.
     #[arg(long, requires = "store")]
     pub(crate) trust_store: bool,
     #[command(flatten)]

@@ -44,7 +44,9 @@ pub(crate) fn run(verb: &StoreVerb) -> Result<ExitCode> {
 pub(crate) fn refused(error: StoreError) -> Result<ExitCode> {
     let usage = match &error {
         StoreError::Refused { .. } => true,
-        StoreError::Io { source, .. } => source.kind() == ErrorKind::NotFound,
+        StoreError::Io { source, .. } => {
+            matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied)
+        }
         _ => false,
     };
     if !usage {

@@ -318,7 +318,7 @@ fn rejects_a_store_on_a_read_only_file_system() {
     mounted.remount("remount,ro");
     fs::write(host.image(VM), noise(1, PAGE)).unwrap();
     let (image, store) = (host.image(VM), host.path("store"));
-    let said = fails(1, &["send", image.to_str().unwrap(), "--to", "127.0.0.1:1", "--name", VM, "--store", &store]);
+    let said = fails(2, &["send", image.to_str().unwrap(), "--to", "127.0.0.1:1", "--name", VM, "--store", &store]);
     assert!(said.contains("Read-only file system") && said.contains(&store), "{said}");
 }
 

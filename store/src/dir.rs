@@ -344,6 +344,11 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
+    /// Lets go of the lock, also for those who share the open file.
+    pub(crate) fn unlock(&self) {
+        let _ = fs::flock(&self.file, FlockOperation::Unlock);
+    }
+
     pub(crate) fn io(&self, what: &'static str, source: io::Error) -> StoreError {
         StoreError::Io { path: self.path.clone(), what, source }
     }

@@ -268,7 +268,11 @@ impl<'a> Writing<'a> {
         // STORE 4.3
         self.folder.rename(&draft_name(manifest_name(self.id)), &manifest_name(self.id))?;
         self.done = true;
-        self.folder.sync()
+        let synced = self.folder.sync();
+        // A process that forks right now has the file open, too: closing alone would leave it locked until that is gone.
+        self.manifest.unlock();
+        self.image.iter().for_each(Draft::unlock);
+        synced
     }
 }
 

@@ -388,15 +388,19 @@ impl Landing {
 impl Drop for Landing {
     /// A landing that brought nothing new leaves everything as it found it.
     fn drop(&mut self) {
-        let Some(target) = self.target.take() else { return };
-        let Target { dir, work, name, partial, origin } = &target;
-        // Nothing can be done about an error here, and a partial left behind is only resumed.
-        let _ = match origin {
-            Origin::Borrowed if !self.touched => fs::renameat_with(work, partial, dir, name, RenameFlags::NOREPLACE),
-            Origin::Made if !self.touched => fs::unlinkat(work, partial, AtFlags::empty()),
-            _ => Ok(()),
-        };
-        let _ = fs::unlinkat(&target.dir, WORK, AtFlags::REMOVEDIR);
+        if let Some(Target { dir, work, name, partial, origin }) = &self.target {
+            // Nothing can be done about an error here, and a partial left behind is only resumed.
+            let _ = match origin {
+                Origin::Borrowed if !self.touched => {
+                    fs::renameat_with(work, partial, dir, name, RenameFlags::NOREPLACE)
+                }
+                Origin::Made if !self.touched => fs::unlinkat(work, partial, AtFlags::empty()),
+                _ => Ok(()),
+            };
+            let _ = fs::unlinkat(dir, WORK, AtFlags::REMOVEDIR);
+        }
+        // A process that forks right now has the file open, too: closing alone would leave it locked until that is gone.
+        let _ = fs::flock(&self.file, FlockOperation::Unlock);
     }
 }
 

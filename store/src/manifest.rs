@@ -5,7 +5,7 @@
 //! | 0..8 | magic | `PWVISIT` and a zero byte |
 //! | 8..12 | version | 1 |
 //! | 12..16 | n | bytes of the body |
-//! | 16..16+n | body | bincode as in SPEC 1.4: see [`Body`] |
+//! | 16..16+n | body | bincode as in SPEC 1.4: the fields of `Body`, in order |
 //! | 16+n..48+n | seal | of bytes 0..16+n, keyed by the domain in the body |
 //! | ..4096 | | zero |
 //! | 4096.. | present | one bit a page, zeros up to a multiple of 4096; sealed in the body |

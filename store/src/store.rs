@@ -300,10 +300,11 @@ pub(crate) fn heads(folder: &Folder, domain: DomainId) -> Vec<VisitHead> {
     heads
 }
 
-/// Heads of several domains, whose sequences do not compare, newest first.
+/// Heads of several domains, whose sequences do not compare, newest first. Within a second the file's own time decides:
+/// it is that of its writing, or of a later use.
 fn by_age(heads: impl Iterator<Item = VisitHead>) -> Vec<VisitHead> {
     let mut heads: Vec<VisitHead> = heads.collect();
-    heads.sort_by_key(|head| std::cmp::Reverse((head.created, head.sequence, head.id)));
+    heads.sort_by_key(|head| std::cmp::Reverse((head.created, head.last_used, head.sequence, head.id)));
     heads
 }
 

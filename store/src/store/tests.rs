@@ -250,3 +250,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn of_two_guests_with_one_name_the_one_kept_last_is_meant_within_a_second_too() {
+    let home = Home::new(None);
+    for who in [9, 1, 5, 2] {
+        Guest::new(who, 7, 40).keep(&home.store);
+        let name = home.store.heads().unwrap()[0].name.clone();
+        assert_eq!(home.store.lineage_named(&name).unwrap().map(|lineage| lineage.id), Some(LineageId([who; 16])));
+        // Longer than a tick of the clock that files are stamped with.
+        std::thread::sleep(std::time::Duration::from_millis(15));
+    }
+}
