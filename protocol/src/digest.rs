@@ -28,6 +28,9 @@ impl core::fmt::Display for Digest {
     }
 }
 
+/// The digests of a whole subtree.
+pub(crate) type SubtreeBytes = [u8; SUBTREE_DIGEST_BYTES];
+
 /// One page, whole.
 pub type PageBytes = [u8; PAGE_BYTES];
 
@@ -60,7 +63,12 @@ const PARENT: u8 = 1 << 2;
 const ROOT: u8 = 1 << 3;
 const KEYED_HASH: u8 = 1 << 4;
 const CHUNK_BYTES: usize = 1024;
-const CHUNKS: usize = PAGE_BYTES / CHUNK_BYTES;
+/// The most chunks of what is hashed side by side: a page has four, the digests of a subtree eight.
+const CHUNKS_MAX: usize = 8;
+/// Bytes of the digests below a lowest node of a tree.
+const SUBTREE_DIGEST_BYTES: usize = SUBTREE_PAGES * CV_BYTES;
+/// Bytes that a batch digest takes in at once: BLAKE3 hashes whole kibibytes side by side.
+const BATCH_PIECE_DIGESTS: usize = 2048;
 const CV_BYTES: usize = 32;
 
 /// Pages hashed side by side: the widest SIMD degree BLAKE3 has.
@@ -164,44 +172,69 @@ impl PageHasher {
         let first: &'a PageBytes = batch[0];
         batch[filled..].fill(first);
         let mut out = [[0; CV_BYTES]; LANES];
-        self.hash_side_by_side(&batch[..width], &mut out[..width]);
+        self.hash_side_by_side::<PAGE_BYTES>(&self.domain.page, &batch[..width], &mut out[..width]);
         out.iter().take(filled).for_each(|cv| each(Digest(*cv)));
     }
 
-    /// The BLAKE3 tree of `pages.len()` pages, level by level: all first chunks, all second ones, …, parents, roots.
-    fn hash_side_by_side(&self, pages: &[&PageBytes], out: &mut [[u8; CV_BYTES]]) {
-        let width = pages.len();
-        let mut tree = [[[0u8; CV_BYTES]; CHUNKS]; LANES];
-        for chunk in 0..CHUNKS {
+    /// Hands the digest of each whole subtree to `each`, in order: the nodes over 256 digests each.
+    pub(crate) fn digest_subtrees(&self, subtrees: &[SubtreeBytes], mut each: impl FnMut(Digest)) {
+        let mut rest = subtrees.chunks_exact(LANES);
+        for batch in rest.by_ref() {
+            let mut inputs: [&SubtreeBytes; LANES] = [&[0; SUBTREE_DIGEST_BYTES]; LANES];
+            inputs.iter_mut().zip(batch).for_each(|(input, bytes)| *input = bytes);
+            let mut out = [[0; CV_BYTES]; LANES];
+            self.hash_side_by_side(&self.domain.subtree, &inputs, &mut out);
+            out.iter().for_each(|cv| each(Digest(*cv)));
+        }
+        rest.remainder().iter().for_each(|bytes| each(self.domain.subtree.hash([bytes.as_slice()])));
+    }
+
+    /// The BLAKE3 trees of inputs of equal length (up to [`CHUNKS_MAX`] chunks, a power of two), level by level: all first
+    /// chunks, all second ones, …, then parents, and parents of these.
+    fn hash_side_by_side<const N: usize>(&self, key: &Key, inputs: &[&[u8; N]], out: &mut [[u8; CV_BYTES]]) {
+        let (width, chunks) = (inputs.len(), N / CHUNK_BYTES);
+        // The chaining values of one input lie in a row, so two by two they are its parents' blocks.
+        let mut level = [[0u8; CV_BYTES]; CHUNKS_MAX * LANES];
+        for chunk in 0..chunks {
             let at = chunk * CHUNK_BYTES;
-            let mut inputs: [&[u8; CHUNK_BYTES]; LANES] = [&[0; CHUNK_BYTES]; LANES];
-            for (input, page) in inputs.iter_mut().zip(pages) {
-                if let Some(bytes) = page.get(at..).and_then(<[u8]>::first_chunk) {
-                    *input = bytes;
+            let mut blocks: [&[u8; CHUNK_BYTES]; LANES] = [&[0; CHUNK_BYTES]; LANES];
+            for (block, input) in blocks.iter_mut().zip(inputs) {
+                if let Some(bytes) = input.get(at..).and_then(<[u8]>::first_chunk) {
+                    *block = bytes;
                 }
             }
             let mut cvs = [[0u8; CV_BYTES]; LANES];
-            self.pass(&inputs[..width], chunk as u64, 0, (CHUNK_START, CHUNK_END), cvs[..width].as_flattened_mut());
-            tree.iter_mut().zip(cvs).for_each(|(page, cv)| page[chunk] = cv);
+            let edge = (CHUNK_START, CHUNK_END);
+            self.pass(key, &blocks[..width], chunk as u64, 0, edge, cvs[..width].as_flattened_mut());
+            level.iter_mut().skip(chunk).step_by(chunks).zip(cvs).for_each(|(slot, cv)| *slot = cv);
         }
-        // Two parents a page: its four chunk values lie in a row, so two by two they are the parents' blocks.
-        let mut parents: [&[u8; 2 * CV_BYTES]; 2 * LANES] = [&[0; 2 * CV_BYTES]; 2 * LANES];
-        for (block, bytes) in parents.iter_mut().zip(tree.as_flattened().as_flattened().as_chunks().0) {
-            *block = bytes;
+        let mut count = chunks * width;
+        while count > width {
+            count /= 2;
+            let mut parents: [&[u8; 2 * CV_BYTES]; CHUNKS_MAX / 2 * LANES] =
+                [&[0; 2 * CV_BYTES]; CHUNKS_MAX / 2 * LANES];
+            for (block, bytes) in parents.iter_mut().zip(level.as_flattened().as_chunks().0) {
+                *block = bytes;
+            }
+            let flags = if count == width { PARENT | ROOT } else { PARENT };
+            let mut cvs = [[0u8; CV_BYTES]; CHUNKS_MAX / 2 * LANES];
+            self.pass(key, &parents[..count], 0, flags, (0, 0), cvs[..count].as_flattened_mut());
+            level[..count].copy_from_slice(&cvs[..count]);
         }
-        let mut cvs = [[0u8; CV_BYTES]; 2 * LANES];
-        self.pass(&parents[..2 * width], 0, PARENT, (0, 0), cvs[..2 * width].as_flattened_mut());
-        let mut roots: [&[u8; 2 * CV_BYTES]; LANES] = [&[0; 2 * CV_BYTES]; LANES];
-        for (block, bytes) in roots.iter_mut().zip(cvs.as_flattened().as_chunks().0) {
-            *block = bytes;
-        }
-        self.pass(&roots[..width], 0, PARENT | ROOT, (0, 0), out.as_flattened_mut());
+        out.copy_from_slice(&level[..width]);
     }
 
-    fn pass<const N: usize>(&self, inputs: &[&[u8; N]], counter: u64, flags: u8, edge: (u8, u8), out: &mut [u8]) {
-        let key = &self.domain.page.words;
-        let (start, end) = edge;
-        self.platform.hash_many(inputs, key, counter, IncrementCounter::No, KEYED_HASH | flags, start, end, out);
+    fn pass<const N: usize>(
+        &self,
+        key: &Key,
+        inputs: &[&[u8; N]],
+        counter: u64,
+        flags: u8,
+        (start, end): (u8, u8),
+        out: &mut [u8],
+    ) {
+        let words = &key.words;
+        self.platform.hash_many(inputs, words, counter, IncrementCounter::No, KEYED_HASH | flags, start, end, out);
     }
 }
 
@@ -221,15 +254,13 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 /// It proves beliefs and bytes at once: a receiver that resolved every page as the sender meant it finds the same value.
 pub fn batch_digest<'a>(domain: &DedupDomain, first: u64, digests: impl IntoIterator<Item = &'a [Digest]>) -> Digest {
     let mut hasher = blake3::Hasher::new_keyed(&domain.batch.bytes);
-    hasher.update(&first.to_le_bytes());
-    // Fed in large pieces: BLAKE3 hashes whole kibibytes side by side, and thirty-two bytes one after the other.
-    let mut bytes = [0; 32 * SUBTREE_PAGES];
-    for digests in digests.into_iter().flat_map(|digests| digests.chunks(SUBTREE_PAGES)) {
-        for (slot, digest) in bytes.as_chunks_mut::<32>().0.iter_mut().zip(digests) {
-            *slot = digest.0;
-        }
-        hasher.update(bytes.get(..digests.len().saturating_mul(32)).unwrap_or(&bytes));
+    let mut bytes = Vec::new();
+    for digests in digests.into_iter().flat_map(|digests| digests.chunks(BATCH_PIECE_DIGESTS)) {
+        bytes.clear();
+        digests.iter().for_each(|digest| bytes.extend_from_slice(&digest.0));
+        hasher.update(&bytes);
     }
+    hasher.update(&first.to_le_bytes());
     Digest(*hasher.finalize().as_bytes())
 }
 
@@ -278,6 +309,23 @@ mod tests {
             for (level, hasher) in PageHasher::on_each_level(&domain) {
                 let mut got = Vec::new();
                 hasher.digest_pages(&pages, |digest| got.push(digest));
+                prop_assert_eq!(&got, &expected, "{}", level);
+            }
+        }
+
+        #[test]
+        fn every_level_of_simd_agrees_with_the_one_shot_call_on_subtrees(seed: u64, count in 0usize..40) {
+            let domain = DedupDomain::public();
+            let mut state = seed | 1;
+            let subtrees: Vec<SubtreeBytes> = (0..count).map(|_| core::array::from_fn(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                state.to_le_bytes()[7]
+            })).collect();
+            let key = blake3::derive_key("pagewire 1 subtree", &[0; 32]);
+            let expected: Vec<Digest> = subtrees.iter().map(|bytes| Digest(*blake3::keyed_hash(&key, bytes).as_bytes())).collect();
+            for (level, hasher) in PageHasher::on_each_level(&domain) {
+                let mut got = Vec::new();
+                hasher.digest_subtrees(&subtrees, |digest| got.push(digest));
                 prop_assert_eq!(&got, &expected, "{}", level);
             }
         }

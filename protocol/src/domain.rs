@@ -30,6 +30,7 @@ impl core::fmt::Debug for DomainId {
 #[derive(Clone)]
 pub struct DedupDomain {
     pub(crate) page: Key,
+    pub(crate) subtree: Key,
     pub(crate) node: Key,
     pub(crate) batch: Key,
     pub(crate) root: Key,
@@ -43,6 +44,7 @@ impl DedupDomain {
         let subkey = |purpose| Key::new(blake3::derive_key(purpose, key));
         Self {
             page: subkey("pagewire 1 page digest"),
+            subtree: subkey("pagewire 1 subtree"),
             node: subkey("pagewire 1 tree node"),
             batch: subkey("pagewire 1 batch"),
             root: subkey("pagewire 1 root"),

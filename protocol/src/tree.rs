@@ -4,7 +4,7 @@
 //! an all-zero region: zero subtrees are precomputed and take no memory, so a sparse terabyte costs eight bytes a MiB.
 //! Changing a leaf only marks its lowest node; nodes are hashed when somebody asks, batch by batch while leaves are hot.
 
-use crate::digest::{Digest, PageHasher, batch_digest};
+use crate::digest::{Digest, PageHasher, SubtreeBytes, batch_digest};
 use crate::domain::DedupDomain;
 use crate::limits::SUBTREE_PAGES;
 use crate::page::Layout;
@@ -15,13 +15,16 @@ use core::ops::Range;
 
 type Leaves = [Digest; SUBTREE_PAGES];
 
+/// Lowest nodes that are hashed at once: 256 KiB of digests.
+const SUBTREES_AT_ONCE: usize = 32;
+
 /// Stored in place of the digest of the zero page, and of a node not computed. No page has it, short of a broken BLAKE3.
 const UNSET: Digest = Digest([0; 32]);
 
 /// The digests of one region's pages and the nodes above them.
 #[derive(Clone, Debug)]
 pub struct DigestTree {
-    domain: DedupDomain,
+    hasher: PageHasher,
     zero: Digest,
     pages: u64,
     leaves: Vec<Option<Box<Leaves>>>,
@@ -33,7 +36,7 @@ impl DigestTree {
     pub fn new(hasher: &PageHasher, pages: u64) -> Self {
         let subtrees = usize::try_from(pages.div_ceil(SUBTREE_PAGES as u64)).unwrap_or(usize::MAX);
         Self {
-            domain: hasher.domain().clone(),
+            hasher: hasher.clone(),
             zero: hasher.zero(),
             pages,
             leaves: vec![None; subtrees],
@@ -148,24 +151,68 @@ impl DigestTree {
         if known != UNSET {
             return known;
         }
-        let mut leaves = Vec::with_capacity(SUBTREE_PAGES);
-        self.copy_to(self.subtree_pages(index), &mut leaves);
-        let node = node_digest(&self.domain, 0, &leaves);
-        if let Some(slot) = self.nodes.get_mut(at) {
-            *slot = node;
+        self.hash_subtrees(index..index.saturating_add(1));
+        self.nodes.get(at).copied().unwrap_or(UNSET)
+    }
+
+    /// Hashes those of these lowest nodes that are not known, many at once.
+    pub fn hash_subtrees(&mut self, subtrees: Range<u64>) {
+        let stale = |index: &u64| {
+            usize::try_from(*index).ok().and_then(|at| self.nodes.get(at)).is_some_and(|node| *node == UNSET)
+        };
+        let stale: Vec<u64> = subtrees.filter(stale).collect();
+        let is_whole = |pages: &Range<u64>| pages.end.saturating_sub(pages.start) == SUBTREE_PAGES as u64;
+        for batch in stale.chunks(SUBTREES_AT_ONCE) {
+            let mut whole: Vec<SubtreeBytes> = Vec::with_capacity(batch.len());
+            for &index in batch {
+                let pages = self.subtree_pages(index);
+                if is_whole(&pages) {
+                    let mut bytes = [0; size_of::<SubtreeBytes>()];
+                    self.write_to(index, &mut bytes);
+                    whole.push(bytes);
+                } else {
+                    let mut leaves = Vec::with_capacity(SUBTREE_PAGES);
+                    self.copy_to(pages, &mut leaves);
+                    let node = self.hasher.domain().subtree.hash(leaves.iter().map(|leaf| leaf.0.as_slice()));
+                    self.set_node(index, node);
+                }
+            }
+            let mut digests = Vec::with_capacity(whole.len());
+            self.hasher.digest_subtrees(&whole, |digest| digests.push(digest));
+            let indexes = batch.iter().copied().filter(|&index| is_whole(&self.subtree_pages(index)));
+            let indexes: Vec<u64> = indexes.collect();
+            indexes.into_iter().zip(digests).for_each(|(index, digest)| self.set_node(index, digest));
         }
-        node
+    }
+
+    fn set_node(&mut self, index: u64, digest: Digest) {
+        if let Some(node) = usize::try_from(index).ok().and_then(|at| self.nodes.get_mut(at)) {
+            *node = digest;
+        }
+    }
+
+    /// Writes the digests below a whole lowest node.
+    fn write_to(&self, index: u64, bytes: &mut SubtreeBytes) {
+        let leaves = self.leaves(index).map_or(&[][..], |leaves| leaves.as_slice());
+        let unset = core::iter::repeat(&UNSET);
+        for (slot, leaf) in bytes.as_chunks_mut::<32>().0.iter_mut().zip(leaves.iter().chain(unset)) {
+            *slot = if *leaf == UNSET { self.zero.0 } else { leaf.0 };
+        }
     }
 
     /// The root over the whole region; for an empty region the node of no children.
     pub fn root(&mut self) -> Digest {
-        let mut level: Vec<Digest> = (0..self.subtrees()).map(|index| self.subtree(index)).collect();
+        self.hash_subtrees(0..self.subtrees());
+        let mut level = self.nodes.clone();
         let mut height: u8 = 1;
         while level.len() > 1 {
-            level = level.chunks(SUBTREE_PAGES).map(|children| node_digest(&self.domain, height, children)).collect();
+            level = level
+                .chunks(SUBTREE_PAGES)
+                .map(|children| node_digest(self.hasher.domain(), height, children))
+                .collect();
             height = height.saturating_add(1);
         }
-        level.first().copied().unwrap_or_else(|| node_digest(&self.domain, 0, &[]))
+        level.first().copied().unwrap_or_else(|| self.hasher.domain().subtree.hash([]))
     }
 
     /// The batch digest of `count` pages from `first` as they stand in the tree.
@@ -173,7 +220,7 @@ impl DigestTree {
         let end = first.saturating_add(u64::from(count)).min(self.pages);
         let mut leaves = Vec::with_capacity(usize::try_from(end.saturating_sub(first)).unwrap_or(0));
         self.copy_to(first..end, &mut leaves);
-        batch_digest(&self.domain, first, [leaves.as_slice()])
+        batch_digest(self.hasher.domain(), first, [leaves.as_slice()])
     }
 }
 
@@ -238,13 +285,14 @@ mod tests {
                 if let Some(slot) = twin.get_mut(page as usize) { *slot = digest; }
                 if step % 7 == 0 { tree.root(); }
             }
-            let mut level: Vec<Digest> = twin.chunks(256).map(|leaves| node_digest(hasher.domain(), 0, leaves)).collect();
+            let lowest = |leaves: &[Digest]| hasher.domain().subtree.hash(leaves.iter().map(|leaf| leaf.0.as_slice()));
+            let mut level: Vec<Digest> = twin.chunks(256).map(lowest).collect();
             let mut height = 1;
             while level.len() > 1 {
                 level = level.chunks(256).map(|children| node_digest(hasher.domain(), height, children)).collect();
                 height += 1;
             }
-            let expected = level.first().copied().unwrap_or_else(|| node_digest(hasher.domain(), 0, &[]));
+            let expected = level.first().copied().unwrap_or_else(|| lowest(&[]));
             prop_assert_eq!(tree.root(), expected);
             let mut loaded = DigestTree::new(&hasher, pages);
             for index in 0..tree.subtrees() {

@@ -199,9 +199,7 @@ impl PageMap {
     pub fn note_stated(&mut self, range: PageRange) {
         let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) else { return };
         let pages = range.numbers();
-        (pages.start / SUBTREE_PAGES as u64..pages.end / SUBTREE_PAGES as u64).for_each(|index| {
-            tree.subtree(index);
-        });
+        tree.hash_subtrees(pages.start / SUBTREE_PAGES as u64..pages.end / SUBTREE_PAGES as u64);
     }
 
     /// The digest over the first pages of a subtree as they are known.

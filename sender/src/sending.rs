@@ -294,9 +294,7 @@ impl<M: GuestMemory> Sending<M> {
         // Nodes over whole subtrees are hashed now, not when everybody waits for the root.
         if let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) {
             let pages = range.numbers();
-            (pages.start / SUBTREE_PAGES as u64..pages.end / SUBTREE_PAGES as u64).for_each(|index| {
-                tree.subtree(index);
-            });
+            tree.hash_subtrees(pages.start / SUBTREE_PAGES as u64..pages.end / SUBTREE_PAGES as u64);
         }
         Ok(Step::Did)
     }

@@ -65,7 +65,7 @@ fn text(manifest: &Manifest, bytes: &[u8]) -> String {
 fn the_golden_manifest_is_what_is_written() {
     let (manifest, bytes) = golden();
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/vectors/manifest.txt");
-    if std::env::var_os("PAGEWIRE_RECORD").is_some() {
+    if std::env::var_os("PAGEWIRE_BLESS").is_some() {
         std::fs::write(path, text(&manifest, &bytes)).unwrap();
     }
     assert_eq!(std::fs::read_to_string(path).unwrap().replace("\r\n", "\n"), text(&manifest, &bytes));
