@@ -14,7 +14,7 @@ use crate::wants::Wants;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
-use pagewire_protocol::frame::{Accept, Ack, EntryKind, Frame, FrameKind, LaneId, Open, Pages, Root, RoundEnd};
+use pagewire_protocol::frame::{Accept, Ack, Frame, FrameKind, LaneId, Open, Pages, Root, RoundEnd};
 use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId, common_pages};
 use pagewire_protocol::session::Outgoing;
@@ -206,10 +206,9 @@ impl<S: GuestSink> Receiving<S> {
         if self.codecs & head.codec.bit() == 0 {
             return Err(Violation::Entry { what: "a codec that was not agreed", region, first }.into());
         }
-        let looks = pages.runs().any(|run| !matches!(run.kind, EntryKind::ZERO | EntryKind::BASE));
         let last = range.numbers().end.saturating_sub(1);
         // SPEC 6.3
-        if (looks || self.bulk_lanes > 1) && first / GROUP_PAGES != last / GROUP_PAGES {
+        if self.bulk_lanes > 1 && first / GROUP_PAGES != last / GROUP_PAGES {
             return Err(Violation::Entry { what: "a batch that crosses a group", region, first }.into());
         }
         // SPEC 6.15

@@ -101,6 +101,16 @@ impl Entries {
         Self { payload: Payload { buffer, ranges: Vec::new() }, ..Self::default() }
     }
 
+    /// States the next pages as base.
+    pub(crate) fn push_base(&mut self, count: u64) {
+        let count = u16::try_from(count).unwrap_or(u16::MAX);
+        match self.runs.last_mut() {
+            Some(run) if run.kind == EntryKind::BASE => run.count = run.count.saturating_add(count),
+            _ if count > 0 => self.runs.push(Run { kind: EntryKind::BASE, count }),
+            _ => {}
+        }
+    }
+
     /// States the next page, which is the `at`-th of the buffer.
     pub(crate) fn push(&mut self, kind: EntryKind, at: usize, digest: Digest) {
         match self.runs.last_mut() {

@@ -8,7 +8,7 @@ use crate::base::Base;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::frame::EntryKind;
-use pagewire_protocol::limits::PAGE_BYTES;
+use pagewire_protocol::limits::{BATCH_PAGES_MAX, COVER_PAGES_MAX, PAGE_BYTES};
 use pagewire_protocol::page::{Layout, PageRange, RegionId, common_pages, shifted};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::tree::DigestTree;
@@ -110,6 +110,23 @@ impl Reuse {
             }
         }
         parts
+    }
+
+    /// How many pages from `first` on one frame may state where most are known: as many as it may cover, of which no more
+    /// may have changed than it may look at. `None` without a hint.
+    pub(crate) fn span(&self, layout: &Layout, region: RegionId, first: u64) -> Option<u64> {
+        let unchanged = self.unchanged.as_ref().filter(|_| first < self.held(region))?;
+        let start = u64::from(layout.place(region, 0).0);
+        let mut end = self.held(region).min(first.saturating_add(u64::from(COVER_PAGES_MAX)));
+        let mut changed = 0u64;
+        for gap in unchanged.gaps(start.saturating_add(first)..start.saturating_add(end)) {
+            changed = changed.saturating_add(gap.end.saturating_sub(gap.start));
+            if let Some(over) = changed.checked_sub(BATCH_PAGES_MAX as u64) {
+                end = gap.end.saturating_sub(over).saturating_sub(start);
+                break;
+            }
+        }
+        Some(end.saturating_sub(first))
     }
 
     /// Whether memory said that a page is unchanged.

@@ -21,7 +21,7 @@ use pagewire_protocol::frame::{
     Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run,
 };
 use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES, WANTS_A_PAGE_MAX};
-use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Place, RegionId};
+use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Place, Region, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::Payload;
 use pagewire_protocol::time::Time;
@@ -224,12 +224,22 @@ impl<M: GuestMemory> Sending<M> {
                 let least = u64::from(region.install_size.pages()).max(if held { SUBTREE_PAGES as u64 } else { 1 });
                 let step = self.step_pages().max(least).min(GROUP_PAGES);
                 let border = (self.next / step).saturating_add(1).saturating_mul(step);
-                let count = u32::try_from(border.saturating_sub(self.next).min(left)).unwrap_or(0);
+                let pages = border.saturating_sub(self.next).max(self.span(region)).min(left);
+                let count = u32::try_from(pages).unwrap_or(0);
                 return Some(PageRange { region: self.region, first: PageNumber(self.next), count });
             }
             self.region = RegionId(self.region.0.saturating_add(1));
             self.next = 0;
         }
+    }
+
+    /// Pages that one frame may state because most of them are known to be unchanged. With several lanes each frame
+    /// keeps to its group.
+    fn span(&self, region: Region) -> u64 {
+        let reuse = self.reuse.as_ref().filter(|_| self.lanes.ids().count() == 1);
+        let span = reuse.and_then(|reuse| reuse.span(&self.layout, self.region, self.next)).unwrap_or(0);
+        let install = u64::from(region.install_size.pages()).max(1);
+        span / install * install
     }
 
     /// Reads, digests and states the next part.
@@ -279,7 +289,12 @@ impl<M: GuestMemory> Sending<M> {
         self.flush_cover();
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let mut entries = Entries::over(buffer);
-        for (at, ((page, &digest), &kind)) in range.numbers().zip(&self.digests).zip(&kinds).enumerate() {
+        let (mut slot, mut next) = (0usize, range.first.0);
+        for page in between(range.numbers(), &known).flatten() {
+            entries.push_base(page.saturating_sub(next));
+            next = page.saturating_add(1);
+            let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
+            let (Some(&digest), Some(&kind)) = (self.digests.get(at), kinds.get(at)) else { continue };
             let place = self.layout.place(range.region, page);
             if kind != EntryKind::BASE
                 && let Some(tree) = self.trees.get_mut(usize::from(range.region.0))
@@ -288,8 +303,10 @@ impl<M: GuestMemory> Sending<M> {
             }
             let gone = kind == EntryKind::INLINE
                 && self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes));
-            entries.push(if gone { EntryKind::REFERENCE } else { kind }, at, digest);
+            entries.push(if gone { EntryKind::REFERENCE } else { kind }, slot, digest);
+            slot = slot.saturating_add(1);
         }
+        entries.push_base(range.numbers().end.saturating_sub(next));
         self.send(range, lane, entries, Sent { shift, delta: true, ..Sent::default() }, now);
         // Nodes over whole subtrees are hashed now, not when everybody waits for the root.
         if let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) {
@@ -299,16 +316,22 @@ impl<M: GuestMemory> Sending<M> {
         Ok(Step::Did)
     }
 
-    /// Copies out and digests what of a range may have changed since the base; of the known parts the digests are.
+    /// Copies out, one after the other, and digests what of a range may have changed since the base; of the known parts
+    /// the digests are.
     fn read_on_base(&mut self, range: PageRange, known: &[Range<u64>]) -> Result<PageBuffer, ErrorKind> {
-        let mut buffer = self.lanes.buffer(usize::try_from(range.count).unwrap_or(0).saturating_mul(PAGE_BYTES));
+        let bytes = |part: &Range<u64>| {
+            usize::try_from(part.end.saturating_sub(part.start)).unwrap_or(0).saturating_mul(PAGE_BYTES)
+        };
+        let total = between(range.numbers(), known).map(|part| bytes(&part)).sum();
+        let mut buffer = self.lanes.buffer(total);
         self.digests.clear();
         let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return Ok(buffer) };
-        let at = |page: u64| usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
+        let mut filled = 0usize;
         for part in between(range.numbers(), known) {
-            let bytes = at(part.start).saturating_mul(PAGE_BYTES)..at(part.end).saturating_mul(PAGE_BYTES);
-            let space = buffer.get_mut(bytes).unwrap_or_default();
+            let end = filled.saturating_add(bytes(&part));
+            let space = buffer.get_mut(filled..end).unwrap_or_default();
             self.memory.read(range.region, part.start, space).map_err(ErrorKind::Source)?;
+            filled = end;
         }
         if known.is_empty() {
             self.hasher.digest_nonzero(buffer.as_chunks().0, &mut self.digests);
@@ -320,11 +343,11 @@ impl<M: GuestMemory> Sending<M> {
         let pages: &[PageBytes] = buffer.as_chunks().0;
         let mut read = between(range.numbers(), known).flatten();
         let digests = &mut self.digests;
-        let bytes = between(range.numbers(), known).flatten().filter_map(|page| pages.get(at(page)));
         let mut hinted = Vec::new();
-        self.hasher.digest_pages(bytes, |digest| {
+        self.hasher.digest_pages(pages, |digest| {
             let Some(page) = read.next() else { return };
-            let Some(slot) = digests.get_mut(at(page)) else { return };
+            let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
+            let Some(slot) = digests.get_mut(at) else { return };
             if self.reuse.as_ref().is_some_and(|reuse| reuse.is_hinted(&self.layout, range.region, page)) {
                 hinted.push((page, *slot == digest));
             }
