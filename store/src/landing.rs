@@ -18,8 +18,9 @@ use thiserror::Error;
 
 /// The reserved subfolder.
 const WORK: &str = ".pagewire";
-/// How often a start that lost a race with another process is tried again.
-const TRIES: usize = 16;
+/// How often a start that lost a race is tried again. It loses one only when another landing in the same folder came
+/// to its end meanwhile.
+const TRIES: usize = 100;
 
 /// How to land.
 #[derive(Clone, Copy, Debug, Default)]
@@ -136,9 +137,9 @@ impl Landing {
     ) -> Result<Self, LandingError> {
         let place = Place::open(dir, name)?;
         for _ in 0..TRIES {
-            let work = place.work_folder()?;
-            match place.attempt(&work, options) {
-                Ok(found) => return Self::begin(place, work, change(found), len, options),
+            let attempt = place.work_folder().and_then(|work| Ok((place.attempt(&work, options)?, work)));
+            match attempt {
+                Ok((found, work)) => return Self::begin(place, work, change(found), len, options),
                 // Somebody else made, finished or removed what was looked at: look again.
                 Err(LandingError::Io { source, .. })
                     if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {}
@@ -176,17 +177,25 @@ impl Landing {
         dir: &Path,
         name: &OsStr,
         len: u64,
-        take: impl FnOnce(BorrowedFd<'_>, &OsStr) -> bool,
+        mut take: impl FnMut(BorrowedFd<'_>, &OsStr) -> bool,
     ) -> Result<Option<Self>, LandingError> {
         let place = Place::open(dir, name)?;
-        let work = place.work_folder()?;
-        if !take(work.as_fd(), &partial_name(name)) {
-            let _ = fs::unlinkat(&place.dir, WORK, AtFlags::REMOVEDIR);
-            return Ok(None);
+        for _ in 0..TRIES {
+            let work = match place.work_folder() {
+                Err(LandingError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
+                work => work?,
+            };
+            if take(work.as_fd(), &partial_name(name)) {
+                let over = |found| Found { old: None, over: true, ..found };
+                return Self::look(dir, name, len, LandingOptions::default(), over).map(Some);
+            }
+            // Nothing can be put into a folder that another landing has just removed as empty.
+            if fs::fstat(&work).is_ok_and(|info| info.st_nlink > 0) {
+                let _ = fs::unlinkat(&place.dir, WORK, AtFlags::REMOVEDIR);
+                break;
+            }
         }
-        let landing =
-            Self::look(dir, name, len, LandingOptions::default(), |found| Found { old: None, over: true, ..found })?;
-        Ok(Some(landing))
+        Ok(None)
     }
 
     /// Whether the base is all of the image that this landing was started over or on, and nothing else.

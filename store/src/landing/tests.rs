@@ -197,3 +197,33 @@ fn fills_a_given_file_without_replacing_it() {
     held.read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(&bytes, b"new");
 }
+
+#[test]
+fn landings_in_one_folder_start_while_others_come_to_their_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path();
+    let dropped = |name: &str| {
+        for _ in 0..2000 {
+            Landing::start(path, name.as_ref(), 1, LandingOptions::default()).unwrap();
+        }
+    };
+    let taken = |name: &str| {
+        for _ in 0..2000 {
+            let take = |folder: BorrowedFd<'_>, partial: &OsStr| {
+                let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
+                fs::openat(folder, partial, flags, Mode::RUSR | Mode::WUSR).is_ok()
+            };
+            let landing = Landing::start_on(path, name.as_ref(), 1, take).unwrap();
+            drop(landing.expect("a folder that was gone is made again"));
+            disk::remove_file(path.join(WORK).join(partial_name(name.as_ref()))).unwrap();
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| dropped("a"));
+        scope.spawn(|| dropped("b"));
+        scope.spawn(|| taken("c"));
+        scope.spawn(|| taken("d"));
+    });
+    drop(start(path, false, false).unwrap());
+    assert_eq!(leftovers(path), [""; 0]);
+}
