@@ -25,5 +25,5 @@ pub use base::Base;
 pub use engine::{Event, SenderConfig, SenderEngine};
 pub use error::{ErrorKind, SenderError};
 pub use lanes::{EncodeJob, EncodeOutput};
-pub use memory::GuestMemory;
+pub use memory::{GuestMemory, Tracking};
 pub use report::{Counts, Decision};
