@@ -121,6 +121,23 @@ impl PageBitmap {
         Runs { on: false, ..self.runs(within) }
     }
 
+    /// How many indices are set here and not in `other`.
+    pub fn count_without(&self, other: &Self) -> u64 {
+        let pairs = self.words.iter().zip(other.words.iter().chain(core::iter::repeat(&0)));
+        pairs.fold(0, |sum, (ours, theirs)| sum.saturating_add(u64::from((ours & !theirs).count_ones())))
+    }
+
+    /// Sets every index that is set in `other` and lies below the end.
+    pub fn insert_all(&mut self, other: &Self) {
+        let (used, last) = (self.len % 64, self.words.len().saturating_sub(1));
+        for (at, (ours, theirs)) in self.words.iter_mut().zip(&other.words).enumerate() {
+            let mask = if at == last && used != 0 { !(u64::MAX << used) } else { u64::MAX };
+            let new = theirs & mask & !*ours;
+            *ours |= new;
+            self.ones = self.ones.saturating_add(u64::from(new.count_ones()));
+        }
+    }
+
     fn word(&self, index: u64) -> Option<u64> {
         if index >= self.len {
             return None;
@@ -215,6 +232,16 @@ mod tests {
             let from_runs: Vec<u64> = bitmap.runs(from..len + 9).flatten().collect();
             let from_twin: Vec<u64> = twin.range(from..).copied().collect();
             prop_assert_eq!(from_runs, from_twin);
+            let mut other = PageBitmap::new(len + 70);
+            other.insert_range(fill.0..fill.0 + fill.1);
+            let others = fill.0..(fill.0 + fill.1).min(len + 70);
+            let without = twin.iter().filter(|index| !others.contains(index)).count() as u64;
+            prop_assert_eq!(bitmap.count_without(&other), without);
+            let mut both = bitmap.clone();
+            both.insert_all(&other);
+            let union: BTreeSet<u64> = twin.iter().copied().chain(others).filter(|&index| index < len).collect();
+            prop_assert_eq!(both.count(), union.len() as u64);
+            prop_assert_eq!(both.runs(0..len).flatten().collect::<BTreeSet<u64>>(), union);
             let mut bytes = bitmap.bytes();
             prop_assert_eq!(PageBitmap::from_bytes(len, &bytes), Some(bitmap));
             prop_assert_eq!(PageBitmap::from_bytes(len + 8, &bytes), None);

@@ -14,9 +14,9 @@ use crate::wants::Wants;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
-use pagewire_protocol::frame::{Accept, Ack, Frame, FrameKind, LaneId, Open, Pages, Root, RoundEnd};
+use pagewire_protocol::frame::{Accept, Ack, EntryKind, Frame, FrameKind, LaneId, Open, Pages, Root, RoundEnd};
 use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX};
-use pagewire_protocol::page::{GROUP_PAGES, PageRange, RegionId, common_pages};
+use pagewire_protocol::page::{GROUP_PAGES, PageNumber, PageRange, RegionId, common_pages};
 use pagewire_protocol::session::Outgoing;
 use pagewire_protocol::time::{Span, Time};
 use std::io;
@@ -152,18 +152,21 @@ impl<S: GuestSink> Receiving<S> {
         let mut to = Target { map: &mut self.map, sink, scan, hasher, counts, base, others };
         match self.resolver.apply(range, pages, &mut to)? {
             Resolved::Missing(missing) => {
-                self.wants.settle(&self.open.layout, range);
+                stated(range, pages).for_each(|range| self.wants.settle(&self.open.layout, range));
                 missing.iter().for_each(|&page| self.wants.ask(&self.open.layout, range.region, page, 1));
             }
             Resolved::Disbelieved => {
-                self.wants.settle(&self.open.layout, range);
-                range.numbers().for_each(|page| {
-                    self.map.mark_absent(range.region, page);
-                });
-                self.wants.ask(&self.open.layout, range.region, range.first.0, u64::from(range.count));
+                for range in stated(range, pages) {
+                    self.wants.settle(&self.open.layout, range);
+                    range.numbers().for_each(|page| {
+                        self.map.mark_absent(range.region, page);
+                    });
+                    self.wants.ask(&self.open.layout, range.region, range.first.0, u64::from(range.count));
+                }
             }
         }
-        self.wants.check(&self.open.layout)?;
+        let begun = self.lanes.iter().map(|lane| u64::from(lane.ended)).max().unwrap_or(0).saturating_add(1);
+        self.wants.check(&self.open.layout, begun)?;
         self.map.note_stated(range);
         if let Some(state) = self.lanes.get_mut(lane.index()) {
             state.frames = state.frames.saturating_add(1);
@@ -270,4 +273,15 @@ impl<S: GuestSink> Receiving<S> {
         (state.unacked_bytes, state.ack_due) = (0, None);
         Some(Outgoing::frame(&Frame::Ack(Ack { frames: state.frames, wants }), lane))
     }
+}
+
+/// The parts of a frame that it speaks of: all but what it skips.
+fn stated(range: PageRange, pages: &Pages<'_>) -> impl Iterator<Item = PageRange> {
+    let mut next = range.first.0;
+    let runs = pages.runs().map(move |run| {
+        let first = PageNumber(next);
+        next = next.saturating_add(u64::from(run.count));
+        (run.kind, PageRange { first, count: u32::from(run.count), ..range })
+    });
+    runs.filter(|(kind, _)| *kind != EntryKind::SKIPPED).map(|(_, range)| range)
 }

@@ -12,7 +12,7 @@ use crate::scan::Scan;
 use pagewire_protocol::compress::{Decompressor, decompress_delta};
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest, is_zero, page_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
-use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages};
+use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages, SKIPPED_DIGEST};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, PageRange, RegionId, shifted};
 use pagewire_protocol::page_buffer::PageBuffer;
@@ -178,6 +178,7 @@ impl Resolver {
                     let bytes = take(&mut shifted, u64::from(run.count));
                     to.hasher.digest_pages(bytes, |digest| self.digests.push(digest));
                 }
+                EntryKind::SKIPPED => self.digests.extend((next..end).map(|_| SKIPPED_DIGEST)),
                 _ => self.digests.extend((next..end).map(|_| to.hasher.zero())),
             }
             next = end;

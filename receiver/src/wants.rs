@@ -85,10 +85,10 @@ impl Wants {
         self.asked
     }
 
-    /// No session asks for everything again and again.
-    pub(crate) fn check(&self, layout: &Layout) -> Result<(), Violation> {
+    /// No session asks for everything again and again; so many rounds have begun.
+    pub(crate) fn check(&self, layout: &Layout, rounds: u64) -> Result<(), Violation> {
         // SPEC 6.12
-        if self.asked > layout.pages().saturating_mul(WANTS_A_PAGE_MAX) {
+        if self.asked > layout.pages().saturating_mul(WANTS_A_PAGE_MAX).saturating_mul(rounds) {
             return Err(Violation::WantFlood { wants: self.asked, pages: layout.pages() });
         }
         Ok(())

@@ -85,6 +85,17 @@ impl SentPages {
     }
 }
 
+impl SentPages {
+    /// The page at `place` is stated anew: its content before, `old`, is not counted on any more. Called when the tree
+    /// has its new digest or is about to.
+    pub(crate) fn retire(&mut self, old: &Digest, place: Place) {
+        if let Some(index) = &mut self.index {
+            index.remove(old, place);
+        }
+        self.inline.remove(u64::from(place.0));
+    }
+}
+
 /// The entries of one batch under construction.
 #[derive(Debug, Default)]
 pub(crate) struct Entries {
@@ -101,12 +112,12 @@ impl Entries {
         Self { payload: Payload { buffer, ranges: Vec::new() }, ..Self::default() }
     }
 
-    /// States the next pages as base.
-    pub(crate) fn push_base(&mut self, count: u64) {
+    /// States the next pages in a way that needs nothing else.
+    pub(crate) fn push_many(&mut self, kind: EntryKind, count: u64) {
         let count = u16::try_from(count).unwrap_or(u16::MAX);
         match self.runs.last_mut() {
-            Some(run) if run.kind == EntryKind::BASE => run.count = run.count.saturating_add(count),
-            _ if count > 0 => self.runs.push(Run { kind: EntryKind::BASE, count }),
+            Some(run) if run.kind == kind => run.count = run.count.saturating_add(count),
+            _ if count > 0 => self.runs.push(Run { kind, count }),
             _ => {}
         }
     }

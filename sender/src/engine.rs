@@ -6,10 +6,12 @@
 //! The sender's copy is free only after DONE with the right root: an end of stream is a failure in every phase.
 
 use crate::base::Base;
+use crate::converge::Limits;
 use crate::error::{ErrorKind, SenderError};
 use crate::lanes::{EncodeJob, EncodeOutput};
 use crate::memory::GuestMemory;
-use crate::report::{Counts, Decision};
+use crate::report::{Counts, Decision, RoundReport};
+use crate::rounds::Rounds;
 use crate::sending::{AgreedBase, Sending, Step};
 use pagewire_protocol::digest::PageHasher;
 use pagewire_protocol::digest::join_proof;
@@ -55,6 +57,8 @@ pub struct SenderConfig {
     pub bandwidth_limit: Option<u64>,
     /// Pages read and sent at once where nothing else decides: 16 to 512, a power of two.
     pub batch_pages: u16,
+    /// The guest runs while it is sent, inside these limits; none for memory at rest.
+    pub live: Option<Limits>,
     /// What this side speaks.
     pub policy: Policy,
 }
@@ -77,6 +81,7 @@ impl SenderConfig {
             workers: 1,
             bandwidth_limit: None,
             batch_pages: BATCH_PAGES,
+            live: None,
             policy: Policy::default(),
         }
     }
@@ -93,6 +98,12 @@ pub enum Event {
         /// Bulk lanes granted.
         lanes: u8,
     },
+    /// The guest has to stand still: [`SenderEngine::paused`] says that it does.
+    Pause,
+    /// The guest runs on here, at full speed: it was paused, or may have been.
+    Resume,
+    /// The guest has to be slowed down to so many per cent less.
+    Throttle(u8),
     /// Everything was stated once; what remains is the receiver's to ask for.
     Stated,
     /// The receiver has everything, verified and lasting.
@@ -111,6 +122,8 @@ pub struct SenderEngine<M> {
     secret: Option<[u8; 32]>,
     sending: Option<Box<Sending<M>>>,
     root: Option<Root>,
+    /// The guest stands still, or was asked to.
+    pausing: bool,
     finished: bool,
     events: VecDeque<Event>,
     outcome: Option<Result<(), SenderError>>,
@@ -131,6 +144,7 @@ impl<M: GuestMemory> SenderEngine<M> {
             secret: None,
             sending: None,
             root: None,
+            pausing: false,
             finished: false,
             events: VecDeque::new(),
             outcome: None,
@@ -146,6 +160,19 @@ impl<M: GuestMemory> SenderEngine<M> {
     /// Stops the session, for the reason that `kind` names.
     pub fn cancel(&mut self, kind: ErrorKind) {
         self.fail(kind);
+    }
+
+    /// The guest stands still, as [`Event::Pause`] asked, or cannot be made to.
+    pub fn paused(&mut self, result: Result<(), String>, now: Time) {
+        let Some(sending) = self.sending.as_mut().filter(|_| self.pausing) else { return };
+        if let Err(kind) = result.map_err(ErrorKind::Pause).and_then(|()| sending.begin_last_round(now)) {
+            self.fail(kind);
+        }
+    }
+
+    /// The rounds so far.
+    pub fn rounds(&self) -> &[RoundReport] {
+        self.sending.as_ref().and_then(|sending| sending.rounds.as_ref()).map_or(&[], Rounds::reports)
     }
 
     /// What was done so far.
@@ -178,6 +205,12 @@ impl<M: GuestMemory> SenderEngine<M> {
     fn fail(&mut self, kind: ErrorKind) {
         if self.endpoint.phase() == Phase::Over {
             return;
+        }
+        if std::mem::take(&mut self.pausing) {
+            self.events.push_back(Event::Resume);
+        }
+        if let Some(sending) = &mut self.sending {
+            sending.abandon();
         }
         self.endpoint.close(kind.close_code(), &chain(&kind), kind.tells_peer());
         self.outcome = Some(Err(SenderError { kind, guest_at: GuestAt::Sender }));
@@ -215,6 +248,7 @@ impl<M: GuestMemory> SenderEngine<M> {
             session: self.config.session,
             name: self.config.name.clone(),
             fresh: self.config.fresh,
+            live: self.config.live.is_some(),
             single_stream: self.config.single_stream,
             lanes: self.config.lanes,
             domain_key: self.config.domain_key,
@@ -227,7 +261,7 @@ impl<M: GuestMemory> SenderEngine<M> {
     }
 
     fn handle_accept(&mut self, accept: &Accept, now: Time) -> Result<(), ErrorKind> {
-        let (Some(greeted), Some(memory)) = (self.endpoint.greeted(), self.memory.take()) else { return Ok(()) };
+        let (Some(greeted), Some(mut memory)) = (self.endpoint.greeted(), self.memory.take()) else { return Ok(()) };
         // SPEC 4.9
         if accept.transcript != greeted.transcript {
             return Err(Violation::Transcript.into());
@@ -251,7 +285,9 @@ impl<M: GuestMemory> SenderEngine<M> {
             agreed.filter(|&at| at < self.bases.len()).map(|at| AgreedBase { base: self.bases.swap_remove(at), ahead });
         self.bases.clear();
         let terms = (hasher, greeted.agreement.codecs);
-        let mut sending = Box::new(Sending::new(memory, accept, agreed, &self.config, terms));
+        let rounds = self.config.live.map(|limits| Rounds::begin(&mut memory, limits, now));
+        let rounds = rounds.transpose().map_err(ErrorKind::Source)?;
+        let mut sending = Box::new(Sending::new((memory, rounds), accept, agreed, &self.config, terms));
         sending.explain_start(now);
         self.sending = Some(sending);
         self.endpoint.enter(Phase::Sending);
@@ -355,6 +391,15 @@ impl<M: GuestMemory> Machine for SenderEngine<M> {
         }
         match self.sending.as_mut().map(|sending| sending.step(now)) {
             Some(Ok(Step::Did)) => true,
+            Some(Ok(Step::Pause)) => {
+                self.pausing = true;
+                self.events.push_back(Event::Pause);
+                true
+            }
+            Some(Ok(Step::Throttle(percent))) => {
+                self.events.push_back(Event::Throttle(percent));
+                true
+            }
             Some(Ok(Step::Stated(root))) => {
                 self.root = Some(root);
                 self.endpoint.enter(Phase::Finishing);

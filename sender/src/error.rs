@@ -45,6 +45,12 @@ pub enum ErrorKind {
     /// It took longer than it was allowed to.
     #[error("not complete after {0:?}, as --deadline asks")]
     Deadline(std::time::Duration),
+    /// The guest cannot be stopped for as short as it should.
+    #[error("the guest was not moved: {0}; allow a longer downtime, slow it down, or switch over all the same")]
+    NotConverging(crate::converge::Reason),
+    /// The guest could not be paused.
+    #[error("the guest cannot be paused: {0}")]
+    Pause(String),
     /// It was stopped here.
     #[error("cancelled")]
     Cancelled,
@@ -56,7 +62,7 @@ impl ErrorKind {
             Self::Peer(error) => error.close_code(),
             Self::Source(_) => CloseCode::SOURCE,
             Self::Local { .. } => CloseCode::INTERNAL,
-            Self::Cancelled | Self::Deadline(_) => CloseCode::CANCELLED,
+            Self::Cancelled | Self::Deadline(_) | Self::NotConverging(_) | Self::Pause(_) => CloseCode::CANCELLED,
         }
     }
 

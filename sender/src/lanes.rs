@@ -162,6 +162,8 @@ struct Lane {
 #[derive(Debug)]
 pub(crate) struct Lanes {
     lanes: Vec<Lane>,
+    /// Bytes of PAGES frames that were acknowledged.
+    delivered: u64,
     window: u64,
     batches_max: usize,
     pace: Option<Pace>,
@@ -178,6 +180,7 @@ impl Lanes {
     pub(crate) fn new(count: u8, window: u64, rate: Option<u64>, workers: usize) -> Self {
         Self {
             lanes: (0..count).map(|_| Lane::default()).collect(),
+            delivered: 0,
             window,
             batches_max: READY_BATCHES_MAX.saturating_add(workers),
             pace: rate.map(Pace::new),
@@ -202,6 +205,26 @@ impl Lanes {
     /// Whether another batch may be made.
     pub(crate) fn has_room(&self) -> bool {
         self.lanes.iter().map(|lane| lane.slots.len()).sum::<usize>() < self.batches_max
+    }
+
+    /// Bytes of PAGES frames that the receiver has applied.
+    pub(crate) fn delivered(&self) -> u64 {
+        self.delivered
+    }
+
+    /// Bytes of PAGES frames that have gone out and are not acknowledged.
+    pub(crate) fn under_way(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.in_flight_bytes).sum()
+    }
+
+    /// Whether everything that was planned has gone out.
+    pub(crate) fn is_sent(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.slots.is_empty())
+    }
+
+    /// Whether it is acknowledged, too.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.is_sent() && self.lanes.iter().all(|lane| lane.in_flight.is_empty())
     }
 
     /// PAGES frames planned on a lane so far; the next one gets this number.
@@ -319,6 +342,7 @@ impl Lanes {
         let applied: Vec<InFlight> = state.in_flight.drain(..news).collect();
         let bytes = applied.iter().fold(0u64, |sum, frame| sum.saturating_add(frame.bytes));
         state.in_flight_bytes = state.in_flight_bytes.saturating_sub(bytes);
+        self.delivered = self.delivered.saturating_add(bytes);
         let payload = applied.iter().fold(0u64, |sum, frame| sum.saturating_add(frame.payload));
         let more = self.lanes.iter().map(|lane| lane.in_flight_bytes).sum();
         if let Some(first) = applied.first() {

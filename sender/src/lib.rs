@@ -5,18 +5,22 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
+mod again;
 mod base;
 mod classify;
+pub mod converge;
 #[cfg(feature = "driver")]
 pub mod driver;
 mod engine;
 mod error;
+mod history;
 mod holdings;
 mod lanes;
 pub mod memory;
 mod pace;
 mod report;
 mod reuse;
+mod rounds;
 mod sending;
 mod switch;
 mod tally;
@@ -26,4 +30,4 @@ pub use engine::{Event, SenderConfig, SenderEngine};
 pub use error::{ErrorKind, SenderError};
 pub use lanes::{EncodeJob, EncodeOutput};
 pub use memory::{GuestMemory, Tracking};
-pub use report::{Counts, Decision};
+pub use report::{Counts, Decision, RoundReport};

@@ -1,6 +1,6 @@
 //! What a session did, counted, and what it decided and why.
 
-use pagewire_protocol::time::Time;
+use pagewire_protocol::time::{Span, Time};
 
 /// Pages by the way they were stated last: these five make up the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,6 +25,29 @@ pub struct Counts {
     pub inline_bytes: u64,
     /// Their bytes on the wire.
     pub payload_bytes: u64,
+}
+
+/// One round of a live session.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RoundReport {
+    /// Counted from 0.
+    pub number: u32,
+    /// Pages that had to be looked at.
+    pub pages: u64,
+    /// Of these, those that were stated.
+    pub stated: u64,
+    /// Bytes of PAGES frames.
+    pub bytes: u64,
+    /// From its first page to its judgement.
+    pub spent: Span,
+    /// Pages that it left to the next.
+    pub dirty: u64,
+    /// Pages that the guest changed, a second.
+    pub dirty_rate: f64,
+    /// Bytes a second that reached the receiver.
+    pub rate: f64,
+    /// The downtime that a switchover after it would have had; none for the last.
+    pub predicted: Option<Span>,
 }
 
 /// A switch that was thrown, with its inputs.

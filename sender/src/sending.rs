@@ -12,13 +12,14 @@ use crate::lanes::{Batch, EncodeOutput, Lanes, inline_pages};
 use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision};
 use crate::reuse::{Reuse, Stated, between};
+use crate::rounds::Rounds;
 use crate::switch::{AnnounceSwitch, CompressSwitch, Way};
 use crate::tally::Tally;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
-    Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run,
+    Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run, SKIPPED_DIGEST,
 };
 use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES, WANTS_A_PAGE_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Place, Region, RegionId};
@@ -38,13 +39,17 @@ pub(crate) enum Step {
     Did,
     /// It waits for the receiver or the link.
     Waits,
+    /// The guest has to stand still now.
+    Pause,
+    /// The guest has to be slowed down to so many per cent less.
+    Throttle(u8),
     /// Everything is stated: this is the root.
     Stated(Root),
 }
 
 /// How a batch is sent beyond its entries.
 #[derive(Clone, Copy, Debug, Default)]
-struct Sent {
+pub(crate) struct Sent {
     /// Its references are announcements.
     announced: bool,
     /// Where in the base its pages were.
@@ -63,16 +68,18 @@ pub(crate) struct AgreedBase {
 /// What is true while pages travel.
 #[derive(Debug)]
 pub(crate) struct Sending<M> {
-    memory: M,
-    layout: Layout,
-    hasher: PageHasher,
-    trees: Vec<DigestTree>,
+    pub(crate) memory: M,
+    pub(crate) layout: Layout,
+    pub(crate) hasher: PageHasher,
+    pub(crate) trees: Vec<DigestTree>,
+    /// The rounds, if the guest runs.
+    pub(crate) rounds: Option<Rounds>,
     holdings: Holdings,
     /// The base, if both sides know its manifest: `trees` begin with its digests then.
     reuse: Option<Reuse>,
     /// The receiver has pages of other guests.
     others: bool,
-    sent: SentPages,
+    pub(crate) sent: SentPages,
     pub(crate) lanes: Lanes,
     compress: CompressSwitch,
     announce: Vec<AnnounceSwitch>,
@@ -84,16 +91,16 @@ pub(crate) struct Sending<M> {
     region: RegionId,
     next: u64,
     batch_pages: u64,
-    digests: Vec<Digest>,
-    ended: bool,
-    tally: Tally,
-    counts: Counts,
+    pub(crate) digests: Vec<Digest>,
+    pub(crate) ended: bool,
+    pub(crate) tally: Tally,
+    pub(crate) counts: Counts,
     pub(crate) decisions: Vec<Decision>,
 }
 
 impl<M: GuestMemory> Sending<M> {
     pub(crate) fn new(
-        mut memory: M,
+        (mut memory, rounds): (M, Option<Rounds>),
         accept: &Accept,
         agreed: Option<AgreedBase>,
         config: &SenderConfig,
@@ -115,6 +122,7 @@ impl<M: GuestMemory> Sending<M> {
         Self {
             trees,
             hasher,
+            rounds,
             reuse,
             // Nothing is announced of an agreed base.
             holdings: Holdings::new(&layout, if is_agreed { &[] } else { &accept.held_pages }),
@@ -158,7 +166,8 @@ impl<M: GuestMemory> Sending<M> {
         }
         let pages = self.layout.pages();
         // SPEC 6.12
-        if self.counts.wants > pages.saturating_mul(WANTS_A_PAGE_MAX) {
+        let rounds = self.rounds.as_ref().map_or(0, |rounds| u64::from(rounds.number)).saturating_add(1);
+        if self.counts.wants > pages.saturating_mul(WANTS_A_PAGE_MAX).saturating_mul(rounds) {
             return Err(Violation::WantFlood { wants: self.counts.wants, pages }.into());
         }
         for (at, switch) in self.announce.iter_mut().enumerate() {
@@ -197,18 +206,26 @@ impl<M: GuestMemory> Sending<M> {
         if let Some(range) = self.next_want() {
             return self.answer(range, now).map(|()| Step::Did);
         }
+        self.sample(now)?;
         if let Some(range) = self.next_range() {
             return self.state(range, now);
+        }
+        if let Some(range) = self.next_again() {
+            return self.state_again(range, now);
         }
         if self.ended {
             return Ok(Step::Waits);
         }
+        if self.rounds.is_some() {
+            return self.end_live_round(now);
+        }
+        self.memory.check_unchanged().map_err(ErrorKind::Source)?;
         self.ended = true;
         self.end_round().map(Step::Stated)
     }
 
     /// Pages of a batch: what stays in cache, or what compresses well.
-    fn step_pages(&self) -> u64 {
+    pub(crate) fn step_pages(&self) -> u64 {
         if self.compress.is_on() { self.batch_pages.max(SUBTREE_PAGES as u64) } else { self.batch_pages }
     }
 
@@ -273,7 +290,7 @@ impl<M: GuestMemory> Sending<M> {
     /// Reads what may have changed since the agreed base, and states it all.
     fn state_on_base(&mut self, range: PageRange, now: Time) -> Result<Step, ErrorKind> {
         let known = self.reuse.as_ref().map(|reuse| reuse.known_parts(&self.layout, range)).unwrap_or_default();
-        let buffer = self.read_on_base(range, &known)?;
+        let buffer = self.read_on_base(range, &known, now)?;
         self.next = range.numbers().end;
         let Some(reuse) = self.reuse.as_mut() else { return Ok(Step::Did) };
         let Stated { kinds, shift } =
@@ -291,7 +308,7 @@ impl<M: GuestMemory> Sending<M> {
         let mut entries = Entries::over(buffer);
         let (mut slot, mut next) = (0usize, range.first.0);
         for page in between(range.numbers(), &known).flatten() {
-            entries.push_base(page.saturating_sub(next));
+            entries.push_many(EntryKind::BASE, page.saturating_sub(next));
             next = page.saturating_add(1);
             let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
             let (Some(&digest), Some(&kind)) = (self.digests.get(at), kinds.get(at)) else { continue };
@@ -306,7 +323,7 @@ impl<M: GuestMemory> Sending<M> {
             entries.push(if gone { EntryKind::REFERENCE } else { kind }, slot, digest);
             slot = slot.saturating_add(1);
         }
-        entries.push_base(range.numbers().end.saturating_sub(next));
+        entries.push_many(EntryKind::BASE, range.numbers().end.saturating_sub(next));
         self.send(range, lane, entries, Sent { shift, delta: true, ..Sent::default() }, now);
         // Nodes over whole subtrees are hashed now, not when everybody waits for the root.
         if let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) {
@@ -318,25 +335,25 @@ impl<M: GuestMemory> Sending<M> {
 
     /// Copies out, one after the other, and digests what of a range may have changed since the base; of the known parts
     /// the digests are.
-    fn read_on_base(&mut self, range: PageRange, known: &[Range<u64>]) -> Result<PageBuffer, ErrorKind> {
+    fn read_on_base(&mut self, range: PageRange, known: &[Range<u64>], now: Time) -> Result<PageBuffer, ErrorKind> {
         let bytes = |part: &Range<u64>| {
             usize::try_from(part.end.saturating_sub(part.start)).unwrap_or(0).saturating_mul(PAGE_BYTES)
         };
         let total = between(range.numbers(), known).map(|part| bytes(&part)).sum();
         let mut buffer = self.lanes.buffer(total);
         self.digests.clear();
-        let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return Ok(buffer) };
         let mut filled = 0usize;
         for part in between(range.numbers(), known) {
             let end = filled.saturating_add(bytes(&part));
             let space = buffer.get_mut(filled..end).unwrap_or_default();
-            self.memory.read(range.region, part.start, space).map_err(ErrorKind::Source)?;
+            self.copy_out(range.region, part.start, space)?;
             filled = end;
         }
         if known.is_empty() {
             self.hasher.digest_nonzero(buffer.as_chunks().0, &mut self.digests);
             return Ok(buffer);
         }
+        let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return Ok(buffer) };
         tree.copy_to(range.numbers(), &mut self.digests);
         let unread: u64 = known.iter().map(|part| part.end.saturating_sub(part.start)).sum();
         self.counts.unread = self.counts.unread.saturating_add(unread);
@@ -353,7 +370,10 @@ impl<M: GuestMemory> Sending<M> {
             }
             *slot = digest;
         });
-        if let Some((page, _)) = hinted.iter().find(|(_, unchanged)| !unchanged) {
+        for (page, _) in hinted.iter().filter(|(_, unchanged)| !unchanged) {
+            if self.was_written(range.region, *page, now)? {
+                continue;
+            }
             let message = format!("page {page} was said to be unchanged since the base, and is not");
             return Err(ErrorKind::Source(std::io::Error::other(message)));
         }
@@ -424,28 +444,36 @@ impl<M: GuestMemory> Sending<M> {
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let mut entries = Entries::over(buffer);
         self.flush_cover();
-        for (at, (page, &digest)) in range.numbers().zip(&self.digests).enumerate() {
-            let tree = self.trees.get(usize::from(range.region.0));
-            if tree.is_none_or(|tree| tree.leaf(page) != digest) {
-                let message = format!(
-                    "page {page} changed between two looks at it; memory that is being written needs to be at rest"
-                );
-                return Err(ErrorKind::Source(std::io::Error::other(message)));
-            }
+        let mut found = std::mem::take(&mut self.digests);
+        for (at, (page, digest)) in range.numbers().zip(&mut found).enumerate() {
             let place = self.layout.place(range.region, page);
-            let zero = digest == self.hasher.zero();
-            let kind = if self.wants.remove(u64::from(place.0)) {
-                let again = !self.wanted.insert(u64::from(place.0));
-                let gone = self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes));
-                if gone && !again { EntryKind::REFERENCE } else { EntryKind::INLINE }
-            } else {
-                // Between two wants: stated once more, which costs less than a frame for each of them.
-                EntryKind::REFERENCE
-            };
-            let kind = if zero { EntryKind::ZERO } else { kind };
-            entries.push(kind, at, digest);
+            if !self.wants.remove(u64::from(place.0)) {
+                // Between two wants: passed over, which costs less than a frame for each of them.
+                *digest = SKIPPED_DIGEST;
+                entries.push_many(EntryKind::SKIPPED, 1);
+                continue;
+            }
+            self.check_answer(range.region, page, *digest)?;
+            let again = !self.wanted.insert(u64::from(place.0));
+            let gone = self.sent.has_gone(digest, place, lane, (&self.layout, &self.trees, &self.lanes));
+            let kind = if gone && !again { EntryKind::REFERENCE } else { EntryKind::INLINE };
+            entries.push(if *digest == self.hasher.zero() { EntryKind::ZERO } else { kind }, at, *digest);
         }
+        self.digests = found;
         self.send(range, lane, entries, Sent::default(), now);
+        Ok(())
+    }
+
+    /// A page that is looked at again may have changed only while the guest runs; then it is stated as it is now.
+    // SPEC 6.21, 6.27
+    fn check_answer(&mut self, region: RegionId, page: u64, digest: Digest) -> Result<(), ErrorKind> {
+        let is_fixed = self.rounds.as_ref().is_none_or(Rounds::is_last);
+        if self.restate(region, page, digest) && is_fixed {
+            let message = format!(
+                "page {page} changed between two looks at it; memory that is being written needs to be at rest"
+            );
+            return Err(ErrorKind::Source(std::io::Error::other(message)));
+        }
         Ok(())
     }
 
@@ -455,16 +483,17 @@ impl<M: GuestMemory> Sending<M> {
         let count = usize::try_from(range.count).unwrap_or(0);
         let mut buffer = self.lanes.buffer(count.saturating_mul(PAGE_BYTES));
         self.digests.clear();
-        self.memory.read(range.region, range.first.0, &mut buffer).map_err(ErrorKind::Source)?;
+        self.copy_out(range.region, range.first.0, &mut buffer)?;
         self.hasher.digest_nonzero(buffer.as_chunks().0, &mut self.digests);
         Ok(buffer)
     }
 
-    fn send(&mut self, range: PageRange, lane: LaneId, entries: Entries, how: Sent, now: Time) {
+    pub(crate) fn send(&mut self, range: PageRange, lane: LaneId, entries: Entries, how: Sent, now: Time) {
         let Entries { runs, references, shifted, inline, payload } = entries;
         let found = u64::from(shifted).saturating_add(references.len() as u64);
         self.note(range, &runs);
-        if inline == 0 && found == 0 {
+        let skips = runs.iter().any(|run| run.kind == EntryKind::SKIPPED);
+        if inline == 0 && found == 0 && !skips {
             self.lanes.recycle(payload.buffer);
             return self.cover(range, &runs);
         }
@@ -510,7 +539,7 @@ impl<M: GuestMemory> Sending<M> {
         }
     }
 
-    fn flush_cover(&mut self) {
+    pub(crate) fn flush_cover(&mut self) {
         let Some(Cover { range, runs }) = self.cover.take() else { return };
         let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return };
         let head = self.head(range, tree.batch(range.first.0, range.count));
@@ -521,7 +550,7 @@ impl<M: GuestMemory> Sending<M> {
 
     fn head(&self, range: PageRange, digest: Digest) -> PagesHead {
         PagesHead {
-            round: 0,
+            round: self.round(),
             region: range.region.0,
             codec: Codec::NONE,
             first: range.first.0,
@@ -531,16 +560,25 @@ impl<M: GuestMemory> Sending<M> {
         }
     }
 
-    fn end_round(&mut self) -> Result<Root, ErrorKind> {
+    /// The last round ends, and with it the image.
+    pub(crate) fn end_round(&mut self) -> Result<Root, ErrorKind> {
         self.flush_cover();
-        self.memory.check_unchanged().map_err(ErrorKind::Source)?;
-        // SPEC 6.19
+        self.push_round_ends();
+        let digest = image_root(self.hasher.domain(), &self.layout, &mut self.trees);
+        Ok(Root { round: self.round(), pages: self.layout.pages(), digest })
+    }
+
+    /// The round under way ends on every lane.
+    // SPEC 6.19
+    pub(crate) fn push_round_ends(&mut self) {
         for lane in self.lanes.ids() {
-            let end = RoundEnd { round: 0, frames: self.lanes.planned(lane) };
+            let end = RoundEnd { round: self.round(), frames: self.lanes.planned(lane) };
             self.lanes.plan_frame(lane, &Frame::Round(end));
         }
-        let digest = image_root(self.hasher.domain(), &self.layout, &mut self.trees);
-        Ok(Root { round: 0, pages: self.layout.pages(), digest })
+    }
+
+    fn round(&self) -> u32 {
+        self.rounds.as_ref().map_or(0, |rounds| rounds.number)
     }
 
     /// What was done so far.
@@ -556,7 +594,9 @@ impl<M: GuestMemory> Sending<M> {
         for run in runs {
             let first = next;
             next = next.saturating_add(u64::from(run.count));
-            self.tally.state(first..next, run.kind);
+            if run.kind != EntryKind::SKIPPED {
+                self.tally.state(first..next, run.kind);
+            }
         }
     }
 

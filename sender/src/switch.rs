@@ -146,6 +146,11 @@ impl Goodput {
         }
     }
 
+    /// Bytes a second, if the link has ever been the brake.
+    pub(crate) fn rate(&self) -> Option<f64> {
+        self.rate.map(|rate| rate * 1e9)
+    }
+
     /// Nanoseconds a byte, if anything at all is known of the link.
     fn nanos_at_most(&self) -> Option<f64> {
         self.nanos_a_byte().or(self.glimpse.filter(|&rate| rate > 0.0).map(f64::recip))

@@ -68,6 +68,12 @@ impl Tally {
         }
     }
 
+    /// Whether the page at a place has been stated.
+    pub(crate) fn is_stated(&self, place: u64) -> bool {
+        let way = usize::try_from(place).ok().and_then(|place| self.ways.get(place));
+        way.is_some_and(|&way| usize::from(way) != NONE)
+    }
+
     /// Pages stated so far.
     pub(crate) fn stated(&self) -> u64 {
         self.counts.iter().sum()

@@ -2,6 +2,8 @@
 //!
 //! Values are those of SPEC 5.3 and 5.5. Only `pages.rs` makes one from a byte, after it has judged it.
 
+use crate::digest::Digest;
+
 /// How the payload is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Codec(pub(super) u8);
@@ -22,6 +24,9 @@ impl Codec {
     }
 }
 
+/// What stands in a batch digest for a page that is skipped.
+pub const SKIPPED_DIGEST: Digest = Digest([0; 32]);
+
 /// The ways to state a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct EntryKind(pub(super) u8);
@@ -37,6 +42,8 @@ impl EntryKind {
     pub const INLINE: Self = Self(4);
     /// As in the base, as many pages further as the frame's shift says.
     pub const SHIFTED: Self = Self(5);
+    /// Not stated by this frame: the page stays what it was. In a batch digest it counts as [`SKIPPED_DIGEST`].
+    pub const SKIPPED: Self = Self(6);
 }
 
 /// Neighbouring pages stated alike.

@@ -27,7 +27,7 @@ pub use accept::Accept;
 pub use ack::{Ack, Want};
 pub use close::Close;
 pub use done::Done;
-pub use entry::{Codec, EntryKind, Run};
+pub use entry::{Codec, EntryKind, Run, SKIPPED_DIGEST};
 pub use have::Have;
 pub use hello::{Extension, Hello, HelloBody, Role};
 pub use join::Join;

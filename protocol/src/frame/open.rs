@@ -26,6 +26,7 @@ struct Body {
     session: [u8; 16],
     name: String,
     fresh: bool,
+    live: bool,
     single_stream: bool,
     lanes: u8,
     domain_key: [u8; 32],
@@ -45,6 +46,8 @@ pub struct Open {
     pub name: ImageName,
     /// Ignore what is at the destination.
     pub fresh: bool,
+    /// The guest runs: it is to be handed over when its memory is there.
+    pub live: bool,
     /// All lanes travel on the control connection.
     pub single_stream: bool,
     /// Bulk lanes asked for, 1 to 8.
@@ -65,7 +68,7 @@ impl Open {
     /// # Errors
     /// A name, a count of lanes or a layout outside its limits, or an unknown install size.
     pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
-        let Body { transcript, session, name, fresh, single_stream, lanes, domain_key, regions, lineage, known } =
+        let Body { transcript, session, name, fresh, live, single_stream, lanes, domain_key, regions, lineage, known } =
             decode_body(body)?;
         // SPEC 4.7
         if lanes == 0 || lanes > BULK_LANES_MAX {
@@ -83,7 +86,7 @@ impl Open {
         });
         let layout = Layout::new(regions.collect::<Result<_, DecodeError>>()?)?;
         let name = ImageName::new(&name)?;
-        Ok(Self { transcript, session, name, fresh, single_stream, lanes, domain_key, layout, lineage, known })
+        Ok(Self { transcript, session, name, fresh, live, single_stream, lanes, domain_key, layout, lineage, known })
     }
 
     /// Appends the body.
@@ -94,6 +97,7 @@ impl Open {
             session: self.session,
             name: self.name.as_str().to_string(),
             fresh: self.fresh,
+            live: self.live,
             single_stream: self.single_stream,
             lanes: self.lanes,
             domain_key: self.domain_key,

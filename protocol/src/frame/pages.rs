@@ -12,7 +12,7 @@
 //! | 22..24 | reserved | zero |
 //! | 24..56 | digest | the batch digest: over the digests of all pages covered, resolved as meant |
 //! | 56..64 | shift | i64: how many pages further in the base the old bytes of a page lie; zero unless used |
-//! | 64.. | runs | 4 bytes each: entry kind u8 (1 zero, 2 base, 3 reference, 4 inline, 5 shifted), reserved u8, count u16 |
+//! | 64.. | runs | 4 bytes each: entry kind u8 (1 zero, 2 base, 3 reference, 4 inline, 5 shifted, 6 skipped), reserved u8, count u16 |
 //! | .. | references | 32 bytes for each reference page, in page order |
 //! | .. | padding | zeros, only before a payload, so that it begins a multiple of 64 bytes from the frame's first |
 //! | .. | payload | the inline pages in page order, 4096 bytes each, under the codec |
@@ -166,7 +166,7 @@ fn tally(runs: &[[u8; 4]], count: u32) -> Result<(usize, usize, usize), DecodeEr
         bounded("run pages (from 1)", u64::from(pages), u64::from(u16::MAX))?;
         covered = covered.saturating_add(u64::from(pages));
         match EntryKind(kind) {
-            EntryKind::ZERO | EntryKind::BASE => {}
+            EntryKind::ZERO | EntryKind::BASE | EntryKind::SKIPPED => {}
             EntryKind::REFERENCE => references = references.saturating_add(usize::from(pages)),
             EntryKind::INLINE => inline = inline.saturating_add(usize::from(pages)),
             EntryKind::SHIFTED => shifted = shifted.saturating_add(usize::from(pages)),

@@ -43,6 +43,7 @@ fn open() -> Open {
         session: [2; 16],
         name: ImageName::new("vm-1.img").unwrap(),
         fresh: true,
+        live: true,
         single_stream: false,
         lanes: 2,
         domain_key: [0; 32],
@@ -207,7 +208,7 @@ fn rejects_pages_whose_counts_disagree() {
 #[test]
 fn rejects_pages_with_unknown_or_reserved_values() {
     let body = pages_body();
-    for (at, value) in [(6, 3), (7, 1), (22, 1), (56, 1), (64, 0), (64, 6), (65, 1)] {
+    for (at, value) in [(6, 3), (7, 1), (22, 1), (56, 1), (64, 0), (64, 7), (65, 1)] {
         let mut bad = body.clone();
         bad[at] = value;
         assert!(Pages::decode(&bad).is_err(), "byte {at} = {value}");

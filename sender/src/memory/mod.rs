@@ -1,5 +1,6 @@
 //! Where sent pages come from: the trait and its kinds.
 
+mod boxed;
 mod file;
 
 pub use file::FileMemory;

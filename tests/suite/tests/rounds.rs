@@ -7,6 +7,8 @@
     reason = "test code: a failed expectation is a failed test"
 )]
 
+use pagewire_protocol::digest::batch_digest;
+use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::CloseCode;
 use pagewire_protocol::frame::{Ack, Frame, FrameKind, HEADER_BYTES, LaneId, RoundEnd, Want};
 use pagewire_protocol::page::{InstallSize, Region};
@@ -155,6 +157,37 @@ fn a_page_that_is_stated_again_and_wanted_is_not_present() {
     script.raw(BULK, FrameKind::PAGES, &stated(&newer, 1, 2..3));
     script.settle();
     assert!(script.last(FrameKind::DONE).is_some() && sink.state().image == newer);
+}
+
+/// SPEC 6.26: a skipped page stays what it was, present or wanted, and its place is part of the proof.
+#[test]
+fn a_page_that_is_skipped_stays_what_it_was() {
+    let older = image(4);
+    let mut newer = older.clone();
+    newer.page_mut(0, 3).fill(3);
+    let sink = ImageSink::empty(&older);
+    let mut script = AgainstReceiver::receiver(1);
+    script.enter(Phase::Receiving, &older, &sink);
+    let first = Statement::at(0, 0).inline(page(&older, 0)).reference(digests(&older)[1]).inline(page(&older, 2));
+    script.raw(BULK, FrameKind::PAGES, &first.inline(page(&older, 3)).body());
+    end(&mut script, 0, 0, 1);
+    let again = Statement { round: 1, ..Statement::at(0, 0) }.skipped().skipped().skipped().inline(page(&newer, 3));
+    script.raw(BULK, FrameKind::PAGES, &again.body());
+    end(&mut script, 0, 1, 2);
+    script.end_with(1, &newer);
+    script.settle();
+    assert!(script.outcome().is_none() && script.last(FrameKind::DONE).is_none(), "page 1 is wanted still");
+    script.raw(BULK, FrameKind::PAGES, &stated(&newer, 1, 1..2));
+    script.settle();
+    assert!(script.last(FrameKind::DONE).is_some() && sink.state().image == newer);
+
+    // What is moved by a skipped page is not what was proven.
+    let (mut script, image) = receiving();
+    let honest = Statement::at(0, 0).skipped().inline(page(&image, 1)).skipped();
+    let mut moved = Statement::at(0, 0).inline(page(&image, 1)).skipped().skipped();
+    moved.digest = Some(batch_digest(&DedupDomain::public(), 0, [honest.digests.as_slice()]));
+    script.raw(BULK, FrameKind::PAGES, &moved.body());
+    assert_eq!(script.failure().0, CloseCode::DIGEST);
 }
 
 /// SPEC 6.8, 6.23: nor when the sender believed that the base had them.

@@ -1,7 +1,7 @@
 //! Worlds in which pagewire's engines are tested, without an operating system.
 //!
 //! Time, entropy, memory and the network are values here: a seed and a commit replay everything. [`world`] drives a
-//! pair of engines over virtual [`link`]s between [`memory`] with faults; [`checkers`] says what must hold at the end;
+//! pair of engines over virtual [`link`]s between [`memory`] with faults, or sends a [`guest`] that runs; [`checkers`] says what must hold at the end;
 //! [`peer`] is a scripted peer that may say anything; [`fuzz`] holds the bodies of the fuzz targets, so that plain
 //! `cargo test` replays their corpora.
 #![forbid(unsafe_code)]
@@ -15,6 +15,7 @@
 
 pub mod checkers;
 pub mod fuzz;
+pub mod guest;
 pub mod image;
 pub mod link;
 pub mod memory;

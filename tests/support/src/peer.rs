@@ -13,7 +13,7 @@ use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::{CloseCode, Violation, chain};
 use pagewire_protocol::frame::{
     Accept, Close, Codec, Done, EntryKind, Frame, FrameHeader, FrameKind, HEADER_BYTES, Hello, ImageName, Join, LaneId,
-    Open, PagesHead, Role, Root, RoundEnd, Run,
+    Open, PagesHead, Role, Root, RoundEnd, Run, SKIPPED_DIGEST,
 };
 use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::{Job, Machine, Phase, Policy};
@@ -202,6 +202,11 @@ impl Statement {
         self.push(EntryKind::SHIFTED, digest)
     }
 
+    /// The next page is not spoken of.
+    pub fn skipped(self) -> Self {
+        self.push(EntryKind::SKIPPED, SKIPPED_DIGEST)
+    }
+
     /// The body with its payload as a delta against `old`.
     pub fn delta(&self, old: &[u8]) -> Vec<u8> {
         let mut payload = Vec::new();
@@ -271,6 +276,7 @@ impl AgainstReceiver {
             session: SESSION,
             name: ImageName::new("vm.img").unwrap(),
             fresh: false,
+            live: false,
             single_stream: false,
             lanes: self.lanes,
             domain_key: [0; 32],

@@ -3,6 +3,7 @@
 //! [`World::run`] moves bytes, runs jobs and passes time until both sides are over. Nothing here sleeps and nothing is
 //! random but by seed; the number of steps is bounded, so a session that hangs is a failed test.
 
+use crate::guest::Guest;
 use crate::image::Image;
 use crate::link::{Cut, LinkConfig, Pipe};
 use crate::memory::{ImageBase, ImageMemory, ImageSink, SourceFaults};
@@ -17,7 +18,8 @@ use pagewire_protocol::session::{Job, Machine, Outgoing, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_receiver::{Event as ReceiverEvent, Offer, OtherPages, ReceiverEngine, ReceiverError, Terms};
 use pagewire_sender::{
-    Base, ErrorKind as SenderFailure, Event as SenderEvent, SenderConfig, SenderEngine, SenderError,
+    Base, ErrorKind as SenderFailure, Event as SenderEvent, GuestMemory, RoundReport, SenderConfig, SenderEngine,
+    SenderError,
 };
 use std::collections::VecDeque;
 
@@ -74,6 +76,10 @@ pub struct WorldConfig {
     pub others: Option<Box<dyn OtherPages>>,
     /// Pages of the memory that are known not to have changed since one of them.
     pub unchanged: Option<(Digest, [u8; 16], PageBitmap)>,
+    /// The guest that is sent while it runs.
+    pub guest: Option<Guest>,
+    /// How long it takes until the guest stands still.
+    pub pause_span: Span,
     /// Keep every frame that is written.
     pub record: bool,
 }
@@ -103,6 +109,8 @@ impl WorldConfig {
             bases: Vec::new(),
             others: None,
             unchanged: None,
+            guest: None,
+            pause_span: Span::ZERO,
             record: false,
         }
     }
@@ -121,6 +129,8 @@ pub struct Outcome {
     pub received: pagewire_receiver::Counts,
     /// What the sender decided.
     pub decisions: Vec<String>,
+    /// The rounds of a guest that ran.
+    pub rounds: Vec<RoundReport>,
     /// Bytes to the receiver and to the sender.
     pub wire: [u64; 2],
     /// When the first PAGES frame arrived at the receiver.
@@ -195,8 +205,10 @@ pub struct World {
     rng: Rng,
     now: Time,
     steps: u64,
-    sender: Side<SenderEngine<ImageMemory>>,
+    sender: Side<SenderEngine<Box<dyn GuestMemory>>>,
     receiver: Side<ReceiverEngine<ImageSink>>,
+    /// When the guest will stand still.
+    pausing: Option<Time>,
     connections: Vec<Connection>,
     first_pages: Option<Time>,
     frames: Vec<(bool, FrameKind, LaneId)>,
@@ -211,6 +223,10 @@ impl World {
     pub fn new(image: &Image, sink: &ImageSink, config: WorldConfig) -> Self {
         let mut memory = ImageMemory::new(image.clone(), config.source_faults);
         memory.unchanged = config.unchanged.clone();
+        let memory: Box<dyn GuestMemory> = match &config.guest {
+            Some(guest) => Box::new(guest.clone()),
+            None => Box::new(memory),
+        };
         let bases = config.bases.iter().map(|base| Box::new(base.clone()) as Box<dyn Base>).collect();
         let now = Time::ZERO + Span::from_secs(1);
         let mut rng = Rng::new(config.seed);
@@ -224,6 +240,7 @@ impl World {
             rng,
             now,
             steps: 0,
+            pausing: None,
             connections: Vec::new(),
             first_pages: None,
             frames: Vec::new(),
@@ -241,12 +258,35 @@ impl World {
                 return self.finish();
             }
             self.now = self.next_time();
+            self.run_guest();
             if self.sender.machine.poll_timeout().is_some_and(|due| due <= self.now) {
                 self.sender.machine.handle_timeout(self.now);
             }
             if self.receiver.machine.poll_timeout().is_some_and(|due| due <= self.now) {
                 self.receiver.machine.handle_timeout(self.now);
             }
+        }
+    }
+
+    fn run_guest(&mut self) {
+        let Some(guest) = &self.config.guest else { return };
+        guest.run_until(self.now);
+        if self.pausing.take_if(|due| *due <= self.now).is_some() {
+            guest.state().pause();
+            self.sender.machine.paused(Ok(()), self.now);
+        }
+    }
+
+    fn handle_guest(&mut self, event: &SenderEvent) {
+        let Some(guest) = &self.config.guest else { return };
+        match event {
+            SenderEvent::Pause => self.pausing = Some(self.now + self.config.pause_span),
+            SenderEvent::Resume => {
+                self.pausing = None;
+                guest.state().resume();
+            }
+            SenderEvent::Throttle(percent) => guest.state().throttled = *percent,
+            _ => {}
         }
     }
 
@@ -286,7 +326,7 @@ impl World {
         let pipes =
             self.connections.iter().flat_map(|connection| &connection.pipes).filter_map(|pipe| pipe.next(self.now));
         let sides = [self.sender.next(self.now), self.receiver.next(self.now)].into_iter().flatten();
-        let next = pipes.chain(sides).min();
+        let next = pipes.chain(sides).chain(self.pausing).min();
         next.unwrap_or_else(|| panic!("seed {}: nothing will ever happen again", self.config.seed))
     }
 
@@ -294,6 +334,7 @@ impl World {
         let mut moved = false;
         while let Some(event) = self.sender.machine.poll_event() {
             moved = true;
+            self.handle_guest(&event);
             let SenderEvent::Accepted { lanes } = event else { continue };
             let lanes = if self.config.sender.single_stream { 0 } else { lanes };
             for lane in (0..lanes).map(LaneId::bulk) {
@@ -410,6 +451,7 @@ impl World {
             receiver: self.receiver.machine.outcome().expect("a session that is over has an outcome"),
             sent: self.sender.machine.counts(),
             received: self.receiver.machine.counts(),
+            rounds: self.sender.machine.rounds().to_vec(),
             decisions: self.sender.machine.decisions().iter().map(|decision| decision.what.clone()).collect(),
             wire,
             first_pages: self.first_pages,

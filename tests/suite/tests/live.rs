@@ -1,0 +1,238 @@
+//! A guest that runs while its memory moves, in the simulator: rounds until the rest fits the downtime, nothing lost by an
+//! attempt that failed, and what is done when it writes too fast.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: a failed expectation is a failed test"
+)]
+
+use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::frame::Role;
+use pagewire_protocol::time::Span;
+use pagewire_sender::converge::{AtLimit, Limits, Reason};
+use pagewire_sender::{ErrorKind, Tracking};
+use pagewire_test_support::guest::{Guest, Pattern};
+use pagewire_test_support::image::{Image, Mix};
+use pagewire_test_support::link::LinkConfig;
+use pagewire_test_support::memory::ImageSink;
+use pagewire_test_support::rng::Rng;
+use pagewire_test_support::world::{Outcome, World, WorldConfig};
+
+/// 4 MiB, over a link of 8 MB a second: half a second for all of it.
+const PAGES: u64 = 1024;
+const RATE: u64 = 8_000_000;
+
+fn guest(pattern: Pattern, writes_a_second: u64, tracking: Tracking, seed: u64) -> Guest {
+    let image = Image::random(PAGES, Mix::MEMORY, &mut Rng::new(seed));
+    Guest::new(image, pattern, writes_a_second, tracking, seed ^ 1)
+}
+
+fn config(guest: &Guest, seed: u64, limits: Limits) -> WorldConfig {
+    let mut config = WorldConfig::new(seed);
+    config.sender.live = Some(limits);
+    config.link = LinkConfig { rate: Some(RATE), buffer: 256 << 10, ..LinkConfig::delaying(Span::from_millis(1)) };
+    config.guest = Some(guest.clone());
+    config
+}
+
+fn limits(downtime_ms: u64) -> Limits {
+    Limits { downtime: Span::from_millis(downtime_ms), ..Limits::default() }
+}
+
+fn run(guest: &Guest, sink: &ImageSink, config: WorldConfig) -> Outcome {
+    let image = guest.state().image.clone();
+    World::new(&image, sink, config).run()
+}
+
+/// What arrived is what the guest had when it was paused.
+fn moved(guest: &Guest, sink: &ImageSink, outcome: &Outcome) {
+    outcome.sender.as_ref().unwrap();
+    outcome.receiver.as_ref().unwrap();
+    let state = guest.state();
+    assert!(!state.runs(), "it was left paused");
+    assert_eq!(state.image, *state.frozen.as_ref().unwrap(), "nobody wrote to it since");
+    assert_eq!(sink.state().image, state.image);
+}
+
+/// SPEC 6.27
+#[test]
+fn every_pattern_of_writes_arrives_as_it_was_when_the_guest_stopped() {
+    for tracking in [Tracking::Dirty, Tracking::Unknown] {
+        for pattern in Pattern::ALL {
+            for lanes in [1, 3] {
+                let guest = guest(pattern, 150, tracking, 7);
+                let sink = ImageSink::empty(&guest.state().image);
+                let mut config = config(&guest, 1, limits(100));
+                (config.sender.lanes, config.pause_span) = (lanes, Span::from_millis(3));
+                let outcome = run(&guest, &sink, config);
+                moved(&guest, &sink, &outcome);
+                assert!(outcome.rounds.len() >= 2, "{tracking:?} {pattern:?}: {:?}", outcome.rounds);
+                let last = outcome.rounds.last().unwrap();
+                assert!(last.stated < PAGES / 4, "{tracking:?} {pattern:?}: {last:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_writes_little_switches_over_after_few_rounds_within_its_downtime() {
+    // Two hundredths of its pages a second.
+    let guest = guest(Pattern::Uniform, PAGES / 50, Tracking::Dirty, 3);
+    let sink = ImageSink::empty(&guest.state().image);
+    let outcome = run(&guest, &sink, config(&guest, 2, limits(30)));
+    moved(&guest, &sink, &outcome);
+    assert!(outcome.rounds.len() <= 4, "{:?}", outcome.rounds);
+    assert!(outcome.rounds.last().unwrap().spent <= Span::from_millis(30), "{:?}", outcome.rounds);
+}
+
+#[test]
+fn a_guest_that_writes_faster_than_the_link_carries_is_handled_as_told() {
+    let fast = || guest(Pattern::Uniform, 8 * PAGES, Tracking::Dirty, 4);
+    let stays = fast();
+    let sink = ImageSink::empty(&stays.state().image);
+    let outcome = run(&stays, &sink, config(&stays, 3, limits(30)));
+    let error = outcome.sender.unwrap_err();
+    assert!(matches!(error.kind, ErrorKind::NotConverging(Reason::Dirtying)), "{error:?}");
+    assert!(outcome.rounds.len() <= 3, "recognised by the third round: {:?}", outcome.rounds);
+    {
+        let state = stays.state();
+        assert_eq!((state.runs(), state.turns, state.tracked), (true, (0, 0), false));
+    }
+
+    let forced = fast();
+    let sink = ImageSink::empty(&forced.state().image);
+    let outcome = run(&forced, &sink, config(&forced, 3, Limits { at_limit: AtLimit::Force, ..limits(30) }));
+    moved(&forced, &sink, &outcome);
+
+    let slowed = fast();
+    let sink = ImageSink::empty(&slowed.state().image);
+    let outcome = run(&slowed, &sink, config(&slowed, 3, Limits { throttles: true, ..limits(20) }));
+    moved(&slowed, &sink, &outcome);
+    assert!(outcome.decisions.iter().any(|what| what.contains("slowed down by 20 %")), "{:?}", outcome.decisions);
+}
+
+#[test]
+fn pages_that_are_written_all_the_time_wait_for_the_last_round() {
+    let sent = |tracking| {
+        let guest = guest(Pattern::HotSet, 2 * PAGES, tracking, 5);
+        let sink = ImageSink::empty(&guest.state().image);
+        let mut config = config(&guest, 4, limits(120));
+        config.link.rate = Some(RATE / 8);
+        let outcome = run(&guest, &sink, config);
+        moved(&guest, &sink, &outcome);
+        outcome
+    };
+    let outcome = sent(Tracking::Dirty);
+    let last = outcome.rounds.last().unwrap();
+    assert!(outcome.rounds.len() >= 3, "{:?}", outcome.rounds);
+    let middle = &outcome.rounds[1..outcome.rounds.len() - 1];
+    assert!(middle.iter().any(|round| round.dirty > 0 && round.pages < PAGES / 2), "{middle:?}");
+    assert!(last.pages >= PAGES / 20 / 2, "the hot ones came at the end: {last:?}");
+}
+
+#[test]
+fn free_pages_never_travel_until_they_are_written() {
+    let guest = guest(Pattern::Uniform, 40, Tracking::Dirty, 6);
+    let mut free = PageBitmap::new(PAGES);
+    free.insert_range(100..900);
+    guest.state().free = Some(free);
+    let sink = ImageSink::empty(&guest.state().image);
+    let outcome = run(&guest, &sink, config(&guest, 5, limits(100)));
+    outcome.sender.as_ref().unwrap();
+    assert!(outcome.wire[0] < 260 * 4096 + 100_000, "{:?}", outcome.wire);
+    let (state, sink) = (guest.state(), sink.state());
+    let free = state.free.as_ref().unwrap();
+    for page in 0..PAGES {
+        let expected: &[u8] = if free.contains(page) { &[0; 4096] } else { state.image.page(0, page) };
+        assert_eq!(sink.image.page(0, page), expected, "page {page}");
+    }
+}
+
+/// C04, C06, C09: whenever an attempt is stopped, the guest runs on, its dirty bits are what they were, and the next attempt
+/// loses nothing.
+#[test]
+fn an_attempt_that_fails_leaves_the_guest_running_with_its_dirty_bits() {
+    let world = || {
+        let guest = guest(Pattern::Sweeping, 400, Tracking::Dirty, 9);
+        let sink = ImageSink::empty(&guest.state().image);
+        let config = config(&guest, 9, limits(40));
+        (guest, sink, config)
+    };
+    let (unharmed, sink, config) = world();
+    let all = run(&unharmed, &sink, config).frames.len() as u64;
+    let mut paused = 0;
+    for frames in (1..10).chain((10..all).step_by(17)).chain(all - 12..all) {
+        let (guest, sink, mut first) = world();
+        first.cancel = Some((Role::Sender, frames));
+        let outcome = run(&guest, &sink, first);
+        if outcome.sender.is_ok() {
+            continue;
+        }
+        {
+            let state = guest.state();
+            assert!(state.runs() && !state.tracked, "frames {frames}");
+            assert_eq!(state.turns.0, state.turns.1, "frames {frames}: let run as often as it was paused");
+            paused += state.turns.0;
+            let taken: u64 = outcome.rounds.iter().map(|round| round.dirty).max().unwrap_or(0);
+            assert!(state.dirty.count() >= taken, "frames {frames}");
+        }
+        // The second attempt starts where the first one left: the sink keeps what it has.
+        let base = ImageSink::holding(sink.state().image.clone());
+        let outcome = run(&guest, &base, self::config(&guest, frames + 1, limits(100)));
+        moved(&guest, &base, &outcome);
+    }
+    assert!(paused > 0, "one of them was stopped while the guest stood still");
+}
+
+#[test]
+fn a_dirty_log_that_fails_ends_the_attempt_and_counts_all_as_dirty() {
+    for after in 0..3 {
+        let guest = guest(Pattern::Uniform, 100, Tracking::Dirty, 8);
+        guest.state().fail_harvest_after = Some(after);
+        let sink = ImageSink::empty(&guest.state().image);
+        let outcome = run(&guest, &sink, config(&guest, 6, limits(1)));
+        assert!(matches!(outcome.sender.unwrap_err().kind, ErrorKind::Source(_)));
+        let state = guest.state();
+        assert!(state.runs() && state.dirty.count() == PAGES, "{} of {PAGES}", state.dirty.count());
+    }
+}
+
+/// I2, I5: 500 worlds by seed; the long run has more.
+#[test]
+fn guests_of_every_kind_arrive_whole_or_run_on() {
+    let seeds: u64 = std::env::var("PAGEWIRE_SEEDS").map_or(500, |seeds| seeds.parse().unwrap());
+    let (mut moves, mut stays) = (0, 0);
+    for seed in 0..seeds {
+        let mut rng = Rng::new(seed ^ 0x11fe);
+        let tracking = rng.pick(&[Tracking::Dirty, Tracking::Dirty, Tracking::Unknown]);
+        let image = Image::random(rng.between(1, 300), Mix::MEMORY, &mut rng);
+        let guest = Guest::new(image, rng.pick(&Pattern::ALL), rng.below(600), tracking, seed);
+        let sink = ImageSink::holding(guest.state().image.clone());
+        let at_limit = rng.pick(&[AtLimit::Cancel, AtLimit::Force]);
+        let limits = Limits {
+            at_limit,
+            rounds: rng.between(1, 8) as u32,
+            throttles: rng.chance(30),
+            ..limits(rng.between(1, 80))
+        };
+        let mut config = config(&guest, seed, limits);
+        config.sender.lanes = rng.between(1, 4) as u8;
+        config.link.rate = Some(rng.between(1, 40) * 250_000);
+        config.pause_span = Span::from_millis(rng.below(10));
+        if rng.chance(20) {
+            config.cancel = Some((rng.pick(&[Role::Sender, Role::Receiver]), rng.between(1, 80)));
+        }
+        let outcome = run(&guest, &sink, config);
+        if outcome.sender.is_ok() {
+            moved(&guest, &sink, &outcome);
+            moves += 1;
+        } else {
+            let state = guest.state();
+            assert!(state.runs() && !state.tracked, "seed {seed}: {:?}", outcome.sender);
+            assert_eq!(state.turns.0, state.turns.1, "seed {seed}");
+            stays += 1;
+        }
+    }
+    assert!(moves > seeds / 3 && stays > seeds / 20, "{moves} moved, {stays} stayed");
+}
