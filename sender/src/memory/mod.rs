@@ -1,7 +1,9 @@
 //! Where sent pages come from: the trait and its kinds.
 
+mod bitmap;
 mod file;
 
+pub use bitmap::{BitmapMemory, DirtyBitmap};
 pub use file::FileMemory;
 
 use pagewire_protocol::bitmap::PageBitmap;

@@ -2,6 +2,7 @@
 //!
 //! Time, entropy, memory and the network are values here: a seed and a commit replay everything. [`world`] drives a
 //! pair of engines over virtual [`link`]s between [`memory`] with faults; [`checkers`] says what must hold at the end;
+//! [`follower`] holds memory against its harvests;
 //! [`peer`] is a scripted peer that may say anything; [`fuzz`] holds the bodies of the fuzz targets, so that plain
 //! `cargo test` replays their corpora.
 #![forbid(unsafe_code)]
@@ -14,6 +15,7 @@
 )]
 
 pub mod checkers;
+pub mod follower;
 pub mod fuzz;
 pub mod image;
 pub mod link;
