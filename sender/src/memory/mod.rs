@@ -2,9 +2,13 @@
 
 mod bitmap;
 mod file;
+mod mapped;
+mod raw;
 
 pub use bitmap::{BitmapMemory, DirtyBitmap};
 pub use file::FileMemory;
+pub use mapped::MappedMemory;
+pub use raw::{MappedRegion, Mapping};
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::Digest;
