@@ -7,9 +7,10 @@
 use crate::image::Image;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::{PageNumber, Place};
-use pagewire_sender::GuestMemory;
+use pagewire_protocol::page::{Layout, PageNumber, Place};
+use pagewire_sender::{GuestMemory, Tracking};
 use std::io;
+use std::ops::Range;
 
 /// How much is read at once.
 const READ_PAGES: u64 = 64;
@@ -33,15 +34,37 @@ impl Follower {
         Ok(follower)
     }
 
-    /// Harvests, and copies what is dirty; returns it.
+    /// Harvests, and copies what is dirty; returns it. Where nothing is known of writes, all is read and compared.
     ///
     /// # Errors
     /// The memory's.
     pub fn round<M: GuestMemory>(&mut self, memory: &mut M) -> io::Result<PageBitmap> {
         let mut dirty = PageBitmap::new(memory.layout().pages());
-        memory.harvest(&mut dirty)?;
-        self.copy(memory, &dirty)?;
+        if memory.tracking() == Tracking::Unknown {
+            let before = std::mem::replace(self, Self::start(memory)?);
+            let changed = |place: &u64| before.page(memory.layout(), *place) != self.page(memory.layout(), *place);
+            (0..dirty.len()).filter(changed).for_each(|place| _ = dirty.insert(place));
+        } else {
+            memory.harvest(&mut dirty)?;
+            self.copy(memory, &dirty)?;
+        }
         Ok(dirty)
+    }
+
+    /// Checks that it holds what `memory` does, which nobody writes any more.
+    ///
+    /// # Panics
+    /// It differs, or cannot be read.
+    pub fn check<M: GuestMemory>(&self, memory: &mut M) {
+        let now = Self::start(memory).unwrap();
+        let stale = 0..memory.layout().pages();
+        let stale = stale.filter(|&place| now.page(memory.layout(), place) != self.page(memory.layout(), place));
+        assert_eq!(stale.collect::<Vec<_>>(), [], "places whose last write was missed");
+    }
+
+    fn page(&self, layout: &Layout, place: u64) -> &[u8] {
+        let (region, page) = layout.locate(Place(place as u32));
+        self.image.page(usize::from(region.0), page.0)
     }
 
     /// Copies pages.
@@ -61,7 +84,7 @@ impl Follower {
 }
 
 /// Cuts a run of places into reads inside one region: how many pages from which place.
-fn parts(run: std::ops::Range<u64>, layout: &pagewire_protocol::page::Layout) -> Vec<(u64, Place)> {
+fn parts(run: Range<u64>, layout: &Layout) -> Vec<(u64, Place)> {
     let (mut next, mut found) = (run.start, Vec::new());
     while next < run.end {
         let place = Place(next as u32);
