@@ -59,15 +59,8 @@ impl DirtyBitmap {
     pub fn take(&self, dirty: &mut PageBitmap) {
         for (word, first) in self.words.iter().zip((0..).step_by(64)) {
             // A look is enough here: a mark that this load does not see yet is one for the next harvest.
-            if word.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            let mut bits = word.swap(0, Ordering::Acquire);
-            while bits != 0 {
-                let start = bits.trailing_zeros();
-                let end = start.saturating_add((bits >> start).trailing_ones());
-                dirty.insert_range(first | u64::from(start)..first.saturating_add(u64::from(end)));
-                bits &= u64::MAX.checked_shl(end).unwrap_or(0);
+            if word.load(Ordering::Relaxed) != 0 {
+                dirty.insert_bits(first, word.swap(0, Ordering::Acquire));
             }
         }
     }

@@ -2,9 +2,9 @@
 //!
 //! userfaultfd write-protection in its asynchronous form traces the first write to each page, and PAGEMAP_SCAN harvests:
 //! no thread, no signal and no handler is in the guest's way. Traces lie in the page tables of this process. So writes by
-//! vCPUs, by threads and by system calls through *these* mappings are found, and writes through another mapping of the
-//! same file, by a device in a process of its own for instance, are not: who makes those says so in
-//! [`marks`](MappedMemory::marks), or works on the same addresses.
+//! vCPUs, by threads and by system calls through *these* mappings are found, and private memory that is thrown away.
+//! Writes through another mapping of the same file, by a device in a process of its own for instance, are not, nor are
+//! holes that are punched into it: who makes those says so in [`marks`](MappedMemory::marks).
 
 use super::bitmap::DirtyBitmap;
 use super::raw::{MappedRegion, WriteWatch};

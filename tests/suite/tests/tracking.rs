@@ -1,6 +1,7 @@
 //! Memory that is written while it is followed: no write is missed, whoever tells of them.
 //!
 //! A writer increments one byte in each page, in order, without end; `follower` says what must come of it.
+#![expect(clippy::unwrap_used, reason = "memory that cannot be followed has failed its test")]
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::limits::PAGE_BYTES;
@@ -9,7 +10,7 @@ use pagewire_sender::GuestMemory;
 use pagewire_sender::memory::{BitmapMemory, DirtyBitmap, FileMemory, MappedMemory, MappedRegion, Mapping};
 use pagewire_test_support::follower::{Follower, check_one_edge};
 use pagewire_test_support::rng::Rng;
-use std::io::Write;
+use pagewire_test_support::skip;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -103,7 +104,7 @@ fn live() -> Kind<FileMemory> {
 
 /// Whether writes can be watched here; says so if not.
 fn can_track<M: GuestMemory>(kind: &mut Kind<M>) -> bool {
-    let skip = |error| writeln!(std::io::stderr(), "SKIPPED: memory that is watched: {error}").unwrap();
+    let skip = |error| skip(format!("memory that is watched: {error}"));
     kind.memory.start_tracking().map_err(skip).is_ok()
 }
 

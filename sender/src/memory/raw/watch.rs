@@ -233,16 +233,19 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_thrown_away_is_written() {
-        let Some((mapping, region, watch)) = watched(Mapping::private(8 * PAGE_BYTES)) else { return };
-        mapping.byte(PAGE_BYTES).unwrap().store(1, Ordering::Relaxed);
-        assert_eq!(taken(&watch, &region), [1]);
-        // SAFETY: nobody else knows of these bytes, which become zeros.
-        unsafe {
-            let page = mapping.as_ptr().add(PAGE_BYTES).cast();
-            rustix::mm::madvise(page, PAGE_BYTES, rustix::mm::Advice::LinuxDontNeed).unwrap();
+    fn private_memory_that_is_thrown_away_is_written() {
+        const PAGES: usize = 2048;
+        for thrown in [5..6, 0..PAGES] {
+            let Some((mapping, region, watch)) = watched(Mapping::private(PAGES * PAGE_BYTES)) else { return };
+            (0..PAGES).for_each(|page| mapping.byte(page * PAGE_BYTES).unwrap().store(1, Ordering::Relaxed));
+            assert_eq!(taken(&watch, &region).len(), PAGES);
+            // SAFETY: nobody else knows of these bytes, which become zeros.
+            unsafe {
+                let from = mapping.as_ptr().add(thrown.start * PAGE_BYTES).cast();
+                rustix::mm::madvise(from, thrown.len() * PAGE_BYTES, rustix::mm::Advice::LinuxDontNeed).unwrap();
+            }
+            assert_eq!(taken(&watch, &region), (thrown.start as u64..thrown.end as u64).collect::<Vec<_>>());
         }
-        assert_eq!(taken(&watch, &region), [1]);
     }
 
     #[test]
