@@ -89,6 +89,18 @@ impl PageBitmap {
         self.ones.saturating_sub(before)
     }
 
+    /// Sets `first` and the indices behind it for which `bits` has a bit, the lowest first; as far as they lie below the
+    /// end.
+    pub fn insert_bits(&mut self, first: u64, bits: u64) {
+        let mut left = bits;
+        while left != 0 {
+            let start = left.trailing_zeros();
+            let end = start.saturating_add((left >> start).trailing_ones());
+            self.insert_range(first.saturating_add(u64::from(start))..first.saturating_add(u64::from(end)));
+            left &= u64::MAX.checked_shl(end).unwrap_or(0);
+        }
+    }
+
     /// Clears every index of `range`; says how many were set.
     pub fn remove_range(&mut self, range: Range<u64>) -> u64 {
         let before = self.ones;
@@ -210,7 +222,7 @@ mod tests {
     proptest! {
         /// The slow twin is a set of numbers.
         #[test]
-        fn agrees_with_a_set_of_numbers(len in 1u64..400, ops in proptest::collection::vec((any::<bool>(), 0u64..450), 0..300), from in 0u64..400, fill in (0u64..400, 0u64..200), clear in (0u64..400, 0u64..100)) {
+        fn agrees_with_a_set_of_numbers(len in 1u64..400, ops in proptest::collection::vec((any::<bool>(), 0u64..450), 0..300), from in 0u64..400, fill in (0u64..400, 0u64..200), clear in (0u64..400, 0u64..100), word in (0u64..450, any::<u64>())) {
             let mut bitmap = PageBitmap::new(len);
             let mut twin = BTreeSet::new();
             for (on, index) in ops {
@@ -222,6 +234,8 @@ mod tests {
             let new = bitmap.insert_range(fill.0..fill.0 + fill.1);
             twin.extend((fill.0..fill.0 + fill.1).filter(|&index| index < len));
             prop_assert_eq!(new, (twin.len() - before) as u64);
+            bitmap.insert_bits(word.0, word.1);
+            twin.extend((0..64).filter(|bit| word.1 >> bit & 1 == 1).map(|bit| word.0 + bit).filter(|&index| index < len));
             let gone = bitmap.remove_range(clear.0..clear.0 + clear.1);
             let before = twin.len();
             twin.retain(|index| !(clear.0..clear.0 + clear.1).contains(index));

@@ -2,7 +2,7 @@
 //!
 //! [`SenderEngine`] decides what of an image travels and how; it has no senses of its own and runs under any driver.
 //! Memory is reached through [`GuestMemory`]. The `driver` feature adds tokio and nothing else.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
 mod again;

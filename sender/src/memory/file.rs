@@ -1,9 +1,10 @@
-//! A file at rest as guest memory: one region, holes not read.
+//! A file as guest memory, at rest or while others write to it: one region, holes not read.
 //!
-//! Bytes are read, not mapped: a file that somebody truncates is an error here, never a SIGBUS. A change while it is
-//! read is found by size and times, and by every digest that is computed twice.
+//! Bytes are read, not mapped: a file that somebody truncates is an error here, never a SIGBUS. A change of a file at
+//! rest is found by size and times, and by every digest that is computed twice. Nothing tells which pages of a file
+//! were written that is open elsewhere, mapped perhaps: who follows it reads it again and compares.
 
-use super::GuestMemory;
+use super::{GuestMemory, Tracking};
 use pagewire_protocol::error::DecodeError;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Layout, Region, RegionId};
@@ -14,13 +15,15 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// An image file.
+/// An image file, or a file in shared memory that is a guest's.
 #[derive(Debug)]
 pub struct FileMemory {
     file: File,
     path: PathBuf,
     layout: Layout,
     opened_as: Metadata,
+    /// Others write to it while it is read. Its length must not change even so.
+    is_live: bool,
     /// It has as many blocks as bytes: looking for holes would only cost.
     is_dense: bool,
     /// The hole or data that was found last, and whether it was a hole.
@@ -28,11 +31,23 @@ pub struct FileMemory {
 }
 
 impl FileMemory {
-    /// Opens an image file of one region.
+    /// Opens an image file of one region that is at rest.
     ///
     /// # Errors
     /// It is no regular file, cannot be read, or is larger than an image can be.
     pub fn open(path: &Path, install_size: InstallSize) -> io::Result<Self> {
+        Self::open_as(path, install_size, false)
+    }
+
+    /// Opens a file of one region that others go on writing to, such as the shared memory of a guest that runs.
+    ///
+    /// # Errors
+    /// As those of [`open`](Self::open).
+    pub fn open_live(path: &Path, install_size: InstallSize) -> io::Result<Self> {
+        Self::open_as(path, install_size, true)
+    }
+
+    fn open_as(path: &Path, install_size: InstallSize, is_live: bool) -> io::Result<Self> {
         let file = File::open(path)?;
         let opened_as = file.metadata()?;
         if !opened_as.is_file() {
@@ -42,7 +57,7 @@ impl FileMemory {
         let region = Region { bytes: opened_as.len(), install_size };
         let layout = Layout::new(vec![region]).map_err(|error: DecodeError| io::Error::other(error.to_string()))?;
         let is_dense = opened_as.blocks().saturating_mul(512) >= opened_as.len();
-        Ok(Self { file, is_dense, path: path.to_path_buf(), layout, opened_as, extent: (0..0, false) })
+        Ok(Self { file, is_live, is_dense, path: path.to_path_buf(), layout, opened_as, extent: (0..0, false) })
     }
 
     /// Whether all of `start..end` is a hole, by the file system's word.
@@ -50,7 +65,8 @@ impl FileMemory {
         if self.is_dense {
             return false;
         }
-        if !self.extent.0.contains(&start) {
+        // What was a hole of a live file a moment ago may have been written since.
+        if self.is_live || !self.extent.0.contains(&start) {
             let (end, hole) = match fs::seek(&self.file, SeekFrom::Data(start)) {
                 Ok(data) if data > start => (data, true),
                 Ok(_) => (fs::seek(&self.file, SeekFrom::Hole(start)).unwrap_or(u64::MAX), false),
@@ -68,10 +84,12 @@ impl FileMemory {
     }
 
     fn changed(&self, what: &str) -> io::Error {
-        io::Error::other(format!(
-            "{} {what} while it was read; a file that is being written needs to be at rest",
-            self.path.display()
-        ))
+        let rule = if self.is_live {
+            "the length of a live file must not change"
+        } else {
+            "a file that is being written needs to be at rest"
+        };
+        io::Error::other(format!("{} {what} while it was read; {rule}", self.path.display()))
     }
 }
 
@@ -95,6 +113,10 @@ impl GuestMemory for FileMemory {
         }
     }
 
+    fn tracking(&self) -> Tracking {
+        if self.is_live { Tracking::Unknown } else { Tracking::AtRest }
+    }
+
     fn check_unchanged(&mut self) -> io::Result<()> {
         let now = self.file.metadata()?;
         let then = &self.opened_as;
@@ -104,7 +126,7 @@ impl GuestMemory for FileMemory {
             std::cmp::Ordering::Equal => {}
         }
         let times = |info: &Metadata| (info.mtime(), info.mtime_nsec());
-        if times(&now) != times(then) { Err(self.changed("changed")) } else { Ok(()) }
+        if !self.is_live && times(&now) != times(then) { Err(self.changed("changed")) } else { Ok(()) }
     }
 }
 
@@ -154,10 +176,31 @@ mod tests {
 
     #[test]
     fn a_file_that_shrinks_is_an_error_of_the_read() {
-        let (_dir, path) = file(&[1; 8192]);
-        let mut memory = FileMemory::open(&path, InstallSize::KIB_4).unwrap();
-        File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
-        assert!(memory.read(RegionId(0), 1, &mut [0; PAGE]).unwrap_err().to_string().contains("shrank"));
+        for open in [FileMemory::open, FileMemory::open_live] {
+            let (_dir, path) = file(&[1; 8192]);
+            let mut memory = open(&path, InstallSize::KIB_4).unwrap();
+            File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
+            assert!(memory.read(RegionId(0), 1, &mut [0; PAGE]).unwrap_err().to_string().contains("shrank"));
+        }
+    }
+
+    #[test]
+    fn a_live_file_may_change_in_all_but_its_length() {
+        let (_dir, path) = file(&[]);
+        let live = File::options().write(true).open(&path).unwrap();
+        live.set_len(100 * PAGE as u64).unwrap();
+        let mut memory = FileMemory::open_live(&path, InstallSize::KIB_4).unwrap();
+        assert_eq!(memory.tracking(), Tracking::Unknown);
+        let mut bytes = [9; 2 * PAGE];
+        memory.read(RegionId(0), 98, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 2 * PAGE]);
+        // No time passes in between, and what was a hole is one no more.
+        live.write_all_at(&[3; PAGE], 99 * PAGE as u64).unwrap();
+        memory.read(RegionId(0), 98, &mut bytes).unwrap();
+        assert_eq!((bytes[PAGE - 1], bytes[PAGE]), (0, 3));
+        assert!(memory.check_unchanged().is_ok());
+        live.set_len(101 * PAGE as u64).unwrap();
+        assert!(memory.check_unchanged().unwrap_err().to_string().contains("the length of a live file"));
     }
 
     #[test]

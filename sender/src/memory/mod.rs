@@ -1,9 +1,15 @@
 //! Where sent pages come from: the trait and its kinds.
 
+mod bitmap;
 mod boxed;
 mod file;
+mod mapped;
+mod raw;
 
+pub use bitmap::{BitmapMemory, DirtyBitmap};
 pub use file::FileMemory;
+pub use mapped::MappedMemory;
+pub use raw::{MappedRegion, Mapping};
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::Digest;

@@ -1,7 +1,8 @@
 //! Worlds in which pagewire's engines are tested, without an operating system.
 //!
 //! Time, entropy, memory and the network are values here: a seed and a commit replay everything. [`world`] drives a
-//! pair of engines over virtual [`link`]s between [`memory`] with faults, or sends a [`guest`] that runs; [`checkers`] says what must hold at the end;
+//! pair of engines over virtual [`link`]s between [`memory`] with faults, or sends a [`guest`] that runs; [`checkers`]
+//! says what must hold at the end; [`follower`] holds memory against its harvests;
 //! [`peer`] is a scripted peer that may say anything; [`fuzz`] holds the bodies of the fuzz targets, so that plain
 //! `cargo test` replays their corpora.
 #![forbid(unsafe_code)]
@@ -14,6 +15,7 @@
 )]
 
 pub mod checkers;
+pub mod follower;
 pub mod fuzz;
 pub mod guest;
 pub mod image;
@@ -22,3 +24,10 @@ pub mod memory;
 pub mod peer;
 pub mod rng;
 pub mod world;
+
+/// Says that this machine lacks what a test needs: where the harness does not keep it to itself, unlike `eprintln!`.
+pub fn skip(what: impl std::fmt::Display) {
+    use std::io::Write;
+    let mut out = std::io::stderr();
+    writeln!(out, "SKIPPED: {what}").unwrap();
+}
