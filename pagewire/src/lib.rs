@@ -22,6 +22,7 @@
 mod copy;
 mod entropy;
 mod error;
+mod ground;
 mod inspect;
 mod observe;
 mod receive;

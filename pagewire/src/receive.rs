@@ -2,9 +2,10 @@
 
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
+use crate::ground::Ground;
 use crate::observe::Event;
-use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role, WireBytes};
-use crate::reuse::{Ground, Reuse, keep_arrived};
+use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
+use crate::reuse::{Reuse, keep_arrived};
 use crate::send::check_plaintext;
 use pagewire_protocol::error::{CloseCode, chain};
 use pagewire_protocol::frame::Open;
@@ -227,21 +228,22 @@ impl Shared {
     /// Runs one session; says whether it got as far as naming an image. Until then its peer is a stranger.
     fn run(&self, arriving: Arriving, stranger: Stranger, observe: impl FnMut(&Event)) -> (bool, Outcome) {
         let options = &self.options;
-        let mut stranger = Some(stranger);
+        let (mut stranger, mut warnings) = (Some(stranger), Vec::new());
         let decide = |offer: &Offer| {
             stranger = None;
             if self.open.fetch_add(1, Ordering::Relaxed) >= options.sessions_max {
                 let reason = format!("{} sessions are open, which is the limit here", options.sessions_max);
                 return Err(Refusal { code: CloseCode::BUSY, reason });
             }
-            land(offer, options)
+            land(offer, options, &mut warnings)
         };
         let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
             if let (Some(reuse), Into::Folder(dir)) = (&options.reuse, &options.into) {
                 keep_arrived(reuse, open, manifest, Some(&dir.join(open.name.as_str())), report);
             }
         };
-        let (named, outcome) = session(arriving, &self.sessions, &options.cancel, decide, keep, observe);
+        let (named, mut outcome) = session(arriving, &self.sessions, &options.cancel, decide, keep, observe);
+        outcome.report.warnings.splice(0..0, warnings);
         if stranger.is_none() {
             self.open.fetch_sub(1, Ordering::Relaxed);
         }
@@ -278,12 +280,7 @@ pub(crate) fn session(
     };
     let begin = Beginning { socket, framer, single_stream, lanes, start, entropy };
     let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, |progress| {
-        observe(&Event::Progress {
-            pages: progress.pages,
-            pages_total: progress.pages_total,
-            sent_bytes: progress.wire.sent_bytes,
-            received_bytes: progress.wire.received_bytes,
-        });
+        observe(&progress.into());
     });
     let mut report = report(&summary);
     if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
@@ -299,13 +296,7 @@ fn report(summary: &Summary) -> Report {
     let counts = summary.counts;
     report.seconds = summary.spent.as_secs_f64();
     (report.bytes_total, report.pages_total) = open.map_or((0, 0), |open| (open.layout.bytes(), open.layout.pages()));
-    report.pages = Pages {
-        zero: counts.zero,
-        base: counts.base,
-        reference: counts.reference,
-        inline: counts.inline,
-        delta: counts.delta,
-    };
+    report.pages = Pages::new([counts.zero, counts.base, counts.reference, counts.inline, counts.delta]);
     report.wants = counts.wants;
     report.reuse = ReuseCounts {
         scanned: counts.scanned,
@@ -314,13 +305,13 @@ fn report(summary: &Summary) -> Report {
         others: counts.others,
         ..ReuseCounts::default()
     };
-    report.wire = WireBytes { sent_bytes: summary.wire.sent_bytes, received_bytes: summary.wire.received_bytes };
+    report.wire = summary.wire.into();
     report
 }
 
 /// Finds the place of an offered image.
 // SPEC 3.9: what is announced is the image of that name; whoever may connect may read all of the folder.
-fn land(offer: &Offer, options: &ReceiveOptions) -> Result<Landed<FileSink>, Refusal> {
+fn land(offer: &Offer, options: &ReceiveOptions, warnings: &mut Vec<String>) -> Result<Landed<FileSink>, Refusal> {
     let (bytes, most) = (offer.open.layout.bytes(), options.image_bytes_max);
     if bytes > most {
         let reason = format!("the image has {bytes} bytes, the limit here is {most}");
@@ -330,7 +321,7 @@ fn land(offer: &Offer, options: &ReceiveOptions) -> Result<Landed<FileSink>, Ref
     let landing = LandingOptions { fresh, ..options.landing };
     let ground = match (&options.into, &options.reuse) {
         (Into::File(path), _) => Landing::into_file(path, bytes, fresh).map(Ground::plain),
-        (Into::Folder(dir), Some(reuse)) => Ground::of(reuse, dir, &offer.open, landing, seed()?),
+        (Into::Folder(dir), Some(reuse)) => Ground::of(reuse, dir, &offer.open, landing, seed()?, warnings),
         (Into::Folder(dir), None) => {
             Landing::start(dir, OsStr::new(offer.open.name.as_str()), bytes, landing).map(Ground::plain)
         }

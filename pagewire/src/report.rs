@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use pagewire_protocol::error::{GuestAt, chain};
+use pagewire_transport::Wire;
 use serde::Serialize;
 
 /// Which side reports.
@@ -29,6 +30,18 @@ pub struct Pages {
     pub delta: u64,
 }
 
+impl Pages {
+    /// The two engines count by the same five ways: zero, base, reference, inline, delta.
+    pub(crate) fn new([zero, base, reference, inline, delta]: [u64; 5]) -> Self {
+        Self { zero, base, reference, inline, delta }
+    }
+
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        [self.zero, self.base, self.reference, self.inline, self.delta].iter().sum()
+    }
+}
+
 /// Bytes on the wire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct WireBytes {
@@ -36,6 +49,12 @@ pub struct WireBytes {
     pub sent_bytes: u64,
     /// Read.
     pub received_bytes: u64,
+}
+
+impl From<Wire> for WireBytes {
+    fn from(wire: Wire) -> Self {
+        Self { sent_bytes: wire.sent_bytes, received_bytes: wire.received_bytes }
+    }
 }
 
 /// What of a base was used, and what of it was looked at; at the sender the first two, at the receiver the others.

@@ -2,23 +2,15 @@
 //!
 //! Trouble with the store never fails a transfer: it becomes a warning of the report, and the session goes on without.
 
-use crate::error::ErrorKind;
 use crate::report::Report;
-use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::{Digest, PageBytes, PageHasher};
+use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::chain;
 use pagewire_protocol::frame::{ImageName, Open};
 use pagewire_protocol::page::{Layout, RegionId, common_pages};
 use pagewire_protocol::tree::{DigestTree, Manifest};
-use pagewire_receiver::memory::FileSink;
-use pagewire_receiver::{Agreed, OtherPages};
 use pagewire_sender::Base;
-use pagewire_store::{
-    DomainPages, Keep, KeepImage, Landing, LandingError, LandingOptions, Lineage, Removed, Store, StoreError, Visit,
-    VisitHead, VisitKind,
-};
-use std::ffi::OsStr;
+use pagewire_store::{Keep, KeepImage, Lineage, Removed, Store, StoreError, Visit, VisitHead, VisitKind};
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -68,7 +60,7 @@ impl Reuse {
     }
 
     /// The visits of a guest that an image of this layout can be built on, newest first.
-    fn visits(&self, lineage: &Lineage, layout: &Layout) -> Vec<VisitHead> {
+    pub(crate) fn visits(&self, lineage: &Lineage, layout: &Layout) -> Vec<VisitHead> {
         let mut visits = self.store.visits(&lineage.key);
         visits.retain(|head| head.lineage == lineage.id && common_pages(&head.layout, layout).is_some());
         visits
@@ -151,8 +143,13 @@ impl Departure {
             }
         };
         let visits = reuse.visits(&lineage, layout).into_iter();
-        let opened = visits.filter_map(|head| reuse.store.open_visit(&head).ok().flatten());
-        let bases = opened.map(|visit| Box::new(VisitBase(visit)) as Box<dyn Base>).collect();
+        let mut bases: Vec<Box<dyn Base>> = Vec::new();
+        for head in visits {
+            match reuse.store.open_visit(&head) {
+                Ok(visit) => bases.extend(visit.map(|visit| Box::new(VisitBase(visit)) as Box<dyn Base>)),
+                Err(error) => report.warn("a visit is not used", &error),
+            }
+        }
         Self { lineage, bases }
     }
 }
@@ -194,139 +191,19 @@ pub(crate) fn keep_arrived(reuse: &Reuse, open: &Open, manifest: &Manifest, imag
 }
 
 /// Who the sender says the guest is; without a key of its own it says nothing.
-fn claimed(open: &Open) -> Option<Lineage> {
+pub(crate) fn claimed(open: &Open) -> Option<Lineage> {
     let lineage = Lineage { id: open.lineage, key: open.domain_key };
     (open.domain_key != [0; 32] && open.lineage.0 != [0; 16]).then_some(lineage)
-}
-
-/// Where an offered image lands, and what both sides know of the base.
-pub(crate) struct Ground {
-    pub(crate) landing: Landing,
-    pub(crate) agreed: Option<Agreed>,
-    pub(crate) others: Option<Box<dyn OtherPages>>,
-}
-
-impl Ground {
-    /// Without a store: over the file of that name.
-    pub(crate) fn plain(landing: Landing) -> Self {
-        Self { landing, agreed: None, others: None }
-    }
-
-    /// Over what the store has of the guest, where that helps.
-    pub(crate) fn of(
-        reuse: &Reuse,
-        dir: &Path,
-        open: &Open,
-        options: LandingOptions,
-        seed: u64,
-    ) -> Result<Self, LandingError> {
-        let (name, len) = (OsStr::new(open.name.as_str()), open.layout.bytes());
-        let Some(lineage) = claimed(open).filter(|_| !options.fresh) else {
-            return Landing::start(dir, name, len, options).map(Self::plain);
-        };
-        let others = reuse.domain.as_ref().filter(|domain| DedupDomain::named_key(domain) == lineage.key);
-        let others = others.and_then(|_| DomainPages::new(&reuse.store, &lineage.key, seed).ok());
-        let others =
-            others.filter(|pages| !pages.is_empty()).map(|pages| Box::new(Others(pages)) as Box<dyn OtherPages>);
-        for head in reuse.visits(&lineage, &open.layout).into_iter().filter(|head| head.pages_kept) {
-            let known = open.known.iter().position(|root| *root == head.root);
-            let Ok(Some(visit)) = reuse.store.open_visit(&head) else { continue };
-            let Some(found) = Known::of(visit, known, &lineage) else { continue };
-            if let Some((landing, agreed)) = found.land(dir, name, len, options, reuse.trust)? {
-                return Ok(Self { landing, agreed, others });
-            }
-        }
-        Landing::start(dir, name, len, options).map(|landing| Self { landing, agreed: None, others })
-    }
-
-    /// As the receiver's driver takes it.
-    pub(crate) fn landed(self, layout: Layout) -> pagewire_receiver::driver::Landed<FileSink> {
-        let Self { landing, agreed, others } = self;
-        pagewire_receiver::driver::Landed { sink: FileSink::new(landing, layout), agreed, others }
-    }
-}
-
-/// A visit whose manifest was read, or that the sender does not know.
-struct Known {
-    visit: Visit,
-    manifest: Option<(u8, Vec<DigestTree>, PageBitmap)>,
-}
-
-impl Known {
-    /// `None` if the visit turned out damaged; then it is dropped.
-    fn of(visit: Visit, known: Option<usize>, lineage: &Lineage) -> Option<Self> {
-        let Some(known) = known.and_then(|at| u8::try_from(at).ok()) else {
-            return Some(Self { visit, manifest: None });
-        };
-        let hasher = PageHasher::new(&DedupDomain::new(&lineage.key));
-        match (visit.trees(&hasher), visit.present()) {
-            (Ok(trees), Ok(kept)) => {
-                visit.touch();
-                Some(Self { visit, manifest: Some((known, trees, kept)) })
-            }
-            _ => {
-                // A miss, and one that would come again: the visit is of no use to anybody.
-                let _ = visit.reject();
-                None
-            }
-        }
-    }
-
-    /// Lands on the visit's image, or over it; `None` where it is of no use.
-    fn land(
-        mut self,
-        dir: &Path,
-        name: &OsStr,
-        len: u64,
-        options: LandingOptions,
-        trusted: bool,
-    ) -> Result<Option<(Landing, Option<Agreed>)>, LandingError> {
-        let layout = self.visit.head().layout.clone();
-        let agreed = |landing: &Landing, manifest: Option<(u8, Vec<DigestTree>, PageBitmap)>| {
-            let manifest = manifest.filter(|_| landing.is_over());
-            manifest.map(|(known, trees, kept)| Agreed { known, layout, trees, kept, trusted })
-        };
-        if options.inplace {
-            let visit = &mut self.visit;
-            let taken = Landing::start_on(dir, name, len, |folder, partial| {
-                matches!(visit.consume(folder, partial), Ok(Some(_)))
-            })?;
-            if let Some(landing) = taken {
-                let agreed = agreed(&landing, self.manifest);
-                return Ok(Some((landing, agreed)));
-            }
-        }
-        if self.manifest.is_none() && dir.join(name).exists() {
-            // Nobody knows which of the two is closer: the file of that name is where people expect it.
-            return Ok(None);
-        }
-        let Some(image) = self.visit.image().and_then(|image| image.try_clone().ok()) else { return Ok(None) };
-        let landing = Landing::start_over(dir, name, len, image, options)?;
-        let agreed = agreed(&landing, self.manifest);
-        Ok(Some((landing, agreed)))
-    }
-}
-
-/// Pages of other guests of a named domain.
-#[derive(Debug)]
-struct Others(DomainPages);
-
-impl OtherPages for Others {
-    fn fetch(&mut self, digest: &Digest, page: &mut PageBytes) -> bool {
-        self.0.find(digest).is_some_and(|found| self.0.read(found, page).is_ok())
-    }
 }
 
 impl Report {
     /// Something that did not go as it should and did no harm.
     pub(crate) fn warn(&mut self, what: &str, error: &dyn std::error::Error) {
-        self.warnings.push(format!("{what}: {}", chain(error)));
+        self.warnings.push(warning(what, error));
     }
 }
 
-/// A place that cannot hold a visit is told apart from a guest that cannot move.
-impl From<StoreError> for ErrorKind {
-    fn from(error: StoreError) -> Self {
-        Self::Local { what: "store", source: io::Error::other(chain(&error)) }
-    }
+/// What did not go as it should, in one line.
+pub(crate) fn warning(what: &str, error: &dyn std::error::Error) -> String {
+    format!("{what}: {}", chain(error))
 }

@@ -6,8 +6,8 @@ use pagewire_protocol::tree::DigestTree;
 use std::io;
 
 /// An earlier image of the guest, which the receiver may hold too. Only one that has
-/// [pages in common](pagewire_protocol::page::common_pages) with the memory that is sent can be named. Bytes and digests are guesses: nothing wrong can be
-/// installed because of them.
+/// [pages in common](pagewire_protocol::page::common_pages) with the memory that is sent can be named. Bytes and digests
+/// are guesses: nothing wrong can be installed because of them.
 pub trait Base: Send + std::fmt::Debug + 'static {
     /// The root over its digests and layout.
     fn root(&self) -> Digest;
