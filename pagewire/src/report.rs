@@ -57,7 +57,8 @@ impl From<Wire> for WireBytes {
     }
 }
 
-/// What of a base was used, and what of it was looked at; at the sender the first two, at the receiver the others.
+/// What of a base was used, and what of it was looked at; at the sender the first two, at the receiver the
+/// others; what is kept of it afterwards, at both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ReuseCounts {
     /// Pages that memory knew to be unchanged since the base, and that nobody read.
@@ -72,6 +73,8 @@ pub struct ReuseCounts {
     pub damaged: u64,
     /// Pages that another guest of the domain had.
     pub others: u64,
+    /// Pages that the kept visit lacks: they were written to before they were copied.
+    pub unkept: u64,
 }
 
 /// Which image of a guest: what a hint of unchanged pages has to be bound to. Written as hex.

@@ -3,14 +3,16 @@
 //! Trouble with the store never fails a transfer: it becomes a warning of the report, and the session goes on without.
 
 use crate::report::Report;
+use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::chain;
 use pagewire_protocol::frame::{ImageName, Open};
+use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, RegionId, common_pages};
 use pagewire_protocol::tree::{DigestTree, Manifest};
 use pagewire_sender::Base;
-use pagewire_store::{Keep, KeepImage, Lineage, Removed, Store, StoreError, Visit, VisitHead, VisitKind};
+use pagewire_store::{Keep, KeepImage, Kept, Lineage, Removed, Store, StoreError, Visit, VisitHead, VisitKind};
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -66,10 +68,11 @@ impl Reuse {
         visits
     }
 
-    /// Keeps an image, and removes the visits that it supersedes.
-    fn keep(&self, keep: &Keep<'_>, manifest: &Manifest, pages: Option<&Path>) -> Result<(), StoreError> {
+    /// Keeps an image, and removes the visits that it supersedes. Returns how many of its pages had changed already.
+    fn keep(&self, keep: &Keep<'_>, manifest: &Manifest, pages: Option<&Path>) -> Result<u64, StoreError> {
         let file = pages.map(|path| File::open(path).map_err(|source| unreadable(path, source))).transpose()?;
-        let head = self.store.keep(keep, &manifest.trees, None, file.as_ref().map(KeepImage::File))?;
+        let Kept { head, changed } =
+            self.store.keep(keep, &manifest.trees, None, file.as_ref().map(KeepImage::File))?;
         let older = self.store.visits(&keep.lineage.key).into_iter();
         // A page that was changed on another host is of no further use, unless nothing newer has any pages.
         let older = older.filter(|old| old.lineage == head.lineage && old.sequence < head.sequence);
@@ -77,7 +80,7 @@ impl Reuse {
             // What another session has open stays until the next time.
             let _: Removed = self.store.remove(old.id)?;
         }
-        Ok(())
+        Ok(changed)
     }
 }
 
@@ -91,32 +94,43 @@ fn unreadable(path: &Path, source: io::Error) -> StoreError {
 
 /// A visit as the sender knows it.
 #[derive(Debug)]
-struct VisitBase(Visit);
+struct VisitBase {
+    visit: Visit,
+    /// Which pages are kept, once the digests were asked for.
+    present: Option<PageBitmap>,
+}
 
 impl Base for VisitBase {
     fn root(&self) -> Digest {
-        self.0.head().root
+        self.visit.head().root
     }
 
     fn layout(&self) -> &Layout {
-        &self.0.head().layout
+        &self.visit.head().layout
     }
 
     fn session(&self) -> [u8; 16] {
-        self.0.head().session
+        self.visit.head().session
     }
 
     fn trees(&mut self, hasher: &PageHasher) -> io::Result<Vec<DigestTree>> {
-        self.0.touch();
-        self.0.trees(hasher).map_err(|error| io::Error::other(chain(&error)))
+        self.visit.touch();
+        let failed = |error: StoreError| io::Error::other(chain(&error));
+        self.present = Some(self.visit.present().map_err(failed)?);
+        self.visit.trees(hasher).map_err(failed)
     }
 
     fn has_pages(&self) -> bool {
-        self.0.image().is_some()
+        self.visit.image().is_some()
     }
 
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
-        self.0.read(region, first, bytes)
+        let start = u64::from(self.layout().place(region, first).0);
+        let pages = start..start.saturating_add((bytes.len() / PAGE_BYTES) as u64);
+        if self.present.as_ref().is_some_and(|present| present.gaps(pages).next().is_some()) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        self.visit.read(region, first, bytes)
     }
 }
 
@@ -146,7 +160,9 @@ impl Departure {
         let mut bases: Vec<Box<dyn Base>> = Vec::new();
         for head in visits {
             match reuse.store.open_visit(&head) {
-                Ok(visit) => bases.extend(visit.map(|visit| Box::new(VisitBase(visit)) as Box<dyn Base>)),
+                Ok(visit) => {
+                    bases.extend(visit.map(|visit| Box::new(VisitBase { visit, present: None }) as Box<dyn Base>))
+                }
                 Err(error) => report.warn("a visit is not used", &error),
             }
         }
@@ -170,8 +186,9 @@ pub(crate) fn keep_departed(
     };
     let (kind, layout, root) = (VisitKind::Departed, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: name.clone(), session, kind, layout, root };
-    if let Err(error) = reuse.keep(&keep, manifest, pages) {
-        report.warn("the image was not kept", &error);
+    match reuse.keep(&keep, manifest, pages) {
+        Ok(changed) => report.reuse.unkept = changed,
+        Err(error) => report.warn("the image was not kept", &error),
     }
 }
 
@@ -185,8 +202,9 @@ pub(crate) fn keep_arrived(reuse: &Reuse, open: &Open, manifest: &Manifest, imag
     let Some(lineage) = claimed(open) else { return };
     let (kind, layout, root) = (VisitKind::Arrived, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: open.name.clone(), session: open.session, kind, layout, root };
-    if let Err(error) = reuse.keep(&keep, manifest, pages) {
-        report.warn("the image was not kept", &error);
+    match reuse.keep(&keep, manifest, pages) {
+        Ok(changed) => report.reuse.unkept = changed,
+        Err(error) => report.warn("the image was not kept", &error),
     }
 }
 

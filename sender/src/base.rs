@@ -30,6 +30,7 @@ pub trait Base: Send + std::fmt::Debug + 'static {
     /// Reads its pages.
     ///
     /// # Errors
-    /// They cannot be read; the session goes on without them.
+    /// They cannot be read; the session goes on without the base's bytes, or, if one of these pages is
+    /// [not there](io::ErrorKind::NotFound), without these.
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()>;
 }
