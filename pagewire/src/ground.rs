@@ -1,4 +1,4 @@
-//! Where an image that arrives lands: over the file of its name, or over what the store has of its guest.
+//! Where an image that arrives lands: in a file or in memory, and over what the store has of its guest where that helps.
 
 use crate::reuse::{Reuse, claimed, warning};
 use pagewire_protocol::bitmap::PageBitmap;
@@ -7,71 +7,116 @@ use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::page::Layout;
 use pagewire_protocol::tree::DigestTree;
-use pagewire_receiver::memory::FileSink;
+use pagewire_receiver::driver::Landed;
+use pagewire_receiver::memory::GuestRam;
 use pagewire_receiver::{Agreed, OtherPages};
 use pagewire_store::{DomainPages, Landing, LandingError, LandingOptions, Lineage, StoreError, Visit};
 use std::ffi::OsStr;
+use std::io;
 use std::path::Path;
 
 /// Where an offered image lands, and what both sides know of the base.
-pub(crate) struct Ground {
-    pub(crate) landing: Landing,
-    pub(crate) agreed: Option<Agreed>,
-    pub(crate) others: Option<Box<dyn OtherPages>>,
+pub(crate) struct Ground<P> {
+    place: P,
+    agreed: Option<Agreed>,
+    others: Option<Box<dyn OtherPages>>,
 }
 
-impl Ground {
-    /// Without a store: over the file of that name.
-    pub(crate) fn plain(landing: Landing) -> Self {
-        Self { landing, agreed: None, others: None }
+impl<P> Ground<P> {
+    /// Without a store.
+    pub(crate) fn plain(place: P) -> Self {
+        Self { place, agreed: None, others: None }
     }
 
-    /// Over what the store has of the guest, where that helps. Trouble with the store is told in `warnings`.
-    pub(crate) fn of(
-        reuse: &Reuse,
-        dir: &Path,
-        open: &Open,
-        options: LandingOptions,
-        seed: u64,
-        warnings: &mut Vec<String>,
-    ) -> Result<Self, LandingError> {
-        let (name, len) = (OsStr::new(open.name.as_str()), open.layout.bytes());
-        let Some(lineage) = claimed(open).filter(|_| !options.fresh) else {
-            return Landing::start(dir, name, len, options).map(Self::plain);
+    /// As the receiver's driver takes it.
+    pub(crate) fn landed<S>(self, sink: impl FnOnce(P) -> S) -> Landed<S> {
+        let Self { place, agreed, others } = self;
+        Landed { sink: sink(place), agreed, others }
+    }
+}
+
+/// A search for what the store has of an offered image. Trouble with the store is told in `warnings`.
+pub(crate) struct Search<'a> {
+    pub(crate) reuse: &'a Reuse,
+    pub(crate) open: &'a Open,
+    /// The seed for the index of other guests' pages.
+    pub(crate) seed: u64,
+    pub(crate) warnings: &'a mut Vec<String>,
+}
+
+impl Search<'_> {
+    /// The ground for a file.
+    pub(crate) fn in_folder(self, dir: &Path, options: LandingOptions) -> Result<Ground<Landing>, LandingError> {
+        let (name, len) = (OsStr::new(self.open.name.as_str()), self.open.layout.bytes());
+        let on = |known: Known, _: &mut Vec<String>| known.land(dir, name, len, options);
+        self.over(on, || Landing::start(dir, name, len, options))
+    }
+
+    /// The ground in memory.
+    pub(crate) fn in_memory(self) -> io::Result<Ground<GuestRam>> {
+        let layout = &self.open.layout;
+        let on = |known: Known, warnings: &mut Vec<String>| {
+            let Known { visit, manifest, trusted } = known;
+            let of = visit.head().layout.clone();
+            match GuestRam::over(layout.clone(), visit) {
+                Ok(ram) => Ok(Some((ram, manifest.map(|manifest| manifest.agreed(of, trusted))))),
+                Err(error) => {
+                    warnings.push(warning("a visit is not mapped", &error));
+                    Ok(None)
+                }
+            }
         };
+        self.over(on, || GuestRam::new(layout.clone()))
+    }
+
+    /// Over the newest visit that `on` can build on, else on a plain place.
+    fn over<P, E>(
+        self,
+        mut on: impl FnMut(Known, &mut Vec<String>) -> Result<Option<(P, Option<Agreed>)>, E>,
+        plain: impl FnOnce() -> Result<P, E>,
+    ) -> Result<Ground<P>, E> {
+        let Self { reuse, open, seed, warnings } = self;
+        let Some(lineage) = claimed(open) else { return plain().map(Ground::plain) };
         let others = Others::of(reuse, &lineage, seed, warnings);
         for head in reuse.visits(&lineage, &open.layout).into_iter().filter(|head| head.pages_kept) {
             let known = open.known.iter().position(|root| *root == head.root);
             let found = match reuse.store.open_visit(&head) {
-                Ok(Some(visit)) => Known::of(visit, known, &lineage),
+                Ok(Some(visit)) => Known::of(visit, known, &lineage, reuse.trust),
                 Ok(None) => continue,
                 Err(error) => Err(error),
             };
-            let found = match found {
-                Ok(found) => found,
-                Err(error) => {
-                    warnings.push(warning("a visit is not used", &error));
-                    continue;
+            match found {
+                Ok(found) => {
+                    if let Some((place, agreed)) = on(found, warnings)? {
+                        return Ok(Ground { place, agreed, others });
+                    }
                 }
-            };
-            if let Some((landing, agreed)) = found.land(dir, name, len, options, reuse.trust)? {
-                return Ok(Self { landing, agreed, others });
+                Err(error) => warnings.push(warning("a visit is not used", &error)),
             }
         }
-        Landing::start(dir, name, len, options).map(|landing| Self { landing, agreed: None, others })
+        Ok(Ground { place: plain()?, agreed: None, others })
     }
+}
 
-    /// As the receiver's driver takes it.
-    pub(crate) fn landed(self, layout: Layout) -> pagewire_receiver::driver::Landed<FileSink> {
-        let Self { landing, agreed, others } = self;
-        pagewire_receiver::driver::Landed { sink: FileSink::new(landing, layout), agreed, others }
+/// The manifest of a visit that the sender knows too.
+struct Manifest {
+    known: u8,
+    trees: Vec<DigestTree>,
+    kept: PageBitmap,
+}
+
+impl Manifest {
+    fn agreed(self, layout: Layout, trusted: bool) -> Agreed {
+        let Self { known, trees, kept } = self;
+        Agreed { known, layout, trees, kept, trusted }
     }
 }
 
 /// A visit whose manifest was read, or that the sender does not know.
 struct Known {
     visit: Visit,
-    manifest: Option<(u8, Vec<DigestTree>, PageBitmap)>,
+    manifest: Option<Manifest>,
+    trusted: bool,
 }
 
 impl Known {
@@ -79,15 +124,15 @@ impl Known {
     ///
     /// # Errors
     /// It cannot be read. One that is damaged is dropped: it would be a miss again, and is of no use to anybody.
-    fn of(visit: Visit, known: Option<usize>, lineage: &Lineage) -> Result<Self, StoreError> {
+    fn of(visit: Visit, known: Option<usize>, lineage: &Lineage, trusted: bool) -> Result<Self, StoreError> {
         let Some(known) = known.and_then(|at| u8::try_from(at).ok()) else {
-            return Ok(Self { visit, manifest: None });
+            return Ok(Self { visit, manifest: None, trusted });
         };
         let hasher = PageHasher::new(&DedupDomain::new(&lineage.key));
         match visit.trees(&hasher).and_then(|trees| Ok((trees, visit.present()?))) {
             Ok((trees, kept)) => {
                 visit.touch();
-                Ok(Self { visit, manifest: Some((known, trees, kept)) })
+                Ok(Self { visit, manifest: Some(Manifest { known, trees, kept }), trusted })
             }
             Err(error) => {
                 if matches!(error, StoreError::Damaged { .. }) {
@@ -105,12 +150,10 @@ impl Known {
         name: &OsStr,
         len: u64,
         options: LandingOptions,
-        trusted: bool,
     ) -> Result<Option<(Landing, Option<Agreed>)>, LandingError> {
-        let layout = self.visit.head().layout.clone();
-        let agreed = |landing: &Landing, manifest: Option<(u8, Vec<DigestTree>, PageBitmap)>| {
-            let manifest = manifest.filter(|_| landing.is_over());
-            manifest.map(|(known, trees, kept)| Agreed { known, layout, trees, kept, trusted })
+        let (layout, trusted) = (self.visit.head().layout.clone(), self.trusted);
+        let agreed = |landing: &Landing, manifest: Option<Manifest>| {
+            manifest.filter(|_| landing.is_over()).map(|manifest| manifest.agreed(layout, trusted))
         };
         if options.inplace {
             let visit = &mut self.visit;

@@ -11,11 +11,13 @@ use pagewire_protocol::frame::{ImageName, Open};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, RegionId, common_pages};
 use pagewire_protocol::tree::{DigestTree, Manifest};
+use pagewire_receiver::memory::GuestRam;
 use pagewire_sender::Base;
 use pagewire_store::{Keep, KeepImage, Kept, Lineage, Removed, Store, StoreError, Visit, VisitHead, VisitKind};
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 /// What of an image stays on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,10 +71,19 @@ impl Reuse {
     }
 
     /// Keeps an image, and removes the visits that it supersedes. Returns how many of its pages had changed already.
-    fn keep(&self, keep: &Keep<'_>, manifest: &Manifest, pages: Option<&Path>) -> Result<u64, StoreError> {
-        let file = pages.map(|path| File::open(path).map_err(|source| unreadable(path, source))).transpose()?;
-        let Kept { head, changed } =
-            self.store.keep(keep, &manifest.trees, None, file.as_ref().map(KeepImage::File))?;
+    fn keep(&self, keep: &Keep<'_>, manifest: &Manifest, image: Option<Image<'_>>) -> Result<u64, StoreError> {
+        let store = |image| self.store.keep(keep, &manifest.trees, None, image);
+        let Kept { head, changed } = match image {
+            None => store(None),
+            Some(Image::File(path)) => {
+                let file = File::open(path).map_err(|source| unreadable(path, source))?;
+                store(Some(KeepImage::File(&file)))
+            }
+            Some(Image::Memory(ram)) => store(Some(KeepImage::Pages(&mut |region, first, bytes| {
+                let ram = ram.lock().unwrap_or_else(PoisonError::into_inner);
+                ram.read(region, first.saturating_mul(PAGE_BYTES as u64), bytes)
+            }))),
+        }?;
         let older = self.store.visits(&keep.lineage.key).into_iter();
         // A page that was changed on another host is of no further use, unless nothing newer has any pages.
         let older = older.filter(|old| old.lineage == head.lineage && old.sequence < head.sequence);
@@ -90,6 +101,13 @@ fn no_entropy(source: io::Error) -> StoreError {
 
 fn unreadable(path: &Path, source: io::Error) -> StoreError {
     StoreError::Io { path: path.to_path_buf(), what: "cannot be read to be kept", source }
+}
+
+/// Where the bytes of an image are.
+#[derive(Clone, Copy)]
+pub(crate) enum Image<'a> {
+    File(&'a Path),
+    Memory(&'a Mutex<GuestRam>),
 }
 
 /// A visit as the sender knows it.
@@ -182,7 +200,7 @@ pub(crate) fn keep_departed(
     let pages = match reuse.keep.unwrap_or(KeepWhat::Visit) {
         KeepWhat::Nothing => return,
         KeepWhat::Manifest => None,
-        KeepWhat::Visit => source,
+        KeepWhat::Visit => source.map(Image::File),
     };
     let (kind, layout, root) = (VisitKind::Departed, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: name.clone(), session, kind, layout, root };
@@ -193,7 +211,13 @@ pub(crate) fn keep_departed(
 }
 
 /// Keeps what arrived on this host: its manifest by default.
-pub(crate) fn keep_arrived(reuse: &Reuse, open: &Open, manifest: &Manifest, image: Option<&Path>, report: &mut Report) {
+pub(crate) fn keep_arrived(
+    reuse: &Reuse,
+    open: &Open,
+    manifest: &Manifest,
+    image: Option<Image<'_>>,
+    report: &mut Report,
+) {
     let pages = match reuse.keep.unwrap_or(KeepWhat::Manifest) {
         KeepWhat::Nothing => return,
         KeepWhat::Manifest => None,
