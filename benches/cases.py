@@ -1,17 +1,17 @@
 """The benchmarks themselves; each fills one table."""
 import os
 import subprocess
-import threading
-import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
+import guests
 import images
 import processes
 import visits
 from links import CappedLink, Loopback
 from sides import PagewireCopy, PagewireNetwork, RsyncCopy, RsyncNetwork, SocatNetwork, ZstdPipe
 from tables import Table, percent, plain, size
+from watch import Watch
 
 INPLACE = ("-I", "--inplace", "--no-whole-file")
 ASIDE = ("-I", "--no-whole-file")
@@ -215,37 +215,6 @@ def cold_1gbit(bench):
     return table
 
 
-class Watch(threading.Thread):
-    """Samples the memory of processes every 20 ms until told to stop."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.processes, self.anon, self.high, self.done = {}, {}, {}, threading.Event()
-
-    def add(self, role, process):
-        """Watch a process under the name of its role."""
-        self.processes[role] = process
-        self.anon[role] = self.high[role] = 0
-
-    def run(self):
-        """Sample until stopped."""
-        while not self.done.is_set():
-            self.sample()
-            time.sleep(0.02)
-
-    def sample(self):
-        """Look at each process once."""
-        for role, process in list(self.processes.items()):
-            try:
-                with open(f"/proc/{process.pid}/status", encoding="ascii") as lines:
-                    fields = dict(line.split(":", 1) for line in lines)
-            except OSError:
-                continue
-            if "RssAnon" in fields:
-                self.anon[role] = max(self.anon[role], int(fields["RssAnon"].split()[0]) * 1024)
-                self.high[role] = max(self.high[role], int(fields["VmHWM"].split()[0]) * 1024)
-
-
 def watched_run(side, source):
     """Run one transfer with processes of its own and return the watch over them."""
     watch = Watch()
@@ -264,7 +233,7 @@ def watched_run(side, source):
 
 def memory(bench):
     """Peak anonymous memory of both processes: 64 MiB + 8 MiB + 48 bytes a page."""
-    table = Table("memory", "Peak RssAnon (sampled every 20 ms) of processes made for each run, random pages, loopback TCP.", ("pagewire", ""))
+    table = Table("memory", "Peak RssAnon (sampled every 10 ms) of processes made for each run, random pages, loopback TCP.", ("pagewire", ""))
     if not bench.runs_pagewire:
         table.notes.append("pagewire only; there is no alternative to measure")
         return table
@@ -301,4 +270,5 @@ ALL = {
     "cold-1gbit": cold_1gbit,
     "memory": memory,
     **visits.ALL,
+    **guests.ALL,
 }

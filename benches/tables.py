@@ -64,6 +64,12 @@ class Table:
         limit = f"≤ {write(bar)}" if bar is not None else ""
         self.row(label, plain(values, write), "", "", limit + (", each run" if worst and limit else ""), good)
 
+    def beside(self, label, values, base, more=None, write=size):
+        """Add a row whose worst value, if there is a bar, must not be above the least of a base by more than so much."""
+        bar = None if more is None else min(base) + more
+        limit = "" if bar is None else f"≤ {write(bar)}, each run"
+        self.row(label, plain(values, write), plain(base, write), "", limit, None if bar is None else max(values) <= bar)
+
     @staticmethod
     def _ratio(ratios, what):
         if not ratios:

@@ -104,6 +104,9 @@ pub(crate) fn summary(report: &Report) -> String {
     if report.reuse.unverified > 0 {
         text += &format!("{} unchanged pages were taken on trust and never read\n", report.reuse.unverified);
     }
+    if report.reuse.unkept > 0 {
+        text += &format!("{} pages had changed before they could be kept, and were left out\n", report.reuse.unkept);
+    }
     for decision in report.decisions.iter().skip(1) {
         text += &format!("  at {:.3} s: {}\n", decision.seconds, decision.what);
     }

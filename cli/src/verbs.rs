@@ -172,7 +172,7 @@ fn tell(event: &ServerEvent<'_>, output: &crate::args::Output) -> Option<ExitCod
             return Some(outcome.error.as_ref().map_or(ExitCode::SUCCESS, exit::code));
         }
         ServerEvent::Stranger { peer, why } => eprintln!("pagewire: {peer}: {why}"),
-        ServerEvent::Connected { .. } | ServerEvent::Progress { .. } => {}
+        ServerEvent::Connected { .. } | ServerEvent::Progress { .. } | ServerEvent::Arrived { .. } => {}
     }
     None
 }

@@ -367,6 +367,27 @@ fn a_store_that_breaks_on_the_way_is_one_warning_and_the_guest_moves() {
     assert!(fs::read(a.image(VM)).unwrap() == fs::read(b.image(VM)).unwrap());
 }
 
+/// Whoever opens a visit holds the store's lock.
+#[test]
+fn a_visit_that_cannot_be_opened_is_a_warning_and_the_guest_moves() {
+    for (domain, told) in
+        [(&[][..], &["a visit is not used"][..]), (&["--domain", "shop"], &["pages of other", "a visit"])]
+    {
+        let (a, b) = moved_there(domain, domain);
+        let receiver = a.receive(&[&["--keep", "none"], domain].concat());
+        fs::remove_file(a.path("store/lock")).unwrap();
+        fs::create_dir(a.path("store/lock")).unwrap();
+        let (sent, _) = b.send(VM, &receiver.address, domain);
+        let (received, _) = receiver.end();
+        assert_eq!((&received["outcome"], count(&sent, "/pages/inline")), (&"done".into(), PAGES), "{received}");
+        let warnings = warnings(&received);
+        assert_eq!(warnings.len(), told.len(), "{warnings:?}");
+        for (warning, what) in warnings.iter().zip(told) {
+            assert!(warning.starts_with(what) && warning.contains("lock file of a store"), "{warning}");
+        }
+    }
+}
+
 #[test]
 fn a_named_domain_finds_pages_of_other_guests_and_nothing_else_does() {
     let other = [noise(1, 4 * MIB), noise(50, 4 * MIB)].concat();

@@ -47,7 +47,7 @@ impl Host {
         };
         let image = tempfile::tempfile().unwrap();
         image.write_all_at(&bytes, 0).unwrap();
-        self.store.keep(&keep, &trees, None, Some(KeepImage::File(&image))).unwrap()
+        self.store.keep(&keep, &trees, None, Some(KeepImage::File(&image))).unwrap().head
     }
 
     fn file(&self, head: &VisitHead, suffix: &str) -> PathBuf {

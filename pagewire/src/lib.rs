@@ -16,12 +16,51 @@
 //! assert_eq!(std::fs::read(&there)?, std::fs::read(&here)?);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! A hypervisor receives into memory of its own process: [`Into::Memory`]. A guest that comes back finds the visit that
+//! it left mapped copy-on-write, so nothing that did not change is copied, or takes memory a second time.
+//!
+//! ```
+//! use pagewire::store::{Store, StoreOptions};
+//! use pagewire::{ImageName, Into, NoObserver, ReceiveOptions, Reuse, SendOptions, Server, ServerEvent, send};
+//!
+//! let dir = tempfile::tempdir()?;
+//! let reuse = |host: &str| Store::open(&dir.path().join(host), StoreOptions::default()).map(Reuse::new);
+//! let (image, name) = (dir.path().join("ram"), ImageName::new("guest")?);
+//! std::fs::write(&image, vec![7; 1 << 20])?;
+//!
+//! // One guest comes. What this host keeps of it stands in the way of nothing, and is there when it comes back.
+//! let options = ReceiveOptions { reuse: Some(reuse("here")?), once: true, ..ReceiveOptions::new(Into::Memory) };
+//! let server = Server::bind(&format!("unix:{}", dir.path().join("socket").display()).parse()?, options)?;
+//! let (to, (arrived, guests)) = (server.address()?, std::sync::mpsc::channel());
+//! let receiver = std::thread::spawn(move || {
+//!     server.serve(move |event| {
+//!         if let ServerEvent::Arrived { memory, .. } = event {
+//!             let _ = arrived.send(memory);
+//!         }
+//!     })
+//! });
+//! let options = SendOptions { reuse: Some(reuse("there")?), ..SendOptions::default() };
+//! send(&image, &name, &to, &options, &mut NoObserver).into_result()?;
+//!
+//! // The memory is this process's now: addresses to give to a virtual machine, for as long as `memory` lives.
+//! let memory = guests.recv()?;
+//! for region in memory.regions() {
+//!     println!("{} bytes at {:?}", region.bytes, region.start);
+//! }
+//! let mut first = [0; 16];
+//! memory.read(pagewire::RegionId(0), 0, &mut first)?;
+//! assert_eq!(first, [7; 16]);
+//! # receiver.join().map_err(|_| "the server panicked")?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
 mod copy;
 mod entropy;
 mod error;
+mod ground;
 mod inspect;
 mod observe;
 mod receive;
@@ -39,6 +78,7 @@ pub use pagewire_protocol::error::{GuestAt, chain};
 pub use pagewire_protocol::frame::ImageName;
 pub use pagewire_protocol::page::{InstallSize, Layout, Region, RegionId};
 pub use pagewire_receiver::GuestSink;
+pub use pagewire_receiver::memory::{GuestRam, RamRegion};
 pub use pagewire_sender::memory::{BitmapMemory, DirtyBitmap, FileMemory, MappedMemory, MappedRegion, Mapping};
 pub use pagewire_sender::{GuestMemory, Tracking};
 pub use pagewire_store::{self as store, LandingOptions};

@@ -1,5 +1,6 @@
 //! What a transfer tells while it runs.
 
+use pagewire_transport::Progress;
 use serde::Serialize;
 
 /// Something that happened.
@@ -24,6 +25,13 @@ pub enum Event {
         /// Bytes read from it.
         received_bytes: u64,
     },
+}
+
+impl From<Progress> for Event {
+    fn from(progress: Progress) -> Self {
+        let Progress { pages, pages_total, wire } = progress;
+        Self::Progress { pages, pages_total, sent_bytes: wire.sent_bytes, received_bytes: wire.received_bytes }
+    }
 }
 
 /// Is told what happens.

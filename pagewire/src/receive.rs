@@ -2,24 +2,26 @@
 
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
+use crate::ground::{Ground, Search};
 use crate::observe::Event;
-use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role, WireBytes};
-use crate::reuse::{Ground, Reuse, keep_arrived};
+use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
+use crate::reuse::{Image, KeepWhat, Reuse, keep_arrived};
 use crate::send::check_plaintext;
 use pagewire_protocol::error::{CloseCode, chain};
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
 use pagewire_protocol::tree::Manifest;
-use pagewire_receiver::Offer;
 use pagewire_receiver::driver::{Beginning, Entropy, Landed, Refusal, Summary};
-use pagewire_receiver::memory::FileSink;
+use pagewire_receiver::memory::{FileSink, GuestRam, RamSink};
+use pagewire_receiver::{GuestSink, Offer};
 use pagewire_store::{Landing, LandingError, LandingOptions};
 use pagewire_transport::{Address, Arrival, CancellationToken, Listener, Sessions, Socket};
+use std::cell::Cell;
 use std::ffi::OsStr;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Connections that have not said yet what they are.
@@ -34,6 +36,9 @@ pub enum Into {
     Folder(PathBuf),
     /// Into this file, where it lies, whatever the sender calls it: somebody may hold it open.
     File(PathBuf),
+    /// Into memory of this process: [`ServerEvent::Arrived`] hands it over. A visit that the guest left here is mapped
+    /// copy-on-write, so that a guest that comes back costs what it changed.
+    Memory,
 }
 
 /// How to receive.
@@ -49,7 +54,8 @@ pub struct ReceiveOptions {
     pub sessions_max: usize,
     /// The largest image accepted, in bytes.
     pub image_bytes_max: u64,
-    /// Build on what is kept of guests that come back, and keep what arrives. For images that go into a folder.
+    /// Build on what is kept of guests that come back, and keep what arrives. For images that go into a folder or into
+    /// memory; of what arrives in memory pages are kept before it is handed over, a manifest after.
     pub reuse: Option<Reuse>,
     /// Allow unencrypted transfers over a network.
     pub insecure_plaintext: bool,
@@ -76,7 +82,7 @@ impl ReceiveOptions {
     }
 }
 
-/// What a server tells. `session` counts from 1.
+/// What a server tells, and hands over. `session` counts from 1.
 #[derive(Debug)]
 pub enum ServerEvent<'a> {
     /// A peer connected and greeted.
@@ -92,6 +98,15 @@ pub enum ServerEvent<'a> {
         session: u64,
         /// How far it is.
         event: &'a Event,
+    },
+    /// A guest is in memory, whole. If nobody takes it, it is gone: the sender knows that it arrived.
+    Arrived {
+        /// Which session.
+        session: u64,
+        /// What the sender calls it.
+        name: &'a str,
+        /// The guest's memory.
+        memory: GuestRam,
     },
     /// A session ended.
     Ended {
@@ -213,8 +228,7 @@ impl Shared {
                 let session = self.count.fetch_add(1, Ordering::Relaxed).saturating_add(1);
                 tell(ServerEvent::Connected { session, peer });
                 let arriving = Arriving { socket, framer, single_stream: false, lanes: self.options.lanes, start };
-                let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
-                let (named, outcome) = self.run(arriving, stranger, observe);
+                let (named, outcome) = self.receive(session, arriving, stranger, tell);
                 tell(ServerEvent::Ended { session, outcome: &outcome });
                 if self.options.once && named {
                     self.options.cancel.cancel();
@@ -224,24 +238,84 @@ impl Shared {
         }
     }
 
-    /// Runs one session; says whether it got as far as naming an image. Until then its peer is a stranger.
-    fn run(&self, arriving: Arriving, stranger: Stranger, observe: impl FnMut(&Event)) -> (bool, Outcome) {
+    /// Runs one session into wherever images go here; says whether it got as far as naming one.
+    fn receive(&self, session: u64, arriving: Arriving, stranger: Stranger, tell: &Tell) -> (bool, Outcome) {
         let options = &self.options;
-        let mut stranger = Some(stranger);
+        let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
+        let keep = |open: &Open, manifest: &Manifest, image: Option<Image<'_>>, report: &mut Report| {
+            if let Some(reuse) = &options.reuse {
+                keep_arrived(reuse, open, manifest, image, report);
+            }
+        };
+        match &options.into {
+            Into::Folder(dir) => {
+                let place = |offer: &Offer, warnings: &mut Vec<String>| into_folder(dir, offer, options, warnings);
+                let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
+                    keep(open, manifest, Some(Image::File(&dir.join(open.name.as_str()))), report);
+                };
+                self.run(arriving, stranger, place, keep, observe)
+            }
+            Into::File(path) => {
+                let place = |offer: &Offer, _: &mut Vec<String>| into_file(path, offer, options);
+                self.run(arriving, stranger, place, |_, _, _| (), observe)
+            }
+            Into::Memory => {
+                let shared = Cell::new(None);
+                let place = |offer: &Offer, warnings: &mut Vec<String>| {
+                    let ground = into_memory(offer, options, warnings)?;
+                    Ok(ground.landed(|ram| {
+                        let ram = Arc::new(Mutex::new(ram));
+                        shared.set(Some(Arc::clone(&ram)));
+                        RamSink::new(ram)
+                    }))
+                };
+                let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
+                    let Some(ram) = shared.take() else { return };
+                    // Pages have to be kept before the guest writes to them; a manifest it need not wait for.
+                    let pages = options.reuse.as_ref().is_some_and(|reuse| reuse.keep == Some(KeepWhat::Visit));
+                    if pages {
+                        keep(open, manifest, Some(Image::Memory(&ram)), report);
+                    }
+                    // The sink went with the session: nobody else has the memory.
+                    if let Some(memory) = Arc::into_inner(ram) {
+                        let memory = memory.into_inner().unwrap_or_else(PoisonError::into_inner);
+                        tell(ServerEvent::Arrived { session, name: open.name.as_str(), memory });
+                    }
+                    if !pages {
+                        keep(open, manifest, None, report);
+                    }
+                };
+                self.run(arriving, stranger, place, keep, observe)
+            }
+        }
+    }
+
+    /// Runs one session. Until it names an image its peer is a stranger.
+    fn run<S: GuestSink>(
+        &self,
+        arriving: Arriving,
+        stranger: Stranger,
+        mut place: impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>,
+        keep: impl FnOnce(&Open, &Manifest, &mut Report),
+        observe: impl FnMut(&Event),
+    ) -> (bool, Outcome) {
+        let options = &self.options;
+        let (mut stranger, mut warnings) = (Some(stranger), Vec::new());
         let decide = |offer: &Offer| {
             stranger = None;
             if self.open.fetch_add(1, Ordering::Relaxed) >= options.sessions_max {
                 let reason = format!("{} sessions are open, which is the limit here", options.sessions_max);
                 return Err(Refusal { code: CloseCode::BUSY, reason });
             }
-            land(offer, options)
-        };
-        let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
-            if let (Some(reuse), Into::Folder(dir)) = (&options.reuse, &options.into) {
-                keep_arrived(reuse, open, manifest, Some(&dir.join(open.name.as_str())), report);
+            let (bytes, most) = (offer.open.layout.bytes(), options.image_bytes_max);
+            if bytes > most {
+                let reason = format!("the image has {bytes} bytes, the limit here is {most}");
+                return Err(Refusal { code: CloseCode::REFUSED, reason });
             }
+            place(offer, &mut warnings)
         };
-        let (named, outcome) = session(arriving, &self.sessions, &options.cancel, decide, keep, observe);
+        let (named, mut outcome) = session(arriving, &self.sessions, &options.cancel, decide, keep, observe);
+        outcome.report.warnings.splice(0..0, warnings);
         if stranger.is_none() {
             self.open.fetch_sub(1, Ordering::Relaxed);
         }
@@ -260,11 +334,11 @@ pub(crate) struct Arriving {
 }
 
 /// Runs one session and makes the report.
-pub(crate) fn session(
+pub(crate) fn session<S: GuestSink>(
     arriving: Arriving,
     sessions: &Sessions,
     cancel: &CancellationToken,
-    decide: impl FnMut(&Offer) -> Result<Landed<FileSink>, Refusal>,
+    decide: impl FnMut(&Offer) -> Result<Landed<S>, Refusal>,
     keep: impl FnOnce(&Open, &Manifest, &mut Report),
     mut observe: impl FnMut(&Event),
 ) -> (bool, Outcome) {
@@ -278,12 +352,7 @@ pub(crate) fn session(
     };
     let begin = Beginning { socket, framer, single_stream, lanes, start, entropy };
     let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, |progress| {
-        observe(&Event::Progress {
-            pages: progress.pages,
-            pages_total: progress.pages_total,
-            sent_bytes: progress.wire.sent_bytes,
-            received_bytes: progress.wire.received_bytes,
-        });
+        observe(&progress.into());
     });
     let mut report = report(&summary);
     if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
@@ -299,13 +368,7 @@ fn report(summary: &Summary) -> Report {
     let counts = summary.counts;
     report.seconds = summary.spent.as_secs_f64();
     (report.bytes_total, report.pages_total) = open.map_or((0, 0), |open| (open.layout.bytes(), open.layout.pages()));
-    report.pages = Pages {
-        zero: counts.zero,
-        base: counts.base,
-        reference: counts.reference,
-        inline: counts.inline,
-        delta: counts.delta,
-    };
+    report.pages = Pages::new([counts.zero, counts.base, counts.reference, counts.inline, counts.delta]);
     report.wants = counts.wants;
     report.reuse = ReuseCounts {
         scanned: counts.scanned,
@@ -314,29 +377,55 @@ fn report(summary: &Summary) -> Report {
         others: counts.others,
         ..ReuseCounts::default()
     };
-    report.wire = WireBytes { sent_bytes: summary.wire.sent_bytes, received_bytes: summary.wire.received_bytes };
+    report.wire = summary.wire.into();
     report
 }
 
-/// Finds the place of an offered image.
+/// Whether an offered image is to be built on nothing.
+fn is_fresh(offer: &Offer, options: &ReceiveOptions) -> bool {
+    options.landing.fresh || offer.open.fresh
+}
+
+/// Finds the place of an offered image in a folder.
 // SPEC 3.9: what is announced is the image of that name; whoever may connect may read all of the folder.
-fn land(offer: &Offer, options: &ReceiveOptions) -> Result<Landed<FileSink>, Refusal> {
-    let (bytes, most) = (offer.open.layout.bytes(), options.image_bytes_max);
-    if bytes > most {
-        let reason = format!("the image has {bytes} bytes, the limit here is {most}");
-        return Err(Refusal { code: CloseCode::REFUSED, reason });
-    }
-    let fresh = options.landing.fresh || offer.open.fresh;
-    let landing = LandingOptions { fresh, ..options.landing };
-    let ground = match (&options.into, &options.reuse) {
-        (Into::File(path), _) => Landing::into_file(path, bytes, fresh).map(Ground::plain),
-        (Into::Folder(dir), Some(reuse)) => Ground::of(reuse, dir, &offer.open, landing, seed()?),
-        (Into::Folder(dir), None) => {
-            Landing::start(dir, OsStr::new(offer.open.name.as_str()), bytes, landing).map(Ground::plain)
-        }
+fn into_folder(
+    dir: &Path,
+    offer: &Offer,
+    options: &ReceiveOptions,
+    warnings: &mut Vec<String>,
+) -> Result<Landed<FileSink>, Refusal> {
+    let Open { layout, name, .. } = &offer.open;
+    let landing = LandingOptions { fresh: is_fresh(offer, options), ..options.landing };
+    let ground = match options.reuse.as_ref().filter(|_| !landing.fresh) {
+        Some(reuse) => Search { reuse, open: &offer.open, seed: seed()?, warnings }.in_folder(dir, landing),
+        None => Landing::start(dir, OsStr::new(name.as_str()), layout.bytes(), landing).map(Ground::plain),
     };
     let ground = ground.map_err(|error| refusal(&error))?;
-    Ok(ground.landed(offer.open.layout.clone()))
+    Ok(ground.landed(|landing| FileSink::new(landing, layout.clone())))
+}
+
+/// The given file for an offered image.
+fn into_file(path: &Path, offer: &Offer, options: &ReceiveOptions) -> Result<Landed<FileSink>, Refusal> {
+    let layout = &offer.open.layout;
+    let landing =
+        Landing::into_file(path, layout.bytes(), is_fresh(offer, options)).map_err(|error| refusal(&error))?;
+    Ok(Ground::plain(landing).landed(|landing| FileSink::new(landing, layout.clone())))
+}
+
+/// Memory for an offered image.
+fn into_memory(
+    offer: &Offer,
+    options: &ReceiveOptions,
+    warnings: &mut Vec<String>,
+) -> Result<Ground<GuestRam>, Refusal> {
+    let ram = match options.reuse.as_ref().filter(|_| !is_fresh(offer, options)) {
+        Some(reuse) => Search { reuse, open: &offer.open, seed: seed()?, warnings }.in_memory(),
+        None => GuestRam::new(offer.open.layout.clone()).map(Ground::plain),
+    };
+    ram.map_err(|error| Refusal {
+        code: CloseCode::DESTINATION,
+        reason: format!("no memory for the guest: {}", chain(&error)),
+    })
 }
 
 /// A seed for the index of other guests' pages.

@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use pagewire_protocol::error::{GuestAt, chain};
+use pagewire_transport::Wire;
 use serde::Serialize;
 
 /// Which side reports.
@@ -29,6 +30,18 @@ pub struct Pages {
     pub delta: u64,
 }
 
+impl Pages {
+    /// The two engines count by the same five ways: zero, base, reference, inline, delta.
+    pub(crate) fn new([zero, base, reference, inline, delta]: [u64; 5]) -> Self {
+        Self { zero, base, reference, inline, delta }
+    }
+
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        [self.zero, self.base, self.reference, self.inline, self.delta].iter().sum()
+    }
+}
+
 /// Bytes on the wire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct WireBytes {
@@ -38,7 +51,14 @@ pub struct WireBytes {
     pub received_bytes: u64,
 }
 
-/// What of a base was used, and what of it was looked at; at the sender the first two, at the receiver the others.
+impl From<Wire> for WireBytes {
+    fn from(wire: Wire) -> Self {
+        Self { sent_bytes: wire.sent_bytes, received_bytes: wire.received_bytes }
+    }
+}
+
+/// What of a base was used, and what of it was looked at; at the sender the first two, at the receiver the
+/// others; what is kept of it afterwards, at both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ReuseCounts {
     /// Pages that memory knew to be unchanged since the base, and that nobody read.
@@ -53,6 +73,8 @@ pub struct ReuseCounts {
     pub damaged: u64,
     /// Pages that another guest of the domain had.
     pub others: u64,
+    /// Pages that the kept visit lacks: they were written to before they were copied.
+    pub unkept: u64,
 }
 
 /// Which image of a guest: what a hint of unchanged pages has to be bound to. Written as hex.

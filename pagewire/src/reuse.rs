@@ -2,26 +2,22 @@
 //!
 //! Trouble with the store never fails a transfer: it becomes a warning of the report, and the session goes on without.
 
-use crate::error::ErrorKind;
 use crate::report::Report;
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::{Digest, PageBytes, PageHasher};
+use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::chain;
 use pagewire_protocol::frame::{ImageName, Open};
+use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, RegionId, common_pages};
 use pagewire_protocol::tree::{DigestTree, Manifest};
-use pagewire_receiver::memory::FileSink;
-use pagewire_receiver::{Agreed, OtherPages};
+use pagewire_receiver::memory::GuestRam;
 use pagewire_sender::Base;
-use pagewire_store::{
-    DomainPages, Keep, KeepImage, Landing, LandingError, LandingOptions, Lineage, Removed, Store, StoreError, Visit,
-    VisitHead, VisitKind,
-};
-use std::ffi::OsStr;
+use pagewire_store::{Keep, KeepImage, Kept, Lineage, Removed, Store, StoreError, Visit, VisitHead, VisitKind};
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 /// What of an image stays on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,16 +64,26 @@ impl Reuse {
     }
 
     /// The visits of a guest that an image of this layout can be built on, newest first.
-    fn visits(&self, lineage: &Lineage, layout: &Layout) -> Vec<VisitHead> {
+    pub(crate) fn visits(&self, lineage: &Lineage, layout: &Layout) -> Vec<VisitHead> {
         let mut visits = self.store.visits(&lineage.key);
         visits.retain(|head| head.lineage == lineage.id && common_pages(&head.layout, layout).is_some());
         visits
     }
 
-    /// Keeps an image, and removes the visits that it supersedes.
-    fn keep(&self, keep: &Keep<'_>, manifest: &Manifest, pages: Option<&Path>) -> Result<(), StoreError> {
-        let file = pages.map(|path| File::open(path).map_err(|source| unreadable(path, source))).transpose()?;
-        let head = self.store.keep(keep, &manifest.trees, None, file.as_ref().map(KeepImage::File))?;
+    /// Keeps an image, and removes the visits that it supersedes. Returns how many of its pages had changed already.
+    fn keep(&self, keep: &Keep<'_>, manifest: &Manifest, image: Option<Image<'_>>) -> Result<u64, StoreError> {
+        let store = |image| self.store.keep(keep, &manifest.trees, None, image);
+        let Kept { head, changed } = match image {
+            None => store(None),
+            Some(Image::File(path)) => {
+                let file = File::open(path).map_err(|source| unreadable(path, source))?;
+                store(Some(KeepImage::File(&file)))
+            }
+            Some(Image::Memory(ram)) => store(Some(KeepImage::Pages(&mut |region, first, bytes| {
+                let ram = ram.lock().unwrap_or_else(PoisonError::into_inner);
+                ram.read(region, first.saturating_mul(PAGE_BYTES as u64), bytes)
+            }))),
+        }?;
         let older = self.store.visits(&keep.lineage.key).into_iter();
         // A page that was changed on another host is of no further use, unless nothing newer has any pages.
         let older = older.filter(|old| old.lineage == head.lineage && old.sequence < head.sequence);
@@ -85,7 +91,7 @@ impl Reuse {
             // What another session has open stays until the next time.
             let _: Removed = self.store.remove(old.id)?;
         }
-        Ok(())
+        Ok(changed)
     }
 }
 
@@ -97,34 +103,52 @@ fn unreadable(path: &Path, source: io::Error) -> StoreError {
     StoreError::Io { path: path.to_path_buf(), what: "cannot be read to be kept", source }
 }
 
+/// Where the bytes of an image are.
+#[derive(Clone, Copy)]
+pub(crate) enum Image<'a> {
+    File(&'a Path),
+    Memory(&'a Mutex<GuestRam>),
+}
+
 /// A visit as the sender knows it.
 #[derive(Debug)]
-struct VisitBase(Visit);
+struct VisitBase {
+    visit: Visit,
+    /// Which pages are kept, once the digests were asked for.
+    present: Option<PageBitmap>,
+}
 
 impl Base for VisitBase {
     fn root(&self) -> Digest {
-        self.0.head().root
+        self.visit.head().root
     }
 
     fn layout(&self) -> &Layout {
-        &self.0.head().layout
+        &self.visit.head().layout
     }
 
     fn session(&self) -> [u8; 16] {
-        self.0.head().session
+        self.visit.head().session
     }
 
     fn trees(&mut self, hasher: &PageHasher) -> io::Result<Vec<DigestTree>> {
-        self.0.touch();
-        self.0.trees(hasher).map_err(|error| io::Error::other(chain(&error)))
+        self.visit.touch();
+        let failed = |error: StoreError| io::Error::other(chain(&error));
+        self.present = Some(self.visit.present().map_err(failed)?);
+        self.visit.trees(hasher).map_err(failed)
     }
 
     fn has_pages(&self) -> bool {
-        self.0.image().is_some()
+        self.visit.image().is_some()
     }
 
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
-        self.0.read(region, first, bytes)
+        let start = u64::from(self.layout().place(region, first).0);
+        let pages = start..start.saturating_add((bytes.len() / PAGE_BYTES) as u64);
+        if self.present.as_ref().is_some_and(|present| present.gaps(pages).next().is_some()) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        self.visit.read(region, first, bytes)
     }
 }
 
@@ -151,8 +175,15 @@ impl Departure {
             }
         };
         let visits = reuse.visits(&lineage, layout).into_iter();
-        let opened = visits.filter_map(|head| reuse.store.open_visit(&head).ok().flatten());
-        let bases = opened.map(|visit| Box::new(VisitBase(visit)) as Box<dyn Base>).collect();
+        let mut bases: Vec<Box<dyn Base>> = Vec::new();
+        for head in visits {
+            match reuse.store.open_visit(&head) {
+                Ok(visit) => {
+                    bases.extend(visit.map(|visit| Box::new(VisitBase { visit, present: None }) as Box<dyn Base>))
+                }
+                Err(error) => report.warn("a visit is not used", &error),
+            }
+        }
         Self { lineage, bases }
     }
 }
@@ -169,17 +200,24 @@ pub(crate) fn keep_departed(
     let pages = match reuse.keep.unwrap_or(KeepWhat::Visit) {
         KeepWhat::Nothing => return,
         KeepWhat::Manifest => None,
-        KeepWhat::Visit => source,
+        KeepWhat::Visit => source.map(Image::File),
     };
     let (kind, layout, root) = (VisitKind::Departed, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: name.clone(), session, kind, layout, root };
-    if let Err(error) = reuse.keep(&keep, manifest, pages) {
-        report.warn("the image was not kept", &error);
+    match reuse.keep(&keep, manifest, pages) {
+        Ok(changed) => report.reuse.unkept = changed,
+        Err(error) => report.warn("the image was not kept", &error),
     }
 }
 
 /// Keeps what arrived on this host: its manifest by default.
-pub(crate) fn keep_arrived(reuse: &Reuse, open: &Open, manifest: &Manifest, image: Option<&Path>, report: &mut Report) {
+pub(crate) fn keep_arrived(
+    reuse: &Reuse,
+    open: &Open,
+    manifest: &Manifest,
+    image: Option<Image<'_>>,
+    report: &mut Report,
+) {
     let pages = match reuse.keep.unwrap_or(KeepWhat::Manifest) {
         KeepWhat::Nothing => return,
         KeepWhat::Manifest => None,
@@ -188,145 +226,26 @@ pub(crate) fn keep_arrived(reuse: &Reuse, open: &Open, manifest: &Manifest, imag
     let Some(lineage) = claimed(open) else { return };
     let (kind, layout, root) = (VisitKind::Arrived, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: open.name.clone(), session: open.session, kind, layout, root };
-    if let Err(error) = reuse.keep(&keep, manifest, pages) {
-        report.warn("the image was not kept", &error);
+    match reuse.keep(&keep, manifest, pages) {
+        Ok(changed) => report.reuse.unkept = changed,
+        Err(error) => report.warn("the image was not kept", &error),
     }
 }
 
 /// Who the sender says the guest is; without a key of its own it says nothing.
-fn claimed(open: &Open) -> Option<Lineage> {
+pub(crate) fn claimed(open: &Open) -> Option<Lineage> {
     let lineage = Lineage { id: open.lineage, key: open.domain_key };
     (open.domain_key != [0; 32] && open.lineage.0 != [0; 16]).then_some(lineage)
-}
-
-/// Where an offered image lands, and what both sides know of the base.
-pub(crate) struct Ground {
-    pub(crate) landing: Landing,
-    pub(crate) agreed: Option<Agreed>,
-    pub(crate) others: Option<Box<dyn OtherPages>>,
-}
-
-impl Ground {
-    /// Without a store: over the file of that name.
-    pub(crate) fn plain(landing: Landing) -> Self {
-        Self { landing, agreed: None, others: None }
-    }
-
-    /// Over what the store has of the guest, where that helps.
-    pub(crate) fn of(
-        reuse: &Reuse,
-        dir: &Path,
-        open: &Open,
-        options: LandingOptions,
-        seed: u64,
-    ) -> Result<Self, LandingError> {
-        let (name, len) = (OsStr::new(open.name.as_str()), open.layout.bytes());
-        let Some(lineage) = claimed(open).filter(|_| !options.fresh) else {
-            return Landing::start(dir, name, len, options).map(Self::plain);
-        };
-        let others = reuse.domain.as_ref().filter(|domain| DedupDomain::named_key(domain) == lineage.key);
-        let others = others.and_then(|_| DomainPages::new(&reuse.store, &lineage.key, seed).ok());
-        let others =
-            others.filter(|pages| !pages.is_empty()).map(|pages| Box::new(Others(pages)) as Box<dyn OtherPages>);
-        for head in reuse.visits(&lineage, &open.layout).into_iter().filter(|head| head.pages_kept) {
-            let known = open.known.iter().position(|root| *root == head.root);
-            let Ok(Some(visit)) = reuse.store.open_visit(&head) else { continue };
-            let Some(found) = Known::of(visit, known, &lineage) else { continue };
-            if let Some((landing, agreed)) = found.land(dir, name, len, options, reuse.trust)? {
-                return Ok(Self { landing, agreed, others });
-            }
-        }
-        Landing::start(dir, name, len, options).map(|landing| Self { landing, agreed: None, others })
-    }
-
-    /// As the receiver's driver takes it.
-    pub(crate) fn landed(self, layout: Layout) -> pagewire_receiver::driver::Landed<FileSink> {
-        let Self { landing, agreed, others } = self;
-        pagewire_receiver::driver::Landed { sink: FileSink::new(landing, layout), agreed, others }
-    }
-}
-
-/// A visit whose manifest was read, or that the sender does not know.
-struct Known {
-    visit: Visit,
-    manifest: Option<(u8, Vec<DigestTree>, PageBitmap)>,
-}
-
-impl Known {
-    /// `None` if the visit turned out damaged; then it is dropped.
-    fn of(visit: Visit, known: Option<usize>, lineage: &Lineage) -> Option<Self> {
-        let Some(known) = known.and_then(|at| u8::try_from(at).ok()) else {
-            return Some(Self { visit, manifest: None });
-        };
-        let hasher = PageHasher::new(&DedupDomain::new(&lineage.key));
-        match (visit.trees(&hasher), visit.present()) {
-            (Ok(trees), Ok(kept)) => {
-                visit.touch();
-                Some(Self { visit, manifest: Some((known, trees, kept)) })
-            }
-            _ => {
-                // A miss, and one that would come again: the visit is of no use to anybody.
-                let _ = visit.reject();
-                None
-            }
-        }
-    }
-
-    /// Lands on the visit's image, or over it; `None` where it is of no use.
-    fn land(
-        mut self,
-        dir: &Path,
-        name: &OsStr,
-        len: u64,
-        options: LandingOptions,
-        trusted: bool,
-    ) -> Result<Option<(Landing, Option<Agreed>)>, LandingError> {
-        let layout = self.visit.head().layout.clone();
-        let agreed = |landing: &Landing, manifest: Option<(u8, Vec<DigestTree>, PageBitmap)>| {
-            let manifest = manifest.filter(|_| landing.is_over());
-            manifest.map(|(known, trees, kept)| Agreed { known, layout, trees, kept, trusted })
-        };
-        if options.inplace {
-            let visit = &mut self.visit;
-            let taken = Landing::start_on(dir, name, len, |folder, partial| {
-                matches!(visit.consume(folder, partial), Ok(Some(_)))
-            })?;
-            if let Some(landing) = taken {
-                let agreed = agreed(&landing, self.manifest);
-                return Ok(Some((landing, agreed)));
-            }
-        }
-        if self.manifest.is_none() && dir.join(name).exists() {
-            // Nobody knows which of the two is closer: the file of that name is where people expect it.
-            return Ok(None);
-        }
-        let Some(image) = self.visit.image().and_then(|image| image.try_clone().ok()) else { return Ok(None) };
-        let landing = Landing::start_over(dir, name, len, image, options)?;
-        let agreed = agreed(&landing, self.manifest);
-        Ok(Some((landing, agreed)))
-    }
-}
-
-/// Pages of other guests of a named domain.
-#[derive(Debug)]
-struct Others(DomainPages);
-
-impl OtherPages for Others {
-    fn fetch(&mut self, digest: &Digest, page: &mut PageBytes) -> bool {
-        self.0.find(digest).is_some_and(|found| self.0.read(found, page).is_ok())
-    }
 }
 
 impl Report {
     /// Something that did not go as it should and did no harm.
     pub(crate) fn warn(&mut self, what: &str, error: &dyn std::error::Error) {
-        self.warnings.push(format!("{what}: {}", chain(error)));
+        self.warnings.push(warning(what, error));
     }
 }
 
-/// A place that cannot hold a visit is told apart from a guest that cannot move.
-impl From<StoreError> for ErrorKind {
-    fn from(error: StoreError) -> Self {
-        Self::Local { what: "store", source: io::Error::other(chain(&error)) }
-    }
+/// What did not go as it should, in one line.
+pub(crate) fn warning(what: &str, error: &dyn std::error::Error) -> String {
+    format!("{what}: {}", chain(error))
 }

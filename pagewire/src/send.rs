@@ -3,14 +3,14 @@
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::observe::{Event, Observer};
-use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round, WireBytes};
+use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round};
 use crate::reuse::{Departure, Reuse, keep_departed};
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::page::InstallSize;
 use pagewire_sender::driver::{Route, Stop, Summary};
 use pagewire_sender::memory::FileMemory;
 use pagewire_sender::{GuestMemory, SenderConfig};
-use pagewire_transport::{Address, CancellationToken};
+use pagewire_transport::{Address, CancellationToken, Progress};
 use std::path::Path;
 use std::time::Duration;
 
@@ -159,12 +159,7 @@ pub(crate) fn run<M: GuestMemory>(
     };
     let (session, stop) = (config.session, options.stop());
     let (summary, result) = pagewire_sender::driver::send(memory, bases, config, route, &stop, |progress| {
-        observer.event(&Event::Progress {
-            pages: progress.pages,
-            pages_total,
-            sent_bytes: progress.wire.sent_bytes,
-            received_bytes: progress.wire.received_bytes,
-        });
+        observer.event(&Progress { pages_total, ..progress }.into());
     });
     fill(&mut report, &summary);
     report.image = summary.manifest.as_ref().map(|manifest| ImageId { root: manifest.root.0, session });
@@ -177,18 +172,12 @@ pub(crate) fn run<M: GuestMemory>(
 fn fill(report: &mut Report, summary: &Summary) {
     let counts = summary.counts;
     report.seconds = summary.spent.as_secs_f64();
-    report.pages = Pages {
-        zero: counts.zero,
-        base: counts.base,
-        reference: counts.reference,
-        inline: counts.inline,
-        delta: counts.delta,
-    };
+    report.pages = Pages::new([counts.zero, counts.base, counts.reference, counts.inline, counts.delta]);
     report.wants = counts.wants;
     report.reuse = ReuseCounts { unread: counts.unread, sampled: counts.sampled, ..ReuseCounts::default() };
-    report.wire = WireBytes { sent_bytes: summary.wire.sent_bytes, received_bytes: summary.wire.received_bytes };
+    report.wire = summary.wire.into();
     report.rounds = vec![Round {
-        pages: [counts.zero, counts.base, counts.reference, counts.inline, counts.delta].iter().sum(),
+        pages: report.pages.total(),
         bytes: summary.wire.sent_bytes,
         seconds: report.seconds,
         dirty_rate: 0.0,

@@ -3,7 +3,7 @@
 //! [`ReceiverEngine`] decides; it has no senses of its own and runs under any driver. It owns what the receiver knows
 //! of the image ([`PageMap`]) and checks every page against its digest before it is used. Memory is reached through
 //! [`GuestSink`]. The `driver` feature adds tokio and nothing else.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
 #[cfg(feature = "driver")]

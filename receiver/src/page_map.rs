@@ -66,15 +66,15 @@ impl PageMap {
         }
     }
 
-    /// The bytes of a claimed page were read and have `digest`: whether it is the one that was claimed.
+    /// The bytes of a page were read and have `digest`: false if another one was claimed of it.
     pub fn confirm(&mut self, region: RegionId, page: u64, digest: &Digest) -> bool {
         let place = u64::from(self.layout.place(region, page).0);
         let fits = self.tree(region).is_some_and(|tree| tree.leaf(page) == *digest);
-        self.claimed.remove(place);
+        let claimed = self.claimed.remove(place);
         if fits {
             self.known.insert(place);
         }
-        fits
+        fits || !claimed
     }
 
     /// Appends the digests of pages: as the sender means them if the base is agreed, else as far as they are known.

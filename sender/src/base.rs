@@ -6,8 +6,8 @@ use pagewire_protocol::tree::DigestTree;
 use std::io;
 
 /// An earlier image of the guest, which the receiver may hold too. Only one that has
-/// [pages in common](pagewire_protocol::page::common_pages) with the memory that is sent can be named. Bytes and digests are guesses: nothing wrong can be
-/// installed because of them.
+/// [pages in common](pagewire_protocol::page::common_pages) with the memory that is sent can be named. Bytes and digests
+/// are guesses: nothing wrong can be installed because of them.
 pub trait Base: Send + std::fmt::Debug + 'static {
     /// The root over its digests and layout.
     fn root(&self) -> Digest;
@@ -30,6 +30,7 @@ pub trait Base: Send + std::fmt::Debug + 'static {
     /// Reads its pages.
     ///
     /// # Errors
-    /// They cannot be read; the session goes on without them.
+    /// They cannot be read; the session goes on without the base's bytes, or, if one of these pages is
+    /// [not there](io::ErrorKind::NotFound), without these.
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()>;
 }

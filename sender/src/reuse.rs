@@ -197,7 +197,7 @@ impl Reuse {
         self.deltas
     }
 
-    /// What pages were in the base, one after the other, for runs of them; `None` if it cannot be read any more.
+    /// What pages were in the base, one after the other, for runs of them; `None` if not all of them are here.
     // SPEC 5.14
     pub(crate) fn old_pages(
         &mut self,
@@ -215,8 +215,8 @@ impl Reuse {
         let mut at = 0usize;
         for part in parts.iter().filter(|part| !part.is_empty()) {
             let end = at.saturating_add(bytes(part));
-            if self.base.read(region, part.start, buffer.get_mut(at..end)?).is_err() {
-                self.deltas = false;
+            if let Err(error) = self.base.read(region, part.start, buffer.get_mut(at..end)?) {
+                self.deltas &= error.kind() == std::io::ErrorKind::NotFound;
                 return None;
             }
             at = end;

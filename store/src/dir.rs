@@ -349,6 +349,11 @@ impl Draft {
         let _ = fs::flock(&self.file, FlockOperation::Unlock);
     }
 
+    /// What is in it, to be read.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     pub(crate) fn io(&self, what: &'static str, source: io::Error) -> StoreError {
         StoreError::Io { path: self.path.clone(), what, source }
     }

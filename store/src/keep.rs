@@ -2,14 +2,16 @@
 //!
 //! The image is in place and durable before the manifest, whose renaming makes the visit one. The store's lock is held
 //! while the drafts are made and while they are renamed, not while pages are copied; drafts are locked all the time, so
-//! nobody takes them for leftovers.
+//! nobody takes them for leftovers. An image may be written to before and while it is copied: every page is digested as
+//! it is kept, and one that is not what its manifest says is left out.
 
 use crate::dir::{Draft, Folder};
 use crate::error::StoreError;
 use crate::manifest::{BLOCK, Manifest, VisitId, VisitKind};
-use crate::visit::{image_name, manifest_name};
+use crate::verify::wrong_pages;
+use crate::visit::{VisitHead, image_name, manifest_name, read_pages};
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::Digest;
+use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::limits::{PAGE_BYTES, SUBTREE_PAGES};
@@ -72,11 +74,27 @@ pub type ReadPages<'a> = &'a mut dyn FnMut(RegionId, u64, &mut [u8]) -> io::Resu
 
 /// Where the pages are.
 pub enum KeepImage<'a> {
-    /// In a file, all regions in a row. Where the file system can, blocks are shared and nothing is copied. Nobody may
-    /// write to it meanwhile.
+    /// In a file, all regions in a row. Where the file system can, blocks are shared and nothing is copied.
     File(&'a File),
     /// Wherever this reads them from; up to 1 MiB is asked for at once, in order, zero pages are not.
     Pages(ReadPages<'a>),
+}
+
+/// What was kept.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    /// The visit.
+    pub head: VisitHead,
+    /// Pages that it lacks because they were written to before they were copied.
+    pub changed: u64,
+}
+
+/// What the pages of an image must be to be kept.
+#[derive(Clone, Copy)]
+pub(crate) struct Claim<'a> {
+    pub(crate) layout: &'a Layout,
+    pub(crate) trees: &'a [DigestTree],
+    pub(crate) hasher: &'a PageHasher,
 }
 
 impl std::fmt::Debug for KeepImage<'_> {
@@ -193,31 +211,38 @@ impl<'a> Writing<'a> {
         Ok(writing)
     }
 
-    /// Writes and syncs the image.
+    /// Writes and syncs the image. Pages that are not what they are claimed to be leave `present`; says how many.
     pub(crate) fn image(
         &self,
         from: KeepImage<'_>,
-        layout: &Layout,
-        trees: &[DigestTree],
-        present: &PageBitmap,
-    ) -> Result<(), StoreError> {
-        let Some(draft) = &self.image else { return Ok(()) };
-        match from {
-            KeepImage::File(file) if draft.clone_from(file) => punch_absent(draft, layout, present)?,
-            KeepImage::File(file) => {
-                let read = |region, page, bytes: &mut [u8]| {
-                    let offset = layout.file_offset(region, page);
-                    let count = (bytes.len() / PAGE_BYTES) as u64;
-                    let real = layout.region(region).map_or(0, |region| region.bytes_of(page, count));
-                    let real = bytes.get_mut(..usize::try_from(real).unwrap_or(usize::MAX));
-                    file.read_exact_at(real.unwrap_or_default(), offset)
-                };
-                copy(draft, layout, trees, present, read)?;
+        claim: Claim<'_>,
+        present: &mut PageBitmap,
+    ) -> Result<u64, StoreError> {
+        let Some(draft) = &self.image else { return Ok(0) };
+        let Claim { layout, trees, hasher } = claim;
+        let of_length = |file: &File| file.metadata().is_ok_and(|info| info.len() == layout.bytes());
+        let mut cloned = false;
+        let changed = match from {
+            KeepImage::File(file) if of_length(file) && draft.clone_from(file) => {
+                cloned = true;
+                // STORE 3.2: a clone changes no more, but it was taken after the digests.
+                wrong_pages(draft.file(), layout, hasher, trees, present)
             }
-            KeepImage::Pages(read) => copy(draft, layout, trees, present, read)?,
+            KeepImage::File(file) => {
+                let read = |region, first, bytes: &mut [u8]| read_pages(file, layout, region, first, bytes);
+                copy(draft, claim, present, read)?
+            }
+            KeepImage::Pages(read) => copy(draft, claim, present, read)?,
+        };
+        changed.runs(0..changed.len()).for_each(|run| {
+            present.remove_range(run);
+        });
+        if cloned {
+            punch_absent(draft, layout, present)?;
         }
         draft.set_len(layout.bytes())?;
-        draft.sync()
+        draft.sync()?;
+        Ok(changed.count())
     }
 
     /// Writes digests and bitmap, and syncs them: what is left is one block.
@@ -290,24 +315,44 @@ impl Drop for Writing<'_> {
     }
 }
 
-/// Copies kept pages; what is zero or not kept stays a hole.
+/// Copies kept pages that are what they are claimed to be, and returns the others by their places; what is zero or not
+/// copied stays a hole.
 fn copy(
     draft: &Draft,
-    layout: &Layout,
-    trees: &[DigestTree],
+    claim: Claim<'_>,
     present: &PageBitmap,
     mut read: impl FnMut(RegionId, u64, &mut [u8]) -> io::Result<()>,
-) -> Result<(), StoreError> {
+) -> Result<PageBitmap, StoreError> {
+    let Claim { layout, trees, hasher } = claim;
     draft.set_len(layout.bytes())?;
-    let mut bytes = vec![0; PIECE_BYTES];
+    let (mut bytes, mut digests) = (vec![0; PIECE_BYTES], Vec::new());
+    let mut changed = PageBitmap::new(present.len());
     each_run(layout, trees, present, PIECE_PAGES, |region, first, count| {
         let len = usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES);
         let piece = bytes.get_mut(..len).unwrap_or_default();
         read(region, first, piece).map_err(|error| draft.io("its pages cannot be read", error))?;
-        let real = layout.region(region).map_or(0, |region| region.bytes_of(first, count));
-        let real = piece.get(..usize::try_from(real).unwrap_or(usize::MAX)).unwrap_or_default();
-        draft.write(layout.file_offset(region, first), real)
-    })
+        // STORE 3.2
+        digests.clear();
+        hasher.digest_nonzero(piece.as_chunks().0, &mut digests);
+        let tree = trees.get(usize::from(region.0));
+        let differs = |(page, digest): &(u64, &Digest)| tree.is_none_or(|tree| tree.leaf(*page) != **digest);
+        let others = (first..).zip(&digests).filter(differs).map(|(page, _)| page);
+        let mut next = first;
+        for page in others.chain([first.saturating_add(count)]) {
+            let real = layout.region(region).map_or(0, |of| of.bytes_of(next, page.saturating_sub(next)));
+            let start = usize::try_from(next.saturating_sub(first)).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES);
+            let end = start.saturating_add(usize::try_from(real).unwrap_or(usize::MAX));
+            if let Some(run) = piece.get(start..end).filter(|run| !run.is_empty()) {
+                draft.write(layout.file_offset(region, next), run)?;
+            }
+            if page < first.saturating_add(count) {
+                changed.insert(u64::from(layout.place(region, page).0));
+            }
+            next = page.saturating_add(1);
+        }
+        Ok(())
+    })?;
+    Ok(changed)
 }
 
 /// Gives a clone holes where pages are not kept.

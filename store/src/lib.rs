@@ -27,7 +27,7 @@ pub use content::{DomainPages, FoundPage};
 pub use error::StoreError;
 pub use evict::Removed;
 pub use index::DigestIndex;
-pub use keep::{Keep, KeepImage, Lineage, ReadPages};
+pub use keep::{Keep, KeepImage, Kept, Lineage, ReadPages};
 pub use landing::{Landing, LandingError, LandingOptions};
 pub use manifest::{VisitId, VisitKind};
 pub use moved::MovedPages;

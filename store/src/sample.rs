@@ -10,6 +10,8 @@ use pagewire_protocol::page::{InstallSize, Layout, Region, RegionId};
 use pagewire_protocol::tree::{DigestTree, image_root};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::Command;
 
 pub(crate) struct Guest {
     pub(crate) lineage: Lineage,
@@ -103,7 +105,7 @@ impl Guest {
             }
             Ok(())
         };
-        store.keep(&self.order(), &self.trees(), present, Some(KeepImage::Pages(&mut read)))
+        store.keep(&self.order(), &self.trees(), present, Some(KeepImage::Pages(&mut read))).map(|kept| kept.head)
     }
 
     pub(crate) fn file(&self) -> File {
@@ -121,7 +123,10 @@ pub(crate) struct Home {
 
 impl Home {
     pub(crate) fn new(budget: Option<u64>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::below(tempfile::tempdir().unwrap(), budget)
+    }
+
+    pub(crate) fn below(dir: tempfile::TempDir, budget: Option<u64>) -> Self {
         let store = Store::open(&dir.path().join("store"), StoreOptions { budget, existing: false }).unwrap();
         Self { dir, store }
     }
@@ -147,6 +152,38 @@ impl Home {
         walk(&self.store.path().join("domains"), &mut found);
         found.sort();
         found
+    }
+}
+
+/// A small file system that shares blocks, for root; elsewhere the test is skipped, and says so.
+pub(crate) struct Sharing(tempfile::TempDir);
+
+impl Sharing {
+    pub(crate) fn mount() -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let (disk, at) = (dir.path().join("disk"), dir.path().join("mounted"));
+        File::create(&disk).unwrap().set_len(320 << 20).unwrap();
+        std::fs::create_dir(&at).unwrap();
+        let ran = |mut command: Command| command.output().is_ok_and(|output| output.status.success());
+        let mut make = Command::new("mkfs.xfs");
+        make.args(["-q", "-m", "reflink=1"]).arg(&disk);
+        let mut mount = Command::new("mount");
+        mount.args(["-o", "loop"]).args([&disk, &at]);
+        let mounted = ran(make) && ran(mount);
+        if !mounted {
+            println!("SKIPPED: a file system that shares blocks needs root, mkfs.xfs and a loop device");
+        }
+        mounted.then_some(Self(dir))
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.0.path().join("mounted")
+    }
+}
+
+impl Drop for Sharing {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
     }
 }
 

@@ -13,11 +13,11 @@
 use crate::dir::{Folder, Watch, try_lock};
 use crate::error::StoreError;
 use crate::evict;
-use crate::keep::{Keep, KeepImage, Lineage, Writing, random};
+use crate::keep::{Claim, Keep, KeepImage, Kept, Lineage, Writing, random};
 use crate::manifest::{Manifest, VisitId};
 use crate::visit::{Opened, Visit, VisitHead, open};
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::Digest;
+use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::{DedupDomain, DomainId};
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::tree::DigestTree;
@@ -149,7 +149,8 @@ impl Store {
     }
 
     /// Keeps a visit: the digests of `trees`, and the pages of `image` that `present` names (by places; `None`: all),
-    /// then evicts what is over the domain's budget. Returns what is kept, without pages if they alone exceed it.
+    /// then evicts what is over the domain's budget. Returns what is kept, without pages if they alone exceed it. A page
+    /// that is not what its digest says is left out: the image may have been written to since.
     ///
     /// May take as long as the disk does; the store's lock is held only at the beginning and at the end.
     ///
@@ -162,36 +163,29 @@ impl Store {
         trees: &[DigestTree],
         present: Option<&PageBitmap>,
         image: Option<KeepImage<'_>>,
-    ) -> Result<VisitHead, StoreError> {
+    ) -> Result<Kept, StoreError> {
         let layout = keep.layout;
         let pages = trees.iter().map(DigestTree::pages);
         if !layout.regions().iter().map(|region| region.pages()).eq(pages) {
             return Err(StoreError::Misuse("the trees of a visit are not of its layout"));
         }
-        let all;
-        let present = match present {
-            Some(present) => present,
-            None => {
-                all = PageBitmap::full(layout.pages());
-                &all
-            }
-        };
+        let mut present = present.cloned().unwrap_or_else(|| PageBitmap::full(layout.pages()));
         if present.len() != layout.pages() {
             return Err(StoreError::Misuse("the present bitmap of a visit is not of its layout"));
         }
-        let bitmap = present.bytes();
         let mut manifest = self.manifest(keep)?;
-        manifest.present = manifest.seal_present(&bitmap);
-        let domain = manifest.domain().id();
+        let hasher = PageHasher::new(&manifest.domain());
+        let domain = hasher.domain().id();
 
         let lock = self.root.lock(false)?;
         let folder = self.domains.make_folder(&domain.to_string())?;
         let writing = Writing::begin(&folder, manifest.id, image.is_some())?;
         drop(lock);
 
-        if let Some(image) = image {
-            writing.image(image, layout, trees, present)?;
-        }
+        let claim = Claim { layout, trees, hasher: &hasher };
+        let changed = image.map_or(Ok(0), |image| writing.image(image, claim, &mut present))?;
+        let bitmap = present.bytes();
+        manifest.present = manifest.seal_present(&bitmap);
         writing.digests(&manifest, trees, &bitmap)?;
 
         let _lock = self.root.lock(false)?;
@@ -202,8 +196,10 @@ impl Store {
             // The visit is kept; what could not go today goes when the next one comes.
             let _ = evict::to_budget(&folder, domain, budget, Some(manifest.id));
         }
-        let kept = open(&folder, domain, manifest.id)?;
-        kept.map(|opened| opened.head).ok_or_else(|| folder.io(OsStr::new(""), "its newest visit went away", gone()))
+        let opened = open(&folder, domain, manifest.id)?;
+        opened
+            .map(|opened| Kept { head: opened.head, changed })
+            .ok_or_else(|| folder.io(OsStr::new(""), "its newest visit went away", gone()))
     }
 
     fn manifest(&self, keep: &Keep<'_>) -> Result<Manifest, StoreError> {

@@ -8,15 +8,16 @@ use crate::error::StoreError;
 use crate::evict::{Removed, remove};
 use crate::keep::Writing;
 use crate::store::{Role, Store, domain_id, role, sweep};
-use crate::visit::{Visit, VisitHead, image_name, manifest_name, next_data, open};
+use crate::visit::{Visit, VisitHead, image_name, manifest_name, next_data, open, read_pages};
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{PageBytes, PageHasher};
 use pagewire_protocol::domain::DomainId;
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::{PageNumber, RegionId};
+use pagewire_protocol::page::{Layout, PageNumber, RegionId};
 use pagewire_protocol::tree::DigestTree;
 use std::ffi::OsStr;
 use std::fmt;
+use std::fs::File;
 use std::path::PathBuf;
 
 /// Pages that are read and hashed at once.
@@ -227,12 +228,10 @@ impl Store {
         repair: bool,
         seen: &mut Verified,
     ) -> Result<(), StoreError> {
-        if !visit.head().pages_kept {
-            return Ok(());
-        }
+        let Some(image) = visit.image() else { return Ok(()) };
         let kept = present.count();
         seen.pages = seen.pages.saturating_add(kept);
-        let wrong = wrong_pages(&visit, hasher, trees, &present);
+        let wrong = wrong_pages(image, &visit.head().layout, hasher, trees, &present);
         let all = 0..present.len();
         let Some(first) = wrong.runs(all.clone()).next() else { return Ok(()) };
         let head = visit.head().clone();
@@ -293,8 +292,14 @@ impl Store {
     }
 }
 
-/// The kept pages, by place, that do not have their digests or cannot be read.
-fn wrong_pages(visit: &Visit, hasher: &PageHasher, trees: &[DigestTree], present: &PageBitmap) -> PageBitmap {
+/// The kept pages of an image, by place, that do not have their digests or cannot be read.
+pub(crate) fn wrong_pages(
+    image: &File,
+    layout: &Layout,
+    hasher: &PageHasher,
+    trees: &[DigestTree],
+    present: &PageBitmap,
+) -> PageBitmap {
     let mut wrong = PageBitmap::new(present.len());
     let mut start = 0u64;
     let mut bytes: Vec<PageBytes> = Vec::new();
@@ -305,7 +310,7 @@ fn wrong_pages(visit: &Visit, hasher: &PageHasher, trees: &[DigestTree], present
             let last = run.end.saturating_sub(start);
             while first < last {
                 let count = last.saturating_sub(first).min(PIECE_PAGES);
-                let piece = PieceOf { visit, hasher, tree, region: RegionId(index), start };
+                let piece = PieceOf { image, layout, hasher, tree, region: RegionId(index), start };
                 piece.judge(first, count, &mut bytes, &mut wrong);
                 first = first.saturating_add(count);
             }
@@ -316,7 +321,8 @@ fn wrong_pages(visit: &Visit, hasher: &PageHasher, trees: &[DigestTree], present
 }
 
 struct PieceOf<'a> {
-    visit: &'a Visit,
+    image: &'a File,
+    layout: &'a Layout,
     hasher: &'a PageHasher,
     tree: &'a DigestTree,
     region: RegionId,
@@ -330,7 +336,7 @@ impl PieceOf<'_> {
             return;
         }
         bytes.resize(usize::try_from(count).unwrap_or(usize::MAX), [0; PAGE_BYTES]);
-        if self.visit.read(self.region, first, bytes.as_flattened_mut()).is_err() {
+        if read_pages(self.image, self.layout, self.region, first, bytes.as_flattened_mut()).is_err() {
             // One unreadable page must not take its neighbours along.
             if count == 1 {
                 wrong.insert(self.start.saturating_add(first));
@@ -350,10 +356,9 @@ impl PieceOf<'_> {
     }
 
     fn is_hole(&self, first: u64, count: u64) -> bool {
-        let layout = &self.visit.head().layout;
-        let offset = layout.file_offset(self.region, first);
-        let bytes = layout.region(self.region).map_or(0, |region| region.bytes_of(first, count));
-        self.visit.image().is_some_and(|image| next_data(image, offset) >= offset.saturating_add(bytes))
+        let offset = self.layout.file_offset(self.region, first);
+        let bytes = self.layout.region(self.region).map_or(0, |region| region.bytes_of(first, count));
+        next_data(self.image, offset) >= offset.saturating_add(bytes)
     }
 }
 

@@ -270,12 +270,7 @@ impl Visit {
     /// No pages are kept, or they cannot be read.
     pub fn read(&self, region: RegionId, first: u64, pages: &mut [u8]) -> io::Result<()> {
         let image = self.image.as_ref().ok_or(io::ErrorKind::NotFound)?;
-        let count = (pages.len() / PAGE_BYTES) as u64;
-        let bytes = self.head.layout.region(region).map_or(0, |region| region.bytes_of(first, count));
-        let real = usize::try_from(bytes).unwrap_or(usize::MAX).min(pages.len());
-        let (real, padding) = pages.split_at_mut(real);
-        padding.fill(0);
-        image.read_exact_at(real, self.head.layout.file_offset(region, first))
+        read_pages(image, &self.head.layout, region, first, pages)
     }
 
     /// Remembers that it was used just now. That it cannot be remembered is no reason to stop.
@@ -379,6 +374,22 @@ fn is_elsewhere(error: &io::Error) -> bool {
 fn is_same(known: Option<&File>, other: &File) -> bool {
     let identity = |file: &File| fstat(file).ok().map(|info| (info.st_dev, info.st_ino));
     known.and_then(identity).is_some_and(|known| identity(other) == Some(known))
+}
+
+/// Reads pages of an image file; what lies behind the region's end is zeros.
+pub(crate) fn read_pages(
+    image: &File,
+    layout: &Layout,
+    region: RegionId,
+    first: u64,
+    pages: &mut [u8],
+) -> io::Result<()> {
+    let count = (pages.len() / PAGE_BYTES) as u64;
+    let bytes = layout.region(region).map_or(0, |region| region.bytes_of(first, count));
+    let real = usize::try_from(bytes).unwrap_or(usize::MAX).min(pages.len());
+    let (real, padding) = pages.split_at_mut(real);
+    padding.fill(0);
+    image.read_exact_at(real, layout.file_offset(region, first))
 }
 
 /// The first byte at or after `offset` that may be no hole.

@@ -1,8 +1,11 @@
 //! Where received pages go: the trait and its kinds.
 
 mod file;
+mod mapping;
+mod ram;
 
 pub use file::FileSink;
+pub use ram::{GuestRam, RamRegion, RamSink};
 
 use pagewire_protocol::digest::{Digest, PageBytes};
 use pagewire_protocol::page::RegionId;

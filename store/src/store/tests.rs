@@ -1,6 +1,6 @@
 //! What a store keeps it gives back, to whoever shares it, and nothing else.
 
-use crate::sample::{Guest, Home, is_whole};
+use crate::sample::{Guest, Home, Sharing, is_whole};
 use crate::{Keep, KeepImage, Lineage, Store, StoreError, StoreOptions, VisitHead, VisitId, VisitKind};
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::domain::LineageId;
@@ -18,7 +18,7 @@ fn gives_back_what_it_kept_from_a_file_or_from_memory() {
     for from_file in [false, true] {
         let guest = Guest::new(1, 7, 2000);
         let head = if from_file {
-            home.store.keep(&guest.order(), &guest.trees(), None, Some(KeepImage::File(&guest.file()))).unwrap()
+            home.store.keep(&guest.order(), &guest.trees(), None, Some(KeepImage::File(&guest.file()))).unwrap().head
         } else {
             guest.keep(&home.store)
         };
@@ -52,7 +52,7 @@ fn pages_that_are_zero_or_not_worth_keeping_are_holes() {
     present.insert_range(0..200);
     for image in [Some(KeepImage::File(&guest.file())), None] {
         let kept = image.is_some();
-        let head = home.store.keep(&guest.order(), &guest.trees(), Some(&present), image).unwrap();
+        let head = home.store.keep(&guest.order(), &guest.trees(), Some(&present), image).unwrap().head;
         let visit = home.visit(&head).unwrap();
         assert_eq!((visit.present().unwrap() == present, visit.image().is_some(), head.pages_kept), (true, kept, kept));
         assert!(is_whole(&visit, &guest.lineage.key), "all digests are there, and the pages that were worth it");
@@ -66,9 +66,48 @@ fn pages_that_are_zero_or_not_worth_keeping_are_holes() {
     let root = pagewire_protocol::tree::image_root(&empty.domain(), &empty.layout, &mut trees.clone());
     let mut nothing = |_: RegionId, _: u64, _: &mut [u8]| panic!("zero pages are not asked for");
     let order = empty.order_with(root);
-    let head = home.store.keep(&order, &trees, None, Some(KeepImage::Pages(&mut nothing))).unwrap();
+    let head = home.store.keep(&order, &trees, None, Some(KeepImage::Pages(&mut nothing))).unwrap().head;
     assert!(head.bytes_on_disk < 1 << 20, "16 GiB of zeros take {} bytes", head.bytes_on_disk);
     assert!(home.visit(&head).unwrap().trees(&empty.hasher()).is_ok());
+}
+
+/// C14: whoever keeps an image of a guest that runs keeps no page under another page's digest.
+#[test]
+fn pages_written_to_before_they_were_copied_are_left_out() {
+    let sharing = Sharing::mount();
+    let shared = sharing.as_ref().map(|sharing| tempfile::tempdir_in(sharing.path()).unwrap());
+    for (shares, dir) in [(false, Some(tempfile::tempdir().unwrap())), (true, shared)] {
+        let Some(home) = dir.map(|dir| Home::below(dir, None)) else { continue };
+        let guest = Guest::new(1, 7, 2000);
+        // Pages that had bytes, a page of zeros, the first of a region and the last, which is short.
+        let written = [1, 2, 3, 400, 601, 1331, 1333, 1999];
+        let mut bytes = guest.bytes.clone();
+        for place in written {
+            let (region, page) = guest.layout.locate(Place(place));
+            bytes[guest.layout.file_offset(region, page.0) as usize + 9] ^= 0x40;
+        }
+        assert!(guest.trees()[0].is_zero(400) && guest.layout.locate(Place(1333)).0 == RegionId(1));
+        let path = home.dir.path().join("image");
+        fs::write(&path, &bytes).unwrap();
+        let image = File::open(&path).unwrap();
+        let kept = home.store.keep(&guest.order(), &guest.trees(), None, Some(KeepImage::File(&image))).unwrap();
+        let visit = home.visit(&kept.head).unwrap();
+        let mut present = PageBitmap::full(guest.layout.pages());
+        // Pages of zeros are not even read where pages are copied: what is kept of them is right.
+        let cloned = kept.changed == 8;
+        assert!(cloned || (!shares && kept.changed == 7), "{} pages", kept.changed);
+        written.iter().filter(|&&place| cloned || place != 400).for_each(|&place| {
+            present.remove(u64::from(place));
+        });
+        assert!(visit.present().unwrap() == present, "shares blocks: {shares}");
+        assert!(is_whole(&visit, &guest.lineage.key));
+        for place in written {
+            let (region, page) = guest.layout.locate(Place(place));
+            let mut bytes = [1; 4096];
+            visit.read(region, page.0, &mut bytes).unwrap();
+            assert_eq!(bytes, [0; 4096], "nothing of what was written stays");
+        }
+    }
 }
 
 #[test]
