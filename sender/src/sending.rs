@@ -144,7 +144,7 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     pub(crate) fn handle_ack(&mut self, lane: LaneId, ack: &Ack, now: Time) -> Result<(), ErrorKind> {
-        let applied = self.lanes.acknowledge(lane, ack.frames, now)?;
+        let applied = self.lanes.acknowledge(lane, ack, now)?;
         for want in &ack.wants {
             let malformed = |source: DecodeError| PeerError::Decode { kind: FrameKind::ACK, source };
             let range = self.layout.range(want.region, want.first, want.count).map_err(malformed)?;
@@ -161,13 +161,17 @@ impl<M: GuestMemory> Sending<M> {
         if self.counts.wants > pages.saturating_mul(WANTS_A_PAGE_MAX) {
             return Err(Violation::WantFlood { wants: self.counts.wants, pages }.into());
         }
+        let settled = self.lanes.is_settled();
         for (at, switch) in self.announce.iter_mut().enumerate() {
             let of_region = |region: u16| usize::from(region) == at;
             let announced =
                 applied.iter().filter(|frame| of_region(frame.region)).map(|frame| u64::from(frame.announced)).sum();
             let wanted = ack.wants.iter().filter(|want| of_region(want.region)).map(|want| u64::from(want.count)).sum();
             let costs = (&self.compress, &self.lanes.goodput);
-            switch.measured(announced, wanted, u16::try_from(at).unwrap_or(0), costs, now, &mut self.decisions);
+            switch.note(announced, wanted);
+            if settled {
+                switch.judge(u16::try_from(at).unwrap_or(0), costs, now, &mut self.decisions);
+            }
         }
         Ok(())
     }

@@ -68,7 +68,7 @@ fn samples(pages: &[u8]) -> Vec<Frame<'_>> {
         Frame::Join(Join { session: [2; 16], proof: Digest([3; 32]) }),
         Frame::Have(Have { region: 1, first: 4, digests: vec![Digest([5; 32]); 2] }),
         Frame::Pages(Pages::decode(pages).unwrap()),
-        Frame::Ack(Ack { frames: 6, wants: vec![want; 2] }),
+        Frame::Ack(Ack { frames: 6, settled: 5, wants: vec![want; 2] }),
         Frame::Round(RoundEnd { round: 1, frames: 6 }),
         Frame::Root(Root { round: 1, pages: 62, digest: Digest([7; 32]) }),
         Frame::Done(Done { pages: 62, root: Digest([7; 32]) }),
@@ -94,7 +94,7 @@ fn every_frame_round_trips_and_is_refused_when_cut_or_too_long() {
             // A whole digest or want less is a shorter legal list.
             let shorter = match header.kind {
                 FrameKind::HAVE => cut > 16 && (cut - 16) % 32 == 0,
-                FrameKind::ACK => cut >= 8 && (cut - 8) % 16 == 0,
+                FrameKind::ACK => cut >= 16 && cut % 16 == 0,
                 _ => false,
             };
             assert_eq!(Frame::decode(header.kind, &body[..cut]).is_ok(), shorter, "{} cut at {cut}", header.kind);
@@ -299,10 +299,16 @@ fn rejects_lists_and_numbers_at_each_limit_plus_one() {
     assert_eq!([0, 1, 64, 65].map(have), [false, true, true, false]);
     let ack = |count| {
         let mut body = Vec::new();
-        Ack { frames: 0, wants: vec![Want { region: 0, first: 0, count: 1 }; count] }.encode(&mut body);
+        Ack { frames: 0, settled: 0, wants: vec![Want { region: 0, first: 0, count: 1 }; count] }.encode(&mut body);
         Ack::decode(&body).is_ok()
     };
     assert_eq!([0, 1, WANTS_MAX, WANTS_MAX + 1].map(ack), [true, true, true, false]);
+    let settled = |settled| {
+        let mut body = Vec::new();
+        Ack { frames: 7, settled, wants: Vec::new() }.encode(&mut body);
+        Ack::decode(&body).is_ok()
+    };
+    assert_eq!([0, 7, 8, u64::MAX].map(settled), [true, true, false, false]);
     let judged = |accept: Accept| {
         let mut body = Vec::new();
         accept.encode(&mut body);

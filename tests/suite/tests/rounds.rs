@@ -151,7 +151,7 @@ fn a_page_that_is_stated_again_and_wanted_is_not_present() {
     script.settle();
     assert!(script.outcome().is_none() && script.last(FrameKind::DONE).is_none());
     let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("the page is wanted") };
-    assert_eq!(ack, Ack { frames: 2, wants: vec![Want { region: 0, first: 2, count: 1 }] });
+    assert_eq!(ack, Ack { frames: 2, settled: 2, wants: vec![Want { region: 0, first: 2, count: 1 }] });
     script.raw(BULK, FrameKind::PAGES, &stated(&newer, 1, 2..3));
     script.settle();
     assert!(script.last(FrameKind::DONE).is_some() && sink.state().image == newer);

@@ -377,9 +377,10 @@ pub fn sender_session(data: &[u8]) {
                     first: input.number(),
                     count: u32::try_from(input.number()).unwrap_or(u32::MAX).max(1),
                 });
-                let wants = wants.collect();
+                let wants: Vec<Want> = wants.collect();
                 let frames = script.frames(lane).saturating_sub(u64::from(input.byte() % 4));
-                script.say(lane, &Frame::Ack(Ack { frames, wants }));
+                let settled = frames.saturating_sub(wants.len() as u64);
+                script.say(lane, &Frame::Ack(Ack { frames, settled, wants }));
             }
         }
     }
