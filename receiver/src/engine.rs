@@ -47,6 +47,8 @@ pub struct Terms<S> {
     pub agreed: Option<Agreed>,
     /// Pages of other guests of the domain, if they may be matched.
     pub others: Option<Box<dyn OtherPages>>,
+    /// Random: what the sender's proofs of having such pages are made for.
+    pub challenge: [u8; 32],
 }
 
 /// A base whose manifest both sides know.

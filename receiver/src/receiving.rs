@@ -5,13 +5,14 @@
 
 use crate::engine::{Agreed, FinishJob, Terms};
 use crate::error::ErrorKind;
-use crate::memory::{GuestSink, OtherPages};
+use crate::memory::GuestSink;
 use crate::page_map::PageMap;
 use crate::report::Counts;
-use crate::resolve::{Base, Resolved, Resolver, Target};
+use crate::resolve::{Base, Others, Resolved, Resolver, Target};
 use crate::scan::Scan;
 use crate::waiting::{Turn, Waiting};
 use crate::wants::Wants;
+use pagewire_protocol::challenge::Challenge;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
@@ -55,7 +56,7 @@ pub(crate) struct Receiving<S> {
     pub(crate) wants: Wants,
     pub(crate) waiting: Waiting,
     pub(crate) resolver: Resolver,
-    pub(crate) others: Option<Box<dyn OtherPages>>,
+    pub(crate) others: Option<Others>,
     pub(crate) lanes: [Lane; LaneId::COUNT],
     pub(crate) bulk_lanes: u8,
     /// When something was last stated, or read from the base.
@@ -77,7 +78,9 @@ fn unreadable(source: io::Error) -> ErrorKind {
 impl<S: GuestSink> Receiving<S> {
     /// What an image that was offered goes into, and the ACCEPT that says so, but for its transcript.
     pub(crate) fn new(open: Open, terms: Terms<S>, codecs: u32, now: Time) -> io::Result<(Self, Accept)> {
-        let Terms { sink, lanes, window, secret, seed, agreed, others } = terms;
+        let Terms { sink, lanes, window, secret, seed, agreed, others, challenge } = terms;
+        let others = others
+            .map(|pages| Others { pages, challenge: Challenge::new(&challenge, &open.session, &open.domain_key) });
         let regions = (0..).map(RegionId).take(open.layout.regions().len());
         let base: Vec<u64> = regions.map(|region| sink.base_pages(region)).collect();
         // SPEC 4.14
@@ -95,7 +98,7 @@ impl<S: GuestSink> Receiving<S> {
             held_pages: held.clone(),
             agreed: agreed.as_ref().map_or(0, |agreed| agreed.known.saturating_add(1)),
             base_stays: stays,
-            others: others.is_some(),
+            challenge: others.is_some().then_some(challenge),
         };
         let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
         let mut map = PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero());
@@ -193,7 +196,7 @@ impl<S: GuestSink> Receiving<S> {
     fn target<'a>(&'a mut self, counts: &'a mut Counts) -> Option<(&'a mut Resolver, Target<'a, S>)> {
         let keeps_base = self.keeps_base();
         let Self { map, sink, scan, hasher, base, others, waiting, resolver, .. } = self;
-        let (sink, others, base) = (sink.as_mut()?, others.as_deref_mut(), *base);
+        let (sink, others, base) = (sink.as_mut()?, others.as_mut(), *base);
         Some((resolver, Target { map, sink, scan, hasher, counts, base, others, waiting, keeps_base }))
     }
 
@@ -269,7 +272,7 @@ impl<S: GuestSink> Receiving<S> {
     fn give_turn(&mut self, place: Place, digest: &Digest, counts: &mut Counts) -> Result<(), ErrorKind> {
         let (region, page) = self.open.layout.locate(place);
         let Some((resolver, mut to)) = self.target(counts) else { return Ok(()) };
-        if !resolver.bring(region, page.0, digest, &mut to)? {
+        if !resolver.bring(region, page.0, (digest, None), &mut to)? {
             self.wants.ask(&self.open.layout, region, page.0, 1);
         }
         self.waiting.done(place);
@@ -310,6 +313,10 @@ impl<S: GuestSink> Receiving<S> {
         // SPEC 6.3
         if self.bulk_lanes > 1 && first / GROUP_PAGES != last / GROUP_PAGES {
             return Err(Violation::Entry { what: "a batch that crosses a group", region, first }.into());
+        }
+        // SPEC 6.28
+        if self.others.is_none() && pages.proofs().next().is_some() {
+            return Err(Violation::Entry { what: "proofs that nothing asked for", region, first }.into());
         }
         // SPEC 6.15
         if !self.base.agreed && !self.scan.has_read(range.region, first, head.count) {

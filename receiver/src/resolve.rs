@@ -10,6 +10,7 @@ use crate::page_map::{Found, PageMap};
 use crate::report::Counts;
 use crate::scan::Scan;
 use crate::waiting::Waiting;
+use pagewire_protocol::challenge::{Challenge, PageProof};
 use pagewire_protocol::compress::{Decompressor, decompress_delta};
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest, is_zero, page_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
@@ -64,11 +65,21 @@ pub(crate) struct Target<'a, S> {
     pub(crate) hasher: &'a PageHasher,
     pub(crate) counts: &'a mut Counts,
     pub(crate) base: Base,
-    pub(crate) others: Option<&'a mut (dyn OtherPages + 'static)>,
+    pub(crate) others: Option<&'a mut Others>,
     pub(crate) waiting: &'a mut Waiting,
     /// Nothing of the base is overwritten while it may be avoided.
     pub(crate) keeps_base: bool,
 }
+
+/// Pages of other guests, and what a sender has to prove before it gets one.
+#[derive(Debug)]
+pub(crate) struct Others {
+    pub(crate) pages: Box<dyn OtherPages>,
+    pub(crate) challenge: Challenge,
+}
+
+/// A digest that is referred to, and the proof that the sender has its page.
+type Reference<'a> = (&'a Digest, Option<PageProof>);
 
 /// What kind of base the session has.
 #[derive(Clone, Copy, Debug, Default)]
@@ -241,23 +252,27 @@ impl Resolver {
         to: &mut Target<'_, S>,
     ) -> Result<(), ErrorKind> {
         let (region, mut strangers, mut references) = (range.region, Vec::new(), 0usize);
+        let mut proofs = pages.proofs();
         for (_, run) in runs(pages, range.first.0).filter(|(kind, _)| *kind == EntryKind::REFERENCE) {
             for page in run {
                 references = references.saturating_add(1);
+                let proof = proofs.next();
                 if to.map.digest(region, page) == Some(self.digest_of(range.first.0, page)) {
                     count_present(EntryKind::REFERENCE, false, region, page..page.saturating_add(1), to);
                 } else {
-                    strangers.push(page);
+                    strangers.push((page, proof));
                 }
             }
         }
         let limit = Waiting::limit(strangers.len(), references);
         let misses_wait = !to.base.agreed && !to.scan.is_finished();
-        for page in strangers {
+        for (page, proof) in strangers {
             let (digest, place) = (self.digest_of(range.first.0, page), to.map.layout().place(region, page));
+            // A proof does not wait: what may be another guest's is brought at once.
             let overwrites = to.keeps_base && page < to.scan.held(region);
-            let waits = overwrites && to.waiting.push(place, digest, limit);
-            if !waits && self.bring(region, page, &digest, to)? {
+            let here = overwrites && (proof.is_none() || to.map.place_of(&digest).is_some());
+            let waits = here && to.waiting.push(place, digest, limit);
+            if !waits && self.bring(region, page, (&digest, proof), to)? {
                 continue;
             }
             // A later round may state a page again that was present.
@@ -274,10 +289,10 @@ impl Resolver {
         &self,
         region: RegionId,
         page: u64,
-        digest: &Digest,
+        (digest, proof): Reference<'_>,
         to: &mut Target<'_, S>,
     ) -> Result<bool, ErrorKind> {
-        let here = self.fetch(region, page, digest, to)?;
+        let here = self.fetch(region, page, (digest, proof), to)?;
         if here {
             let kind = if *digest == to.hasher.zero() { EntryKind::ZERO } else { EntryKind::REFERENCE };
             count_present(kind, false, region, page..page.saturating_add(1), to);
@@ -337,7 +352,7 @@ impl Resolver {
         &self,
         region: RegionId,
         page: u64,
-        digest: &Digest,
+        (digest, proof): Reference<'_>,
         to: &mut Target<'_, S>,
     ) -> Result<bool, ErrorKind> {
         if to.map.digest(region, page) == Some(*digest) {
@@ -350,7 +365,9 @@ impl Resolver {
         if let Some(bytes) = kept.filter(|bytes| page_digest(to.hasher.domain(), bytes) == *digest) {
             return self.put(region, page, &bytes, digest, to);
         }
-        let Some(found) = to.map.find(digest) else { return self.fetch_other(region, page, digest, to) };
+        let Some(found) = to.map.find(digest) else {
+            return self.fetch_other(region, page, (digest, proof), to);
+        };
         let mut bytes: PageBytes = [0; PAGE_BYTES];
         let read = match found {
             Found::Image(from, number) => to.sink.read(from, number, &mut bytes),
@@ -372,18 +389,22 @@ impl Resolver {
         self.put(region, page, &bytes, digest, to)
     }
 
-    /// Brings a page of another guest to its place, if one has the digest.
+    /// Brings a page of another guest to its place, if one has the digest and the sender has proved that it has the page.
+    // SPEC 6.28
     fn fetch_other<S: GuestSink>(
         &self,
         region: RegionId,
         page: u64,
-        digest: &Digest,
+        (digest, proof): Reference<'_>,
         to: &mut Target<'_, S>,
     ) -> Result<bool, ErrorKind> {
+        let (Some(others), Some(proof)) = (to.others.as_mut(), proof) else { return Ok(false) };
         let mut bytes: PageBytes = [0; PAGE_BYTES];
-        let found = to.others.as_mut().is_some_and(|others| others.fetch(digest, &mut bytes));
-        if !found || page_digest(to.hasher.domain(), &bytes) != *digest {
+        if !others.pages.fetch(digest, &mut bytes) || page_digest(to.hasher.domain(), &bytes) != *digest {
             return Ok(false);
+        }
+        if !others.challenge.holds(&bytes, &proof) {
+            return Err(Violation::Proof { region: region.0, page }.into());
         }
         to.counts.others = to.counts.others.saturating_add(1);
         self.put(region, page, &bytes, digest, to)

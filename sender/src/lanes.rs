@@ -5,6 +5,7 @@
 
 use crate::pace::Pace;
 use crate::switch::{Goodput, Way};
+use pagewire_protocol::challenge::PageProof;
 use pagewire_protocol::compress::{Compressor, compress_delta};
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::Violation;
@@ -25,6 +26,8 @@ pub(crate) struct Batch {
     pub(crate) head: PagesHead,
     pub(crate) runs: Vec<Run>,
     pub(crate) references: Vec<Digest>,
+    /// Their proofs, or none.
+    pub(crate) proofs: Vec<PageProof>,
     pub(crate) payload: Payload,
     /// Pages that were announced and may be wanted.
     pub(crate) announced: u32,
@@ -124,12 +127,12 @@ struct Planned {
 
 impl Planned {
     fn new(batch: Batch, lane: LaneId) -> Self {
-        let Batch { mut head, runs, references, payload, announced, .. } = batch;
+        let Batch { mut head, runs, references, proofs, payload, announced, .. } = batch;
         if head.codec != Codec::DELTA && runs.iter().all(|run| run.kind != EntryKind::SHIFTED) {
             head.shift = 0;
         }
         let mut bytes = vec![0; HEADER_BYTES];
-        head.encode(&runs, &references, &mut bytes);
+        head.encode(&runs, &references, &proofs, &mut bytes);
         seal(FrameKind::PAGES, lane, 0, payload.len(), &mut bytes);
         Self { outgoing: Outgoing { head: bytes, payload }, is_pages: true, region: head.region, announced }
     }

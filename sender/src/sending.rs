@@ -15,6 +15,7 @@ use crate::reuse::{Reuse, Stated, between};
 use crate::switch::{AnnounceSwitch, CompressSwitch, Way};
 use crate::tally::Tally;
 use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::challenge::Challenge;
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
@@ -23,7 +24,6 @@ use pagewire_protocol::frame::{
 use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES, WANTS_A_PAGE_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Place, Region, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
-use pagewire_protocol::session::Payload;
 use pagewire_protocol::time::Time;
 use pagewire_protocol::tree::{DigestTree, image_root};
 use std::ops::Range;
@@ -70,8 +70,8 @@ pub(crate) struct Sending<M> {
     holdings: Holdings,
     /// The base, if both sides know its manifest: `trees` begin with its digests then.
     reuse: Option<Reuse>,
-    /// The receiver has pages of other guests.
-    others: bool,
+    /// The receiver has pages of other guests, for whoever proves that it has them too.
+    challenge: Option<Challenge>,
     sent: SentPages,
     pub(crate) lanes: Lanes,
     compress: CompressSwitch,
@@ -118,7 +118,7 @@ impl<M: GuestMemory> Sending<M> {
             reuse,
             // Nothing is announced of an agreed base.
             holdings: Holdings::new(&layout, if is_agreed { &[] } else { &accept.held_pages }),
-            others: accept.others,
+            challenge: accept.challenge.map(|random| Challenge::new(&random, &config.session, &config.domain_key)),
             sent: SentPages::new(&layout, config.dedup.then_some(config.seed), !is_agreed),
             lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers),
             compress: CompressSwitch::new(config.compress && zstd, config.workers),
@@ -268,7 +268,7 @@ impl<M: GuestMemory> Sending<M> {
             self.state_equal(range);
             return Ok(Step::Did);
         }
-        let announce = (self.others || held.iter().any(|held| *held != Held::Nothing))
+        let announce = (self.challenge.is_some() || held.iter().any(|held| *held != Held::Nothing))
             && self.announce.get_mut(usize::from(range.region.0)).is_some_and(AnnounceSwitch::choose);
         self.state_pages(range, buffer, announce, now);
         Ok(Step::Did)
@@ -396,6 +396,9 @@ impl<M: GuestMemory> Sending<M> {
             };
             entries.push(kind, at, digest);
         }
+        if let Some(challenge) = self.challenge.as_ref().filter(|_| announce) {
+            entries.prove(challenge, &self.hasher, &self.digests);
+        }
         self.send(range, lane, entries, Sent { announced: announce, ..Sent::default() }, now);
     }
 
@@ -465,7 +468,7 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     fn send(&mut self, range: PageRange, lane: LaneId, entries: Entries, how: Sent, now: Time) {
-        let Entries { runs, references, shifted, inline, payload } = entries;
+        let Entries { runs, references, proofs, shifted, inline, payload } = entries;
         let found = u64::from(shifted).saturating_add(references.len() as u64);
         self.note(range, &runs);
         if inline == 0 && found == 0 {
@@ -488,7 +491,7 @@ impl<M: GuestMemory> Sending<M> {
         if way.is_none() {
             self.counts.payload_bytes = self.counts.payload_bytes.saturating_add(bytes as u64);
         }
-        self.lanes.plan(lane, Batch { head, runs, references, payload, announced, old }, way);
+        self.lanes.plan(lane, Batch { head, runs, references, proofs, payload, announced, old }, way);
     }
 
     /// What the inline pages of a batch were in the base.
@@ -519,7 +522,8 @@ impl<M: GuestMemory> Sending<M> {
         let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return };
         let head = self.head(range, tree.batch(range.first.0, range.count));
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
-        let batch = Batch { head, runs, references: Vec::new(), payload: Payload::default(), announced: 0, old: None };
+        let (references, proofs, payload) = Default::default();
+        let batch = Batch { head, runs, references, proofs, payload, announced: 0, old: None };
         self.lanes.plan(lane, batch, None);
     }
 
