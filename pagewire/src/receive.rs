@@ -343,7 +343,10 @@ pub(crate) fn session<S: GuestSink>(
     mut observe: impl FnMut(&Event),
 ) -> (bool, Outcome) {
     let Arriving { socket, framer, single_stream, lanes, start } = arriving;
-    let entropy = || Ok(Entropy { nonce: random()?, secret: random()?, seed: u64::from_le_bytes(random()?) });
+    let entropy = || {
+        let (nonce, secret, challenge) = (random()?, random()?, random()?);
+        Ok(Entropy { nonce, secret, challenge, seed: u64::from_le_bytes(random()?) })
+    };
     let entropy: Entropy = match entropy() {
         Ok(entropy) => entropy,
         Err(kind) => {

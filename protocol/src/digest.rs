@@ -123,7 +123,17 @@ impl PageHasher {
     }
 
     /// Hands the digest of each page of `pages` to `each`, in order.
-    pub fn digest_pages<'a>(&self, pages: impl IntoIterator<Item = &'a PageBytes>, mut each: impl FnMut(Digest)) {
+    pub fn digest_pages<'a>(&self, pages: impl IntoIterator<Item = &'a PageBytes>, each: impl FnMut(Digest)) {
+        self.hash_pages(&self.domain.page, pages, each);
+    }
+
+    /// Hands the hash of each page under `key` to `each`, in order.
+    pub(crate) fn hash_pages<'a>(
+        &self,
+        key: &Key,
+        pages: impl IntoIterator<Item = &'a PageBytes>,
+        mut each: impl FnMut(Digest),
+    ) {
         let mut pages = pages.into_iter();
         let mut batch: [&PageBytes; LANES] = [&[0; PAGE_BYTES]; LANES];
         loop {
@@ -132,7 +142,7 @@ impl PageHasher {
                 *slot = page;
                 filled += 1;
             }
-            self.digest_batch(&mut batch, filled, &mut each);
+            self.hash_batch(key, &mut batch, filled, &mut each);
             if filled < LANES {
                 return;
             }
@@ -163,16 +173,22 @@ impl PageHasher {
     }
 
     /// Hashes the first `filled` pages of `batch`; the rest is padding and may be overwritten.
-    fn digest_batch<'a>(&self, batch: &mut [&'a PageBytes; LANES], filled: usize, each: &mut impl FnMut(Digest)) {
+    fn hash_batch<'a>(
+        &self,
+        key: &Key,
+        batch: &mut [&'a PageBytes; LANES],
+        filled: usize,
+        each: &mut impl FnMut(Digest),
+    ) {
         if filled < BATCH_MIN {
-            batch.iter().take(filled).for_each(|page| each(page_digest(&self.domain, page)));
+            batch.iter().take(filled).for_each(|page| each(key.hash([page.as_slice()])));
             return;
         }
         let width = filled.next_power_of_two().clamp(BATCH_MIN, LANES);
         let first: &'a PageBytes = batch[0];
         batch[filled..].fill(first);
         let mut out = [[0; CV_BYTES]; LANES];
-        self.hash_side_by_side::<PAGE_BYTES>(&self.domain.page, &batch[..width], &mut out[..width]);
+        self.hash_side_by_side::<PAGE_BYTES>(key, &batch[..width], &mut out[..width]);
         out.iter().take(filled).for_each(|cv| each(Digest(*cv)));
     }
 

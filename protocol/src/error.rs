@@ -204,6 +204,14 @@ pub enum Violation {
         /// Pages of the image.
         pages: u64,
     },
+    /// A page's proof that is not that of the page: the peer knows its digest alone.
+    #[error("the proof of page {page} of region {region} is wrong: the sender does not have its bytes")]
+    Proof {
+        /// The region's index.
+        region: u16,
+        /// The page.
+        page: u64,
+    },
     /// The whole image, or its count of pages, is not what the peer says.
     #[error("root mismatch: {theirs} over {their_pages} pages there, {ours} over {our_pages} here")]
     Root {

@@ -48,6 +48,9 @@ pub const HAVE_DIGESTS_MAX: usize = 64;
 pub const WANTS_MAX: usize = 2 * BATCH_PAGES_MAX;
 /// How often one page may be wanted in a round before the session ends: first miss, a reference that went stale, one more.
 pub const WANTS_A_PAGE_MAX: u64 = 3;
+/// Pages stated by reference that a receiver lets wait for the rest of its base (512 MiB): 7 MiB of bookkeeping, and what
+/// is read in some tenths of a second.
+pub const WAITING_PAGES_MAX: usize = 128 * 1024;
 /// Bytes sent on a lane and not yet acknowledged (64 MiB): 10 Gbit/s over 50 ms.
 pub const WINDOW_BYTES: u64 = 64 << 20;
 /// PAGES bytes after which a receiver acknowledges at the latest.

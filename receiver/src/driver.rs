@@ -58,6 +58,8 @@ pub struct Entropy {
     pub secret: [u8; 32],
     /// The seed of the digest index.
     pub seed: u64,
+    /// What proofs of having a page are made for.
+    pub challenge: [u8; 32],
 }
 
 /// What a session begins with.
@@ -134,8 +136,8 @@ async fn drive<S: GuestSink>(
                     pump.take_joins(joins);
                     check_streams(&offer, single_stream)?;
                     let Landed { sink, agreed, others } = decide(&offer)?;
-                    let Entropy { secret, seed, .. } = entropy;
-                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed, others })
+                    let Entropy { secret, seed, challenge, .. } = entropy;
+                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed, others, challenge })
                 });
                 summary.offer = Some(*offer);
                 let now = pump.now();

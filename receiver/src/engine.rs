@@ -47,6 +47,8 @@ pub struct Terms<S> {
     pub agreed: Option<Agreed>,
     /// Pages of other guests of the domain, if they may be matched.
     pub others: Option<Box<dyn OtherPages>>,
+    /// Random: what the sender's proofs of having such pages are made for.
+    pub challenge: [u8; 32],
 }
 
 /// A base whose manifest both sides know.
@@ -339,24 +341,17 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
             return false;
         }
         let Some(receiving) = self.receiving.as_mut() else { return false };
-        let Receiving { scan, map, sink: Some(sink), hasher, moved, .. } = receiving.as_mut() else { return false };
-        if scan.is_finished() {
-            return false;
-        }
-        *moved = now;
-        match scan.step(map, sink, hasher, &mut self.counts) {
-            Ok(have) => {
-                if let Some(have) = have {
-                    self.endpoint.push_frame(LaneId::CONTROL, &Frame::Have(have));
-                }
-                // An agreed base may be read to its end after everything was stated.
-                match receiving.check_complete() {
-                    Ok(true) => self.events.push_back(Event::Verified),
-                    Ok(false) => {}
-                    Err(kind) => self.fail(kind),
-                }
+        let step = match receiving.step(&mut self.counts, now) {
+            Ok(None) => return false,
+            step => step,
+        };
+        // Everything may have been stated before the base was read to its end.
+        match step.and_then(|have| Ok((have.flatten(), receiving.check_complete()?))) {
+            Ok((have, complete)) => {
+                have.into_iter().for_each(|have| self.endpoint.push_frame(LaneId::CONTROL, &Frame::Have(have)));
+                self.events.extend(complete.then_some(Event::Verified));
             }
-            Err(source) => self.fail(ErrorKind::Destination { what: "base cannot be read", source }),
+            Err(kind) => self.fail(kind),
         }
         true
     }

@@ -16,6 +16,7 @@ mod receiving;
 mod report;
 mod resolve;
 mod scan;
+mod waiting;
 mod wants;
 
 pub use engine::{Agreed, Event, FinishJob, FinishOutput, Offer, ReceiverEngine, Terms};

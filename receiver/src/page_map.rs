@@ -195,6 +195,14 @@ impl PageMap {
         Some(if here || self.left.is_none() { Found::Image(region, page.0) } else { Found::Base(region, page.0) })
     }
 
+    /// Where the image has the content `digest` now.
+    pub fn place_of(&mut self, digest: &Digest) -> Option<Place> {
+        match self.find(digest)? {
+            Found::Image(region, page) => Some(self.layout.place(region, page)),
+            Found::Base(..) => None,
+        }
+    }
+
     /// These pages were stated: nodes over whole subtrees are hashed while others wait, not when all wait for the root.
     pub fn note_stated(&mut self, range: PageRange) {
         let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) else { return };

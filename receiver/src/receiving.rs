@@ -5,24 +5,28 @@
 
 use crate::engine::{Agreed, FinishJob, Terms};
 use crate::error::ErrorKind;
-use crate::memory::{GuestSink, OtherPages};
+use crate::memory::GuestSink;
 use crate::page_map::PageMap;
 use crate::report::Counts;
-use crate::resolve::{Base, Resolved, Resolver, Target};
+use crate::resolve::{Base, Others, Resolved, Resolver, Target};
 use crate::scan::Scan;
+use crate::waiting::{Turn, Waiting};
 use crate::wants::Wants;
+use pagewire_protocol::challenge::Challenge;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
-use pagewire_protocol::frame::{Accept, Ack, EntryKind, Frame, FrameKind, LaneId, Open, Pages, Root, RoundEnd};
-use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX};
-use pagewire_protocol::page::{GROUP_PAGES, PageNumber, PageRange, RegionId, common_pages};
+use pagewire_protocol::frame::{Accept, Ack, EntryKind, Frame, FrameKind, Have, LaneId, Open, Pages, Root, RoundEnd};
+use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX, PAGE_BYTES};
+use pagewire_protocol::page::{GROUP_PAGES, PageNumber, PageRange, Place, RegionId, common_pages};
 use pagewire_protocol::session::Outgoing;
 use pagewire_protocol::time::{Span, Time};
 use std::io;
 
 /// PAGES frames of a lane that are acknowledged without waiting for more.
 const ACK_AT_ONCE: u64 = 8;
+/// Pages that have waited and get their turn in one step.
+const TURNS_A_STEP: usize = 64;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Lane {
@@ -32,6 +36,8 @@ pub(crate) struct Lane {
     /// The round of the last pages.
     pub(crate) round: u32,
     pub(crate) frames: u64,
+    /// How many of them came before the first that left pages waiting, if any wait.
+    pub(crate) settled: Option<u64>,
     pub(crate) unacked_bytes: u64,
     pub(crate) ack_due: Option<Time>,
 }
@@ -48,8 +54,9 @@ pub(crate) struct Receiving<S> {
     pub(crate) scan: Scan,
     pub(crate) base: Base,
     pub(crate) wants: Wants,
+    pub(crate) waiting: Waiting,
     pub(crate) resolver: Resolver,
-    pub(crate) others: Option<Box<dyn OtherPages>>,
+    pub(crate) others: Option<Others>,
     pub(crate) lanes: [Lane; LaneId::COUNT],
     pub(crate) bulk_lanes: u8,
     /// When something was last stated, or read from the base.
@@ -64,10 +71,16 @@ pub(crate) struct Receiving<S> {
     pub(crate) finish: Option<FinishJob<S>>,
 }
 
+fn unreadable(source: io::Error) -> ErrorKind {
+    ErrorKind::Destination { what: "base cannot be read", source }
+}
+
 impl<S: GuestSink> Receiving<S> {
     /// What an image that was offered goes into, and the ACCEPT that says so, but for its transcript.
     pub(crate) fn new(open: Open, terms: Terms<S>, codecs: u32, now: Time) -> io::Result<(Self, Accept)> {
-        let Terms { sink, lanes, window, secret, seed, agreed, others } = terms;
+        let Terms { sink, lanes, window, secret, seed, agreed, others, challenge } = terms;
+        let others = others
+            .map(|pages| Others { pages, challenge: Challenge::new(&challenge, &open.session, &open.domain_key) });
         let regions = (0..).map(RegionId).take(open.layout.regions().len());
         let base: Vec<u64> = regions.map(|region| sink.base_pages(region)).collect();
         // SPEC 4.14
@@ -85,7 +98,7 @@ impl<S: GuestSink> Receiving<S> {
             held_pages: held.clone(),
             agreed: agreed.as_ref().map_or(0, |agreed| agreed.known.saturating_add(1)),
             base_stays: stays,
-            others: others.is_some(),
+            challenge: others.is_some().then_some(challenge),
         };
         let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
         let mut map = PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero());
@@ -112,6 +125,7 @@ impl<S: GuestSink> Receiving<S> {
             scan,
             base,
             wants: Wants::new(&open.layout, accept.lanes),
+            waiting: Waiting::new(open.layout.pages()),
             resolver: Resolver::new()?,
             others,
             lanes: Default::default(),
@@ -143,14 +157,18 @@ impl<S: GuestSink> Receiving<S> {
     ) -> Result<(), ErrorKind> {
         let range = self.judge_range(lane, pages)?;
         self.read_up_to(range, counts)?;
-        let Some(sink) = self.sink.as_mut() else {
+        for range in stated(range, pages) {
+            let first = u64::from(self.open.layout.place(range.region, range.first.0).0);
+            self.waiting.settle(first..first.saturating_add(u64::from(range.count)));
+        }
+        let waited = self.waiting.count();
+        let Some((resolver, mut to)) = self.target(counts) else {
             // SPEC 7.4: a late answer to a want, whose page was stated again meanwhile.
             return Ok(());
         };
-        let (scan, hasher, base) = (&self.scan, &self.hasher, self.base);
-        let others = self.others.as_deref_mut();
-        let mut to = Target { map: &mut self.map, sink, scan, hasher, counts, base, others };
-        match self.resolver.apply(range, pages, &mut to)? {
+        let resolved = resolver.apply(range, pages, &mut to)?;
+        self.note_waiting(lane, self.waiting.count() > waited);
+        match resolved {
             Resolved::Missing(missing) => {
                 stated(range, pages).for_each(|range| self.wants.settle(&self.open.layout, range));
                 missing.iter().for_each(|&page| self.wants.ask(&self.open.layout, range.region, page, 1));
@@ -165,8 +183,7 @@ impl<S: GuestSink> Receiving<S> {
                 }
             }
         }
-        let begun = self.lanes.iter().map(|lane| u64::from(lane.ended)).max().unwrap_or(0).saturating_add(1);
-        self.wants.check(&self.open.layout, begun)?;
+        self.check_wants()?;
         self.map.note_stated(range);
         if let Some(state) = self.lanes.get_mut(lane.index()) {
             state.frames = state.frames.saturating_add(1);
@@ -179,12 +196,105 @@ impl<S: GuestSink> Receiving<S> {
         Ok(())
     }
 
+    /// So many pages may be wanted for each round that has begun.
+    fn check_wants(&self) -> Result<(), Violation> {
+        let begun = self.lanes.iter().map(|lane| u64::from(lane.ended)).max().unwrap_or(0).saturating_add(1);
+        self.wants.check(&self.open.layout, begun)
+    }
+
+    /// What resolves frames, and against what; `None` while the image is made to last.
+    fn target<'a>(&'a mut self, counts: &'a mut Counts) -> Option<(&'a mut Resolver, Target<'a, S>)> {
+        let keeps_base = self.keeps_base();
+        let Self { map, sink, scan, hasher, base, others, waiting, resolver, .. } = self;
+        let (sink, others, base) = (sink.as_mut()?, others.as_mut(), *base);
+        Some((resolver, Target { map, sink, scan, hasher, counts, base, others, waiting, keeps_base }))
+    }
+
+    /// Whether bytes of the base should stay where they are: it does not stay otherwise, and not every page has been
+    /// stated that may have come from there.
+    fn keeps_base(&self) -> bool {
+        let in_place = !self.base.stays && !self.base.agreed && self.scan.holds_any();
+        in_place && !self.has_ended(0)
+    }
+
+    /// Whether a round has ended on every lane.
+    fn has_ended(&self, round: u32) -> bool {
+        let has_ended = |lane: LaneId| self.lanes.get(lane.index()).is_some_and(|lane| lane.ended > round);
+        (0..self.bulk_lanes).map(LaneId::bulk).all(has_ended)
+    }
+
+    /// The next frame of a lane left pages waiting, or did not.
+    // SPEC 6.27
+    fn note_waiting(&mut self, lane: LaneId, waits: bool) {
+        if self.waiting.is_empty() {
+            self.lanes.iter_mut().for_each(|lane| lane.settled = None);
+        } else if let Some(state) = self.lanes.get_mut(lane.index()).filter(|_| waits) {
+            state.settled.get_or_insert(state.frames);
+        }
+    }
+
+    /// One bounded step of the receiver's own work: the next part of the base is read, and perhaps announced, or pages
+    /// that wait get their turn. `None` if there is nothing to do.
+    pub(crate) fn step(&mut self, counts: &mut Counts, now: Time) -> Result<Option<Option<Have>>, ErrorKind> {
+        let Some(sink) = self.sink.as_mut() else { return Ok(None) };
+        let have = if self.scan.is_finished() {
+            if !self.look_again(counts, now)? {
+                return Ok(None);
+            }
+            None
+        } else {
+            self.scan.step(&mut self.map, sink, &self.hasher, counts).map_err(unreadable)?
+        };
+        self.moved = now;
+        Ok(Some(have))
+    }
+
+    /// Gives some of the pages that wait their turn, if it has come; says whether there were any.
+    // SPEC 6.26
+    fn look_again(&mut self, counts: &mut Counts, now: Time) -> Result<bool, ErrorKind> {
+        if self.waiting.is_empty() || !self.scan.is_finished() || self.keeps_base() {
+            return Ok(false);
+        }
+        for _ in 0..TURNS_A_STEP {
+            let (map, stays) = (&mut self.map, self.base.stays);
+            let turn = self.waiting.next(|digest| if stays { None } else { map.place_of(digest) });
+            let (Some(turn), Some(sink)) = (turn, self.sink.as_mut()) else { break };
+            match turn {
+                Turn::Keep(place) => {
+                    let (region, page) = self.open.layout.locate(place);
+                    let mut bytes = Box::new([0; PAGE_BYTES]);
+                    sink.read(region, page.0, bytes.as_mut_slice()).map_err(unreadable)?;
+                    self.waiting.keep(self.map.digest(region, page.0).unwrap_or_default(), bytes);
+                }
+                Turn::Put(place, digest) => self.give_turn(place, &digest, counts)?,
+            }
+        }
+        self.check_wants()?;
+        if self.waiting.is_empty() {
+            for lane in &mut self.lanes {
+                lane.ack_due = lane.settled.take().map_or(lane.ack_due, |_| Some(now));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Puts a page that waited, or wants it.
+    fn give_turn(&mut self, place: Place, digest: &Digest, counts: &mut Counts) -> Result<(), ErrorKind> {
+        let (region, page) = self.open.layout.locate(place);
+        let Some((resolver, mut to)) = self.target(counts) else { return Ok(()) };
+        if !resolver.bring(region, page.0, (digest, None), &mut to)? {
+            self.wants.ask(&self.open.layout, region, page.0, 1);
+        }
+        self.waiting.done(place);
+        Ok(())
+    }
+
     /// Reads the base as far as a frame speaks of it: with an agreed one the sender need not wait for that.
     fn read_up_to(&mut self, range: PageRange, counts: &mut Counts) -> Result<(), ErrorKind> {
         let Some(sink) = self.sink.as_mut() else { return Ok(()) };
         while !self.scan.is_finished() && !self.scan.has_read(range.region, range.first.0, range.count) {
             let read = self.scan.step(&mut self.map, sink, &self.hasher, counts);
-            read.map_err(|source| ErrorKind::Destination { what: "base cannot be read", source })?;
+            read.map_err(unreadable)?;
         }
         Ok(())
     }
@@ -213,6 +323,10 @@ impl<S: GuestSink> Receiving<S> {
         // SPEC 6.3
         if self.bulk_lanes > 1 && first / GROUP_PAGES != last / GROUP_PAGES {
             return Err(Violation::Entry { what: "a batch that crosses a group", region, first }.into());
+        }
+        // SPEC 6.28
+        if self.others.is_none() && pages.proofs().next().is_some() {
+            return Err(Violation::Entry { what: "proofs that nothing asked for", region, first }.into());
         }
         // SPEC 6.15
         if !self.base.agreed && !self.scan.has_read(range.region, first, head.count) {
@@ -245,8 +359,7 @@ impl<S: GuestSink> Receiving<S> {
     /// Whether everything has come; if so the finish job is ready.
     pub(crate) fn check_complete(&mut self) -> Result<bool, ErrorKind> {
         let Some(root) = self.root.filter(|_| self.sink.is_some()) else { return Ok(false) };
-        let has_ended = |lane: LaneId| self.lanes.get(lane.index()).is_some_and(|lane| lane.ended > root.round);
-        if !self.scan.is_finished() || !(0..self.bulk_lanes).map(LaneId::bulk).all(has_ended) {
+        if !self.scan.is_finished() || !self.waiting.is_empty() || !self.has_ended(root.round) {
             return Ok(false);
         }
         let (pages, present, wanted) = (self.open.layout.pages(), self.map.present_pages(), self.wants.outstanding());
@@ -271,7 +384,8 @@ impl<S: GuestSink> Receiving<S> {
             return None;
         }
         (state.unacked_bytes, state.ack_due) = (0, None);
-        Some(Outgoing::frame(&Frame::Ack(Ack { frames: state.frames, wants }), lane))
+        let ack = Ack { frames: state.frames, settled: state.settled.unwrap_or(state.frames), wants };
+        Some(Outgoing::frame(&Frame::Ack(ack), lane))
     }
 }
 

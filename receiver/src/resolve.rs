@@ -9,6 +9,8 @@ use crate::memory::{GuestSink, OtherPages};
 use crate::page_map::{Found, PageMap};
 use crate::report::Counts;
 use crate::scan::Scan;
+use crate::waiting::Waiting;
+use pagewire_protocol::challenge::{Challenge, PageProof};
 use pagewire_protocol::compress::{Decompressor, decompress_delta};
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest, is_zero, page_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
@@ -63,8 +65,21 @@ pub(crate) struct Target<'a, S> {
     pub(crate) hasher: &'a PageHasher,
     pub(crate) counts: &'a mut Counts,
     pub(crate) base: Base,
-    pub(crate) others: Option<&'a mut (dyn OtherPages + 'static)>,
+    pub(crate) others: Option<&'a mut Others>,
+    pub(crate) waiting: &'a mut Waiting,
+    /// Nothing of the base is overwritten while it may be avoided.
+    pub(crate) keeps_base: bool,
 }
+
+/// Pages of other guests, and what a sender has to prove before it gets one.
+#[derive(Debug)]
+pub(crate) struct Others {
+    pub(crate) pages: Box<dyn OtherPages>,
+    pub(crate) challenge: Challenge,
+}
+
+/// A digest that is referred to, and the proof that the sender has its page.
+type Reference<'a> = (&'a Digest, Option<PageProof>);
 
 /// What kind of base the session has.
 #[derive(Clone, Copy, Debug, Default)]
@@ -205,7 +220,10 @@ impl Resolver {
                     to.sink.install(region, run.start, bytes.as_flattened()).map_err(failed("cannot be written"))?;
                     self.learn(region, start, run.clone(), to);
                 }
-                EntryKind::ZERO => self.clear(region, run.clone(), to)?,
+                EntryKind::ZERO => {
+                    self.place_zeros(region, run, to)?;
+                    continue;
+                }
                 EntryKind::BASE => {
                     // Of an agreed base this is what the manifest says, and the bytes may be something else.
                     let (known, unknown) = to.map.split(region, run);
@@ -221,18 +239,66 @@ impl Resolver {
             let delta = kind == EntryKind::INLINE && pages.head.codec == Codec::DELTA;
             count_present(kind, delta, region, run, to);
         }
-        for (_, run) in runs(pages, start).filter(|(kind, _)| *kind == EntryKind::REFERENCE) {
+        self.place_references(range, pages, &mut missing, to)?;
+        Ok(Resolved::Missing(missing))
+    }
+
+    /// Brings referenced pages to their places, now or later; those that have to be wanted become `missing`.
+    // SPEC 6.26
+    fn place_references<S: GuestSink>(
+        &self,
+        range: PageRange,
+        pages: &Pages<'_>,
+        missing: &mut Vec<u64>,
+        to: &mut Target<'_, S>,
+    ) -> Result<(), ErrorKind> {
+        let (region, mut strangers, mut references) = (range.region, Vec::new(), 0usize);
+        let mut proofs = pages.proofs();
+        for (_, run) in runs(pages, range.first.0).filter(|(kind, _)| *kind == EntryKind::REFERENCE) {
             for page in run {
-                if self.fetch(region, start, page, to)? {
+                references = references.saturating_add(1);
+                let proof = proofs.next();
+                if to.map.digest(region, page) == Some(self.digest_of(range.first.0, page)) {
                     count_present(EntryKind::REFERENCE, false, region, page..page.saturating_add(1), to);
                 } else {
-                    // A later round may state a page again that was present.
-                    to.map.mark_absent(region, page);
-                    missing.push(page);
+                    strangers.push((page, proof));
                 }
             }
         }
-        Ok(Resolved::Missing(missing))
+        let limit = Waiting::limit(strangers.len(), references);
+        let misses_wait = !to.base.agreed && !to.scan.is_finished();
+        for (page, proof) in strangers {
+            let (digest, place) = (self.digest_of(range.first.0, page), to.map.layout().place(region, page));
+            // A proof does not wait: what may be another guest's is brought at once.
+            let overwrites = to.keeps_base && page < to.scan.held(region);
+            let here = overwrites && (proof.is_none() || to.map.place_of(&digest).is_some());
+            let waits = here && to.waiting.push(place, digest, limit);
+            if !waits && self.bring(region, page, (&digest, proof), to)? {
+                continue;
+            }
+            // A later round may state a page again that was present.
+            to.map.mark_absent(region, page);
+            if !(waits || misses_wait && to.waiting.push(place, digest, limit)) {
+                missing.push(page);
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings a page to its place from wherever its content is here, and counts it; false if it is nowhere.
+    pub(crate) fn bring<S: GuestSink>(
+        &self,
+        region: RegionId,
+        page: u64,
+        (digest, proof): Reference<'_>,
+        to: &mut Target<'_, S>,
+    ) -> Result<bool, ErrorKind> {
+        let here = self.fetch(region, page, (digest, proof), to)?;
+        if here {
+            let kind = if *digest == to.hasher.zero() { EntryKind::ZERO } else { EntryKind::REFERENCE };
+            count_present(kind, false, region, page..page.saturating_add(1), to);
+        }
+        Ok(here)
     }
 
     fn digest_of(&self, start: u64, page: u64) -> Digest {
@@ -242,6 +308,29 @@ impl Resolver {
 
     fn learn<S>(&self, region: RegionId, start: u64, pages: Range<u64>, to: &mut Target<'_, S>) {
         pages.for_each(|page| to.map.set(region, page, self.digest_of(start, page)));
+    }
+
+    /// Makes the pages of a run zero, now or later.
+    fn place_zeros<S: GuestSink>(
+        &self,
+        region: RegionId,
+        run: Range<u64>,
+        to: &mut Target<'_, S>,
+    ) -> Result<(), ErrorKind> {
+        let (zero, mut next) = (to.hasher.zero(), run.start);
+        let of_base = run.start..run.end.min(to.scan.held(region));
+        for page in if to.keeps_base { of_base } else { 0..0 } {
+            let place = to.map.layout().place(region, page);
+            if to.map.digest(region, page) != Some(zero) && to.waiting.push(place, zero, Waiting::limit(0, 1)) {
+                to.map.mark_absent(region, page);
+                self.clear(region, next..page, to)?;
+                count_present(EntryKind::ZERO, false, region, next..page, to);
+                next = page.saturating_add(1);
+            }
+        }
+        self.clear(region, next..run.end, to)?;
+        count_present(EntryKind::ZERO, false, region, next..run.end, to);
+        Ok(())
     }
 
     /// Makes those pages of a run zero that are not known to be.
@@ -263,15 +352,23 @@ impl Resolver {
     fn fetch<S: GuestSink>(
         &self,
         region: RegionId,
-        start: u64,
         page: u64,
+        (digest, proof): Reference<'_>,
         to: &mut Target<'_, S>,
     ) -> Result<bool, ErrorKind> {
-        let digest = self.digest_of(start, page);
-        if to.map.digest(region, page) == Some(digest) {
+        if to.map.digest(region, page) == Some(*digest) {
             return Ok(true);
         }
-        let Some(found) = to.map.find(&digest) else { return self.fetch_other(region, page, &digest, to) };
+        if *digest == to.hasher.zero() {
+            return self.clear(region, page..page.saturating_add(1), to).map(|()| true);
+        }
+        let kept = to.waiting.kept(digest).copied();
+        if let Some(bytes) = kept.filter(|bytes| page_digest(to.hasher.domain(), bytes) == *digest) {
+            return self.put(region, page, &bytes, digest, to);
+        }
+        let Some(found) = to.map.find(digest) else {
+            return self.fetch_other(region, page, (digest, proof), to);
+        };
         let mut bytes: PageBytes = [0; PAGE_BYTES];
         let read = match found {
             Found::Image(from, number) => to.sink.read(from, number, &mut bytes),
@@ -279,7 +376,7 @@ impl Resolver {
         };
         read.map_err(failed("cannot be read"))?;
         // SPEC 6.9
-        if page_digest(to.hasher.domain(), &bytes) != digest {
+        if page_digest(to.hasher.domain(), &bytes) != *digest {
             let Found::Image(from, number) = found else { return Ok(false) };
             // Not what was read or written there: a miss, never a wrong page. One that was counted on is lost for good.
             if to.map.is_present(from, number) {
@@ -290,21 +387,25 @@ impl Resolver {
             to.map.forget(from, number);
             return Ok(false);
         }
-        self.put(region, page, &bytes, &digest, to)
+        self.put(region, page, &bytes, digest, to)
     }
 
-    /// Brings a page of another guest to its place, if one has the digest.
+    /// Brings a page of another guest to its place, if one has the digest and the sender has proved that it has the page.
+    // SPEC 6.28
     fn fetch_other<S: GuestSink>(
         &self,
         region: RegionId,
         page: u64,
-        digest: &Digest,
+        (digest, proof): Reference<'_>,
         to: &mut Target<'_, S>,
     ) -> Result<bool, ErrorKind> {
+        let (Some(others), Some(proof)) = (to.others.as_mut(), proof) else { return Ok(false) };
         let mut bytes: PageBytes = [0; PAGE_BYTES];
-        let found = to.others.as_mut().is_some_and(|others| others.fetch(digest, &mut bytes));
-        if !found || page_digest(to.hasher.domain(), &bytes) != *digest {
+        if !others.pages.fetch(digest, &mut bytes) || page_digest(to.hasher.domain(), &bytes) != *digest {
             return Ok(false);
+        }
+        if !others.challenge.holds(&bytes, &proof) {
+            return Err(Violation::Proof { region: region.0, page }.into());
         }
         to.counts.others = to.counts.others.saturating_add(1);
         self.put(region, page, &bytes, digest, to)

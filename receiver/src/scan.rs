@@ -56,6 +56,11 @@ impl Scan {
         self.held.get(usize::from(region.0)).copied().unwrap_or(0)
     }
 
+    /// Whether anything is held at all.
+    pub(crate) fn holds_any(&self) -> bool {
+        self.held.iter().any(|&held| held > 0)
+    }
+
     /// Whether there is nothing left to read.
     pub(crate) fn is_finished(&self) -> bool {
         usize::from(self.region) >= self.held.len()

@@ -5,7 +5,8 @@
 
 use crate::lanes::Lanes;
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::Digest;
+use pagewire_protocol::challenge::{Challenge, PageProof};
+use pagewire_protocol::digest::{Digest, PageBytes, PageHasher};
 use pagewire_protocol::frame::{EntryKind, LaneId, Run};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, PageRange, Place};
@@ -101,6 +102,8 @@ impl SentPages {
 pub(crate) struct Entries {
     pub(crate) runs: Vec<Run>,
     pub(crate) references: Vec<Digest>,
+    /// Their proofs, if the receiver asks for them.
+    pub(crate) proofs: Vec<PageProof>,
     pub(crate) shifted: u32,
     pub(crate) inline: u32,
     pub(crate) payload: Payload,
@@ -142,6 +145,15 @@ impl Entries {
             EntryKind::SHIFTED => self.shifted = self.shifted.saturating_add(1),
             _ => {}
         }
+    }
+}
+
+impl Entries {
+    /// Adds the proofs of all pages that are not zero: they are announced.
+    pub(crate) fn prove(&mut self, challenge: &Challenge, hasher: &PageHasher, digests: &[Digest]) {
+        let pages: &[PageBytes] = self.payload.buffer.as_chunks().0;
+        let announced = pages.iter().zip(digests).filter(|(_, digest)| **digest != hasher.zero());
+        challenge.prove_pages(hasher, announced.map(|(page, _)| page), |proof| self.proofs.push(proof));
     }
 }
 

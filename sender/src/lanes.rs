@@ -5,10 +5,11 @@
 
 use crate::pace::Pace;
 use crate::switch::{Goodput, Way};
+use pagewire_protocol::challenge::PageProof;
 use pagewire_protocol::compress::{Compressor, compress_delta};
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::Violation;
-use pagewire_protocol::frame::{Codec, EntryKind, Frame, FrameKind, HEADER_BYTES, LaneId, PagesHead, Run, seal};
+use pagewire_protocol::frame::{Ack, Codec, EntryKind, Frame, FrameKind, HEADER_BYTES, LaneId, PagesHead, Run, seal};
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Job, Outgoing, Payload};
@@ -25,6 +26,8 @@ pub(crate) struct Batch {
     pub(crate) head: PagesHead,
     pub(crate) runs: Vec<Run>,
     pub(crate) references: Vec<Digest>,
+    /// Their proofs, or none.
+    pub(crate) proofs: Vec<PageProof>,
     pub(crate) payload: Payload,
     /// Pages that were announced and may be wanted.
     pub(crate) announced: u32,
@@ -124,12 +127,12 @@ struct Planned {
 
 impl Planned {
     fn new(batch: Batch, lane: LaneId) -> Self {
-        let Batch { mut head, runs, references, payload, announced, .. } = batch;
+        let Batch { mut head, runs, references, proofs, payload, announced, .. } = batch;
         if head.codec != Codec::DELTA && runs.iter().all(|run| run.kind != EntryKind::SHIFTED) {
             head.shift = 0;
         }
         let mut bytes = vec![0; HEADER_BYTES];
-        head.encode(&runs, &references, &mut bytes);
+        head.encode(&runs, &references, &proofs, &mut bytes);
         seal(FrameKind::PAGES, lane, 0, payload.len(), &mut bytes);
         Self { outgoing: Outgoing { head: bytes, payload }, is_pages: true, region: head.region, announced }
     }
@@ -156,6 +159,8 @@ struct Lane {
     in_flight_bytes: u64,
     planned: u64,
     acked: u64,
+    /// Those of them of which no page waits at the receiver.
+    settled: u64,
 }
 
 /// All bulk lanes of a session.
@@ -330,7 +335,8 @@ impl Lanes {
     }
 
     /// The receiver has applied `frames` PAGES frames of `lane`; returns those that it had not before.
-    pub(crate) fn acknowledge(&mut self, lane: LaneId, frames: u64, now: Time) -> Result<Vec<InFlight>, Violation> {
+    pub(crate) fn acknowledge(&mut self, lane: LaneId, ack: &Ack, now: Time) -> Result<Vec<InFlight>, Violation> {
+        let Ack { frames, settled, .. } = *ack;
         let Some(state) = self.lane_mut(lane) else { return Ok(Vec::new()) };
         let news = frames.checked_sub(state.acked).and_then(|news| usize::try_from(news).ok());
         let sent = state.acked.saturating_add(state.in_flight.len() as u64);
@@ -338,7 +344,10 @@ impl Lanes {
         let Some(news) = news.filter(|&news| news <= state.in_flight.len()) else {
             return Err(Violation::Ack { got: frames, sent });
         };
-        state.acked = frames;
+        if settled < state.settled {
+            return Err(Violation::Ack { got: settled, sent });
+        }
+        (state.acked, state.settled) = (frames, settled);
         let applied: Vec<InFlight> = state.in_flight.drain(..news).collect();
         let bytes = applied.iter().fold(0u64, |sum, frame| sum.saturating_add(frame.bytes));
         state.in_flight_bytes = state.in_flight_bytes.saturating_sub(bytes);
@@ -350,6 +359,11 @@ impl Lanes {
         }
         self.goodput.delivered(payload, more, now);
         Ok(applied)
+    }
+
+    /// Whether none of the acknowledged frames has a page that waits at the receiver and may be wanted yet.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.settled == lane.acked)
     }
 
     /// When the bandwidth cap lets the next frame go, if one waits for it.

@@ -6,6 +6,7 @@
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
 mod again;
+mod answers;
 mod base;
 mod classify;
 pub mod converge;

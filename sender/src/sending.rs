@@ -16,21 +16,18 @@ use crate::rounds::Rounds;
 use crate::switch::{AnnounceSwitch, CompressSwitch, Way};
 use crate::tally::Tally;
 use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::challenge::Challenge;
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
-    Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run, SKIPPED_DIGEST,
+    Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run,
 };
 use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES, WANTS_A_PAGE_MAX};
-use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Place, Region, RegionId};
+use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Region, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
-use pagewire_protocol::session::Payload;
 use pagewire_protocol::time::Time;
 use pagewire_protocol::tree::{DigestTree, image_root};
 use std::ops::Range;
-
-/// Pages between two wanted ones that are stated again rather than ending the frame: 256 bytes of digests at most.
-const GAP_PAGES: u64 = 8;
 
 /// What a step did.
 #[derive(Debug)]
@@ -77,16 +74,16 @@ pub(crate) struct Sending<M> {
     holdings: Holdings,
     /// The base, if both sides know its manifest: `trees` begin with its digests then.
     reuse: Option<Reuse>,
-    /// The receiver has pages of other guests.
-    others: bool,
+    /// The receiver has pages of other guests, for whoever proves that it has them too.
+    challenge: Option<Challenge>,
     pub(crate) sent: SentPages,
     pub(crate) lanes: Lanes,
     compress: CompressSwitch,
     announce: Vec<AnnounceSwitch>,
     /// Places wanted and not answered yet.
-    wants: PageBitmap,
+    pub(crate) wants: PageBitmap,
     /// Places wanted before: their next answer carries the bytes, whatever was sent elsewhere.
-    wanted: PageBitmap,
+    pub(crate) wanted: PageBitmap,
     cover: Option<Cover>,
     region: RegionId,
     next: u64,
@@ -126,7 +123,7 @@ impl<M: GuestMemory> Sending<M> {
             reuse,
             // Nothing is announced of an agreed base.
             holdings: Holdings::new(&layout, if is_agreed { &[] } else { &accept.held_pages }),
-            others: accept.others,
+            challenge: accept.challenge.map(|random| Challenge::new(&random, &config.session, &config.domain_key)),
             sent: SentPages::new(&layout, config.dedup.then_some(config.seed), !is_agreed),
             lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers),
             compress: CompressSwitch::new(config.compress && zstd, config.workers),
@@ -152,7 +149,7 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     pub(crate) fn handle_ack(&mut self, lane: LaneId, ack: &Ack, now: Time) -> Result<(), ErrorKind> {
-        let applied = self.lanes.acknowledge(lane, ack.frames, now)?;
+        let applied = self.lanes.acknowledge(lane, ack, now)?;
         for want in &ack.wants {
             let malformed = |source: DecodeError| PeerError::Decode { kind: FrameKind::ACK, source };
             let range = self.layout.range(want.region, want.first, want.count).map_err(malformed)?;
@@ -170,13 +167,17 @@ impl<M: GuestMemory> Sending<M> {
         if self.counts.wants > pages.saturating_mul(WANTS_A_PAGE_MAX).saturating_mul(rounds) {
             return Err(Violation::WantFlood { wants: self.counts.wants, pages }.into());
         }
+        let settled = self.lanes.is_settled();
         for (at, switch) in self.announce.iter_mut().enumerate() {
             let of_region = |region: u16| usize::from(region) == at;
             let announced =
                 applied.iter().filter(|frame| of_region(frame.region)).map(|frame| u64::from(frame.announced)).sum();
             let wanted = ack.wants.iter().filter(|want| of_region(want.region)).map(|want| u64::from(want.count)).sum();
             let costs = (&self.compress, &self.lanes.goodput);
-            switch.measured(announced, wanted, u16::try_from(at).unwrap_or(0), costs, now, &mut self.decisions);
+            switch.note(announced, wanted);
+            if settled {
+                switch.judge(u16::try_from(at).unwrap_or(0), costs, now, &mut self.decisions);
+            }
         }
         Ok(())
     }
@@ -281,7 +282,7 @@ impl<M: GuestMemory> Sending<M> {
             self.state_equal(range);
             return Ok(Step::Did);
         }
-        let announce = (self.others || held.iter().any(|held| *held != Held::Nothing))
+        let announce = (self.challenge.is_some() || held.iter().any(|held| *held != Held::Nothing))
             && self.announce.get_mut(usize::from(range.region.0)).is_some_and(AnnounceSwitch::choose);
         self.state_pages(range, buffer, announce, now);
         Ok(Step::Did)
@@ -412,74 +413,15 @@ impl<M: GuestMemory> Sending<M> {
             };
             entries.push(kind, at, digest);
         }
+        if let Some(challenge) = self.challenge.as_ref().filter(|_| announce) {
+            entries.prove(challenge, &self.hasher, &self.digests);
+        }
         self.send(range, lane, entries, Sent { announced: announce, ..Sent::default() }, now);
-    }
-
-    /// The next pages to answer wants with: whole install pages inside one group, and what lies between near ones.
-    fn next_want(&mut self) -> Option<PageRange> {
-        if self.wants.count() == 0 {
-            return None;
-        }
-        let mut runs = self.wants.runs(0..self.layout.pages());
-        let first = runs.next()?;
-        let (region, page) = self.layout.locate(Place(u32::try_from(first.start).ok()?));
-        let known = self.layout.region(region)?;
-        let step = u64::from(known.install_size.pages()).max(self.step_pages()).min(GROUP_PAGES);
-        let border = (page.0 / step).saturating_add(1).saturating_mul(step).min(known.pages());
-        let last = first.start.saturating_add(border.saturating_sub(page.0));
-        let near =
-            |end: u64, next: &std::ops::Range<u64>| next.start < last && next.start.saturating_sub(end) <= GAP_PAGES;
-        let mut end = first.end;
-        while let Some(next) = runs.next().filter(|next| near(end, next)) {
-            end = next.end;
-        }
-        let count = end.min(last).saturating_sub(first.start);
-        Some(PageRange { region, first: page, count: u32::try_from(count).ok()? })
-    }
-
-    /// Answers a want with the bytes, or with a reference to bytes that went on this lane meanwhile.
-    // SPEC 6.11
-    fn answer(&mut self, range: PageRange, now: Time) -> Result<(), ErrorKind> {
-        let buffer = self.read(range)?;
-        let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
-        let mut entries = Entries::over(buffer);
-        self.flush_cover();
-        let mut found = std::mem::take(&mut self.digests);
-        for (at, (page, digest)) in range.numbers().zip(&mut found).enumerate() {
-            let place = self.layout.place(range.region, page);
-            if !self.wants.remove(u64::from(place.0)) {
-                // Between two wants: passed over, which costs less than a frame for each of them.
-                *digest = SKIPPED_DIGEST;
-                entries.push_many(EntryKind::SKIPPED, 1);
-                continue;
-            }
-            self.check_answer(range.region, page, *digest)?;
-            let again = !self.wanted.insert(u64::from(place.0));
-            let gone = self.sent.has_gone(digest, place, lane, (&self.layout, &self.trees, &self.lanes));
-            let kind = if gone && !again { EntryKind::REFERENCE } else { EntryKind::INLINE };
-            entries.push(if *digest == self.hasher.zero() { EntryKind::ZERO } else { kind }, at, *digest);
-        }
-        self.digests = found;
-        self.send(range, lane, entries, Sent::default(), now);
-        Ok(())
-    }
-
-    /// A page that is looked at again may have changed only while the guest runs; then it is stated as it is now.
-    // SPEC 6.21, 6.27
-    fn check_answer(&mut self, region: RegionId, page: u64, digest: Digest) -> Result<(), ErrorKind> {
-        let is_fixed = self.rounds.as_ref().is_none_or(Rounds::is_last);
-        if self.restate(region, page, digest) && is_fixed {
-            let message = format!(
-                "page {page} changed between two looks at it; memory that is being written needs to be at rest"
-            );
-            return Err(ErrorKind::Source(std::io::Error::other(message)));
-        }
-        Ok(())
     }
 
     /// Copies a range out and digests that copy into `digests`: what is sent are the bytes that were digested.
     // SPEC 6.6
-    fn read(&mut self, range: PageRange) -> Result<PageBuffer, ErrorKind> {
+    pub(crate) fn read(&mut self, range: PageRange) -> Result<PageBuffer, ErrorKind> {
         let count = usize::try_from(range.count).unwrap_or(0);
         let mut buffer = self.lanes.buffer(count.saturating_mul(PAGE_BYTES));
         self.digests.clear();
@@ -489,7 +431,7 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     pub(crate) fn send(&mut self, range: PageRange, lane: LaneId, entries: Entries, how: Sent, now: Time) {
-        let Entries { runs, references, shifted, inline, payload } = entries;
+        let Entries { runs, references, proofs, shifted, inline, payload } = entries;
         let found = u64::from(shifted).saturating_add(references.len() as u64);
         self.note(range, &runs);
         let skips = runs.iter().any(|run| run.kind == EntryKind::SKIPPED);
@@ -513,7 +455,7 @@ impl<M: GuestMemory> Sending<M> {
         if way.is_none() {
             self.counts.payload_bytes = self.counts.payload_bytes.saturating_add(bytes as u64);
         }
-        self.lanes.plan(lane, Batch { head, runs, references, payload, announced, old }, way);
+        self.lanes.plan(lane, Batch { head, runs, references, proofs, payload, announced, old }, way);
     }
 
     /// What the inline pages of a batch were in the base.
@@ -544,7 +486,8 @@ impl<M: GuestMemory> Sending<M> {
         let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return };
         let head = self.head(range, tree.batch(range.first.0, range.count));
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
-        let batch = Batch { head, runs, references: Vec::new(), payload: Payload::default(), announced: 0, old: None };
+        let (references, proofs, payload) = Default::default();
+        let batch = Batch { head, runs, references, proofs, payload, announced: 0, old: None };
         self.lanes.plan(lane, batch, None);
     }
 

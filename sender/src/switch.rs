@@ -327,18 +327,20 @@ impl AnnounceSwitch {
         self.on || self.parts.is_multiple_of(PROBE_EVERY)
     }
 
-    /// Of `announced` pages the receiver lacked `wanted`.
-    pub(crate) fn measured(
+    /// The receiver has `announced` more pages, or lets them wait; of all of them it lacks `wanted` more.
+    pub(crate) fn note(&mut self, announced: u64, wanted: u64) {
+        self.announced = self.announced.saturating_add(announced);
+        self.wanted = self.wanted.saturating_add(wanted);
+    }
+
+    /// Decides anew, when no page waits that may be wanted yet.
+    pub(crate) fn judge(
         &mut self,
-        announced: u64,
-        wanted: u64,
         region: u16,
         costs: (&CompressSwitch, &Goodput),
         now: Time,
         decisions: &mut Vec<Decision>,
     ) {
-        self.announced = self.announced.saturating_add(announced);
-        self.wanted = self.wanted.saturating_add(wanted);
         if self.announced < ANNOUNCED_MIN {
             return;
         }
@@ -431,7 +433,8 @@ mod tests {
         let mut decisions = Vec::new();
         let mut feed = |announce: &mut AnnounceSwitch, wanted| {
             for _ in 0..20 {
-                announce.measured(300, wanted, 0, (&compress, &goodput), at(1), &mut decisions);
+                announce.note(300, wanted);
+                announce.judge(0, (&compress, &goodput), at(1), &mut decisions);
             }
         };
         feed(&mut announce, 300);
@@ -460,7 +463,8 @@ mod tests {
         (0..100).for_each(|step| goodput.delivered(0, 1, at(step * 10)));
         assert!(goodput.nanos_a_byte().is_none());
         let mut announce = AnnounceSwitch::default();
-        announce.measured(1000, 1000, 0, (&switch(0.25), &goodput), at(1), &mut Vec::new());
+        announce.note(1000, 1000);
+        announce.judge(0, (&switch(0.25), &goodput), at(1), &mut Vec::new());
         assert!(announce.on, "until the link is known");
     }
 }

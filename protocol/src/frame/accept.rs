@@ -1,5 +1,5 @@
 //! ACCEPT: on which terms the receiver takes the image. bincode: transcript, secret, lanes, window, pages held a region,
-//! agreed root, whether the base stays.
+//! agreed root, whether the base stays, the challenge.
 
 use crate::coding::{decode_body, encode_body};
 use crate::error::DecodeError;
@@ -24,8 +24,9 @@ pub struct Accept {
     pub agreed: u8,
     /// The base stays as it is until the session ends: pages may refer to any place of it, whatever was stated there.
     pub base_stays: bool,
-    /// Pages of other guests of the domain are here too: any page may be announced by its digest.
-    pub others: bool,
+    /// Pages of other guests of the domain are here too: any page may be announced by its digest, with its proof under
+    /// these random bytes.
+    pub challenge: Option<[u8; 32]>,
 }
 
 impl Accept {

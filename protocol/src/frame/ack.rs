@@ -3,7 +3,8 @@
 //! | bytes | field | |
 //! |---|---|---|
 //! | 0..8 | frames | PAGES frames of this lane applied so far; never goes back |
-//! | 8.. | wants | 16 bytes each, at most 1024: region u16, reserved u16, count u32, first u64 |
+//! | 8..16 | settled | those of them, from the first, of which no page waits; never goes back |
+//! | 16.. | wants | 16 bytes each, at most 1024: region u16, reserved u16, count u32, first u64 |
 
 use crate::coding::{Reader, Writer};
 use crate::error::DecodeError;
@@ -26,26 +27,31 @@ pub struct Want {
 pub struct Ack {
     /// PAGES frames applied on this lane.
     pub frames: u64,
+    /// Those of them, from the first, all of whose pages are present or have been wanted.
+    pub settled: u64,
     /// Pages whose bytes are asked for.
     pub wants: Vec<Want>,
 }
 
 const WANT_BYTES: usize = 16;
-const _: () = assert!(Ack::SIZE_MAX as usize == 8 + WANT_BYTES * WANTS_MAX);
+const _: () = assert!(Ack::SIZE_MAX as usize == 16 + WANT_BYTES * WANTS_MAX);
 
 impl Ack {
     /// Most bytes of a body.
-    pub const SIZE_MAX: u32 = 8 + 16 * 1024;
+    pub const SIZE_MAX: u32 = 16 + 16 * 1024;
 
     /// Judges a body.
     ///
     /// # Errors
-    /// A cut want, too many, an empty one, or reserved bytes.
+    /// More settled than applied; a cut want, too many, an empty one, or reserved bytes.
     pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(body);
-        let frames = reader.u64("frames")?;
-        let (wants, tail) = reader.rest().as_chunks::<WANT_BYTES>();
+        let (frames, settled) = (reader.u64("frames")?, reader.u64("settled")?);
         // SPEC 5.9
+        if settled > frames {
+            return Err(DecodeError::limit("settled", settled, frames));
+        }
+        let (wants, tail) = reader.rest().as_chunks::<WANT_BYTES>();
         if !tail.is_empty() {
             return Err(DecodeError::Trailing(tail.len()));
         }
@@ -64,13 +70,13 @@ impl Ack {
             }
             Ok(want)
         });
-        Ok(Self { frames, wants: wants.collect::<Result<_, _>>()? })
+        Ok(Self { frames, settled, wants: wants.collect::<Result<_, _>>()? })
     }
 
     /// Appends the body.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let mut writer = Writer(out);
-        writer.u64(self.frames);
+        writer.u64(self.frames).u64(self.settled);
         for want in &self.wants {
             writer.u16(want.region).u16(0).u32(want.count).u64(want.first);
         }

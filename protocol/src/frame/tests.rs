@@ -1,6 +1,7 @@
 //! What holds for every frame: round trip, cut at every byte, one byte too many, each limit plus one.
 
 use super::*;
+use crate::challenge::PageProof;
 use crate::digest::Digest;
 use crate::domain::LineageId;
 use crate::error::CloseCode;
@@ -14,11 +15,11 @@ fn pages_head(count: u32) -> PagesHead {
 }
 
 /// The body of a PAGES frame with one page of each kind: zero, base, reference, inline.
-fn pages_body() -> Vec<u8> {
+fn pages_body(proofs: &[PageProof]) -> Vec<u8> {
     let head = PagesHead { round: 3, first: 7, digest: Digest([8; 32]), ..pages_head(4) };
     let kinds = [EntryKind::ZERO, EntryKind::BASE, EntryKind::REFERENCE, EntryKind::INLINE];
     let mut body = Vec::new();
-    head.encode(&kinds.map(|kind| Run { kind, count: 1 }), &[Digest([9; 32])], &mut body);
+    head.encode(&kinds.map(|kind| Run { kind, count: 1 }), &[Digest([9; 32])], proofs, &mut body);
     body.extend_from_slice(&[1; PAGE_BYTES]);
     body
 }
@@ -55,7 +56,7 @@ fn open() -> Open {
 
 fn accept() -> Accept {
     let (transcript, secret, held_pages) = ([1; 32], [2; 32], vec![0]);
-    Accept { transcript, secret, lanes: 2, window: 1 << 20, held_pages, agreed: 2, base_stays: true, others: false }
+    Accept { transcript, secret, lanes: 2, window: 1 << 20, held_pages, agreed: 2, base_stays: true, challenge: None }
 }
 
 /// One sample of each kind, in the order of [`FrameKind::ALL`].
@@ -69,7 +70,7 @@ fn samples(pages: &[u8]) -> Vec<Frame<'_>> {
         Frame::Join(Join { session: [2; 16], proof: Digest([3; 32]) }),
         Frame::Have(Have { region: 1, first: 4, digests: vec![Digest([5; 32]); 2] }),
         Frame::Pages(Pages::decode(pages).unwrap()),
-        Frame::Ack(Ack { frames: 6, wants: vec![want; 2] }),
+        Frame::Ack(Ack { frames: 6, settled: 5, wants: vec![want; 2] }),
         Frame::Round(RoundEnd { round: 1, frames: 6 }),
         Frame::Root(Root { round: 1, pages: 62, digest: Digest([7; 32]) }),
         Frame::Done(Done { pages: 62, root: Digest([7; 32]) }),
@@ -80,7 +81,7 @@ fn samples(pages: &[u8]) -> Vec<Frame<'_>> {
 
 #[test]
 fn every_frame_round_trips_and_is_refused_when_cut_or_too_long() {
-    let pages = pages_body();
+    let pages = pages_body(&[]);
     let samples = samples(&pages);
     let kinds: Vec<FrameKind> = samples.iter().map(Frame::kind).collect();
     assert_eq!(kinds, FrameKind::ALL);
@@ -95,7 +96,7 @@ fn every_frame_round_trips_and_is_refused_when_cut_or_too_long() {
             // A whole digest or want less is a shorter legal list.
             let shorter = match header.kind {
                 FrameKind::HAVE => cut > 16 && (cut - 16) % 32 == 0,
-                FrameKind::ACK => cut >= 8 && (cut - 8) % 16 == 0,
+                FrameKind::ACK => cut >= 16 && cut % 16 == 0,
                 _ => false,
             };
             assert_eq!(Frame::decode(header.kind, &body[..cut]).is_ok(), shorter, "{} cut at {cut}", header.kind);
@@ -108,9 +109,14 @@ fn every_frame_round_trips_and_is_refused_when_cut_or_too_long() {
 
 #[test]
 fn golden_vectors_decode_and_encode_to_the_same_bytes() {
-    let pages = pages_body();
-    for frame in samples(&pages) {
-        let name = frame.kind().name().to_lowercase();
+    let (pages, proven) = (pages_body(&[]), pages_body(&[PageProof([10; 16])]));
+    let named = samples(&pages).into_iter().map(|frame| (frame.kind().name().to_lowercase(), frame));
+    let challenge = Accept { challenge: Some([3; 32]), ..accept() };
+    let more = [
+        ("accept-challenge", Frame::Accept(challenge)),
+        ("pages-proofs", Frame::Pages(Pages::decode(&proven).unwrap())),
+    ];
+    for (name, frame) in named.chain(more.map(|(name, frame)| (name.to_string(), frame))) {
         let mut bytes = Vec::new();
         frame.encode(LaneId::bulk(1), &mut bytes);
         let hex: alloc::string::String = bytes.iter().map(|byte| alloc::format!("{byte:02x}")).collect();
@@ -123,8 +129,10 @@ fn golden_vectors_decode_and_encode_to_the_same_bytes() {
                 Frame::Pages(pages) => {
                     let runs: Vec<Run> = pages.runs().collect();
                     let references: Vec<Digest> = pages.references().collect();
+                    let proofs: Vec<PageProof> = pages.proofs().collect();
+                    let proofs = if proofs.is_empty() { "".to_string() } else { alloc::format!("{proofs:#?}\n") };
                     alloc::format!(
-                        "{:#?}\n{runs:#?}\n{references:#?}\npayload: {} bytes",
+                        "{:#?}\n{runs:#?}\n{references:#?}\n{proofs}payload: {} bytes",
                         pages.head,
                         pages.payload.len()
                     )
@@ -169,7 +177,7 @@ fn accepts_lengths_up_to_each_kinds_limit_and_no_further() {
 fn pages_with(runs: &[Run], count: u32, codec: Codec, references: usize, payload: usize) -> Result<(), DecodeError> {
     let head = PagesHead { codec, ..pages_head(count) };
     let mut body = Vec::new();
-    head.encode(runs, &vec![Digest([0; 32]); references], &mut body);
+    head.encode(runs, &vec![Digest([0; 32]); references], &[], &mut body);
     body.resize(body.len() + payload, 0);
     Pages::decode(&body).map(drop)
 }
@@ -207,8 +215,8 @@ fn rejects_pages_whose_counts_disagree() {
 
 #[test]
 fn rejects_pages_with_unknown_or_reserved_values() {
-    let body = pages_body();
-    for (at, value) in [(6, 3), (7, 1), (22, 1), (56, 1), (64, 0), (64, 7), (65, 1)] {
+    let body = pages_body(&[]);
+    for (at, value) in [(6, 3), (7, 1), (7, 2), (22, 1), (56, 1), (64, 0), (64, 7), (65, 1)] {
         let mut bad = body.clone();
         bad[at] = value;
         assert!(Pages::decode(&bad).is_err(), "byte {at} = {value}");
@@ -219,7 +227,8 @@ fn rejects_pages_with_unknown_or_reserved_values() {
 #[test]
 fn payloads_are_aligned_whatever_goes_before_them_and_padding_is_zero() {
     let page = [7; PAGE_BYTES];
-    for (runs, references) in (1..=33).flat_map(|runs| (0..=4).map(move |references| (runs, references))) {
+    let shapes = (1..=33).flat_map(|runs| (0..=4).map(move |references| (runs, references)));
+    for ((runs, references), proven) in shapes.flat_map(|shape| [(shape, 0), (shape, 1)]) {
         // The last run is the inline page; zero and base alternate before it, then the references, one run each.
         let zeros = (0..runs - 1).map(|at| if at % 2 == 0 { EntryKind::ZERO } else { EntryKind::BASE });
         let kinds = zeros.chain((0..references).map(|_| EntryKind::REFERENCE)).chain([EntryKind::INLINE]);
@@ -227,16 +236,15 @@ fn payloads_are_aligned_whatever_goes_before_them_and_padding_is_zero() {
         let count = runs.len() as u32;
         let head = pages_head(count);
         let mut body = Vec::new();
-        head.encode(&runs, &vec![Digest([2; 32]); references], &mut body);
-        let (fields, payload) = (64 + 4 * runs.len() + 32 * references, body.len());
+        let proofs = vec![PageProof([4; 16]); references * proven];
+        head.encode(&runs, &vec![Digest([2; 32]); references], &proofs, &mut body);
+        let lists = 4 * runs.len() + 32 * references + 16 * proofs.len();
+        let (fields, payload) = (64 + lists, body.len());
         assert_eq!((HEADER_BYTES + payload) % 64, 0);
-        assert_eq!(
-            payload - fields,
-            (64 - (8 + 4 * runs.len() + 32 * references) % 64) % 64,
-            "as SPEC 5.3 computes it"
-        );
+        assert_eq!(payload - fields, (64 - (8 + lists) % 64) % 64, "as SPEC 5.3 computes it");
         body.extend_from_slice(&page);
-        assert_eq!(Pages::decode(&body).unwrap().payload, page);
+        let pages = Pages::decode(&body).unwrap();
+        assert_eq!((pages.payload, pages.proofs().collect::<Vec<_>>()), (page.as_slice(), proofs));
         for at in fields..payload {
             let mut bad = body.clone();
             bad[at] = 1;
@@ -245,14 +253,14 @@ fn payloads_are_aligned_whatever_goes_before_them_and_padding_is_zero() {
     }
     let delta = PagesHead { shift: -5, codec: Codec::DELTA, ..pages_head(1) };
     let mut body = Vec::new();
-    delta.encode(&[Run { kind: EntryKind::INLINE, count: 1 }], &[], &mut body);
+    delta.encode(&[Run { kind: EntryKind::INLINE, count: 1 }], &[], &[], &mut body);
     assert_eq!((HEADER_BYTES + body.len()) % 64, 0, "behind the shift too");
     body.push(1);
     assert_eq!(Pages::decode(&body).unwrap().head, delta);
     let none = [Run { kind: EntryKind::REFERENCE, count: 1 }];
     let head = pages_head(1);
     let mut body = Vec::new();
-    head.encode(&none, &[Digest([2; 32])], &mut body);
+    head.encode(&none, &[Digest([2; 32])], &[], &mut body);
     assert_eq!(body.len(), 64 + 4 + 32, "no payload, no padding");
     body.resize(body.len() + 20, 0);
     assert!(Pages::decode(&body).is_err(), "padding without a payload");
@@ -300,10 +308,16 @@ fn rejects_lists_and_numbers_at_each_limit_plus_one() {
     assert_eq!([0, 1, 64, 65].map(have), [false, true, true, false]);
     let ack = |count| {
         let mut body = Vec::new();
-        Ack { frames: 0, wants: vec![Want { region: 0, first: 0, count: 1 }; count] }.encode(&mut body);
+        Ack { frames: 0, settled: 0, wants: vec![Want { region: 0, first: 0, count: 1 }; count] }.encode(&mut body);
         Ack::decode(&body).is_ok()
     };
     assert_eq!([0, 1, WANTS_MAX, WANTS_MAX + 1].map(ack), [true, true, true, false]);
+    let settled = |settled| {
+        let mut body = Vec::new();
+        Ack { frames: 7, settled, wants: Vec::new() }.encode(&mut body);
+        Ack::decode(&body).is_ok()
+    };
+    assert_eq!([0, 7, 8, u64::MAX].map(settled), [true, true, false, false]);
     let judged = |accept: Accept| {
         let mut body = Vec::new();
         accept.encode(&mut body);

@@ -11,7 +11,8 @@ use pagewire_protocol::digest::{Digest, PageBytes};
 use pagewire_protocol::page::RegionId;
 use std::io;
 
-/// Pages of other guests of the same dedup domain. What is found is checked before it is used.
+/// Pages of other guests of the same dedup domain. What is found is checked before it is used, and used only for a sender
+/// that has proved that it has the page.
 pub trait OtherPages: std::fmt::Debug + Send + 'static {
     /// Reads a page that may have `digest`; false if none is here.
     fn fetch(&mut self, digest: &Digest, page: &mut PageBytes) -> bool;

@@ -61,12 +61,16 @@ fn keep(target: &str, name: &str, bytes: &[u8]) {
 
 fn record_vectors() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../protocol/vectors");
-    for &kind in FrameKind::ALL {
-        let name = kind.name().to_lowercase();
-        let Ok(text) = fs::read_to_string(folder.join(format!("{name}.txt"))) else { continue };
+    for entry in fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        let text = fs::read_to_string(&path).unwrap();
         let bytes = hex(text.split("\n\n").next().unwrap());
-        keep("frame", &format!("vector-{name}"), &[&[kind.0], &bytes[HEADER_BYTES..]].concat());
+        keep("frame", &format!("vector-{name}"), &[&[bytes[4]], &bytes[HEADER_BYTES..]].concat());
         keep("framing", &format!("vector-{name}"), &[&[3], bytes.as_slice()].concat());
+        if bytes[4] == FrameKind::PAGES.0 {
+            keep("pages", &format!("vector-{name}"), &bytes[HEADER_BYTES..]);
+        }
     }
 }
 

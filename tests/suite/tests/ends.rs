@@ -286,7 +286,7 @@ fn a_want_of_zero_pages_after_everything_was_stated_is_answered() {
     script.enter(Phase::Finishing, &image);
     let before = script.frames(BULK);
     let wants = vec![Want { region: 0, first: 3, count: 1 }];
-    script.say(BULK, &Frame::Ack(Ack { frames: before, wants }));
+    script.say(BULK, &Frame::Ack(Ack { frames: before, settled: before, wants }));
     script.settle();
     assert_eq!(script.frames(BULK), before + 1);
 }

@@ -298,7 +298,7 @@ fn base_entries_that_are_not_the_base_are_wanted() {
     script.raw(BULK, FrameKind::PAGES, &Statement::at(0, 0).base(Digest([1; 32])).zero().body());
     script.settle();
     let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("wants travel at once") };
-    assert_eq!(ack, Ack { frames: 1, wants: vec![Want { region: 0, first: 0, count: 2 }] });
+    assert_eq!(ack, Ack { frames: 1, settled: 1, wants: vec![Want { region: 0, first: 0, count: 2 }] });
 }
 
 /// SPEC 6.8: a page of the base that was lost since it was announced is the receiver's trouble, not the sender's fault.
@@ -307,7 +307,9 @@ fn base_entries_of_pages_that_were_lost_are_wanted() {
     let base = image(400);
     let faults = SinkFaults { rot: Some((0, 1)), ..SinkFaults::default() };
     let mut script = AgainstReceiver::receiver(1);
-    script.enter(Phase::Receiving, &base, &ImageSink::new(base.clone(), vec![400], true, faults));
+    let sink = ImageSink::new(base.clone(), vec![400], true, faults);
+    sink.state().old = Some(base.clone());
+    script.enter(Phase::Receiving, &base, &sink);
     script.settle();
     let lost = digests(&base)[300];
     for (statement, first) in [(Statement::at(0, 0).reference(lost), 0), (Statement::at(0, 300).base(lost), 300)] {
@@ -355,7 +357,7 @@ fn a_flood_of_references_that_miss_ends_the_session() {
 #[test]
 fn a_flood_of_wants_ends_the_session() {
     let (mut script, _) = finishing(100);
-    let ack = Frame::Ack(Ack { frames: 1, wants: vec![Want { region: 0, first: 0, count: 100 }] });
+    let ack = Frame::Ack(Ack { frames: 1, settled: 1, wants: vec![Want { region: 0, first: 0, count: 100 }] });
     for _ in 0..WANTS_A_PAGE_MAX {
         script.say(BULK, &ack);
         script.settle();
@@ -391,13 +393,13 @@ fn wants_of_pages_that_are_not_there_are_refused() {
         (0, 0, 101, CloseCode::MALFORMED),
     ] {
         let (mut script, _) = finishing(100);
-        script.say(BULK, &Frame::Ack(Ack { frames: 0, wants: vec![Want { region, first, count }] }));
+        script.say(BULK, &Frame::Ack(Ack { frames: 0, settled: 0, wants: vec![Want { region, first, count }] }));
         assert_eq!(script.failure().0, code, "{region} {first} {count}");
     }
     let image = image(100);
     let mut script = AgainstSender::sender(&image, 1);
     script.enter(Phase::Sending, &image);
-    script.say(BULK, &Frame::Ack(Ack { frames: 0, wants: vec![Want { region: 0, first: 0, count: 1 }] }));
+    script.say(BULK, &Frame::Ack(Ack { frames: 0, settled: 0, wants: vec![Want { region: 0, first: 0, count: 1 }] }));
     assert_eq!(
         script.failure(),
         (CloseCode::VIOLATION, "want of a page that was not stated for page 0 of region 0".to_owned())
@@ -409,15 +411,19 @@ fn wants_of_pages_that_are_not_there_are_refused() {
 fn acknowledgements_of_more_than_was_sent_or_that_go_back_are_violations() {
     let (mut script, _) = finishing(100);
     let sent = script.frames(BULK);
-    script.say(BULK, &Frame::Ack(Ack { frames: sent + 1, wants: Vec::new() }));
+    script.say(BULK, &Frame::Ack(Ack { frames: sent + 1, settled: sent + 1, wants: Vec::new() }));
     assert_eq!(script.failure(), (CloseCode::VIOLATION, format!("{} frames acknowledged, {sent} sent", sent + 1)));
     let (mut script, _) = finishing(100);
-    script.say(BULK, &Frame::Ack(Ack { frames: sent, wants: Vec::new() }));
-    script.say(BULK, &Frame::Ack(Ack { frames: sent - 1, wants: Vec::new() }));
+    script.say(BULK, &Frame::Ack(Ack { frames: sent, settled: sent, wants: Vec::new() }));
+    script.say(BULK, &Frame::Ack(Ack { frames: sent - 1, settled: sent - 1, wants: Vec::new() }));
     assert_eq!(script.failure(), (CloseCode::VIOLATION, format!("{} frames acknowledged, {sent} sent", sent - 1)));
     let (mut script, _) = finishing(100);
-    script.say(BULK, &Frame::Ack(Ack { frames: u64::MAX, wants: Vec::new() }));
+    script.say(BULK, &Frame::Ack(Ack { frames: u64::MAX, settled: u64::MAX, wants: Vec::new() }));
     assert_eq!(script.failure().0, CloseCode::VIOLATION);
+    let (mut script, _) = finishing(100);
+    script.say(BULK, &Frame::Ack(Ack { frames: sent, settled: sent, wants: Vec::new() }));
+    script.say(BULK, &Frame::Ack(Ack { frames: sent, settled: sent - 1, wants: Vec::new() }));
+    assert_eq!(script.failure(), (CloseCode::VIOLATION, format!("{} frames acknowledged, {sent} sent", sent - 1)));
 }
 
 /// SPEC 6.13: holdings out of order, more than announced, of no region.

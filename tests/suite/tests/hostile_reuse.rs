@@ -1,4 +1,4 @@
-//! Raw peers that lie about an agreed base: the session ends with the right code, or goes on unharmed.
+//! Raw peers that lie about an agreed base, or about pages that they do not have: the session ends with the right code, or goes on unharmed.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -6,14 +6,15 @@
     reason = "test code: a failed expectation is a failed test"
 )]
 
+use pagewire_protocol::challenge::{Challenge, PageProof};
 use pagewire_protocol::digest::{Digest, page_digest};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::CloseCode;
 use pagewire_protocol::frame::{Codec, Frame, FrameKind, Have, LaneId};
 use pagewire_protocol::session::Phase;
 use pagewire_test_support::image::{Image, Mix};
-use pagewire_test_support::memory::{ImageBase, ImageSink};
-use pagewire_test_support::peer::{AgainstReceiver, AgainstSender, Statement};
+use pagewire_test_support::memory::{ImageBase, ImageSink, Neighbour};
+use pagewire_test_support::peer::{AgainstReceiver, AgainstSender, CHALLENGE, SESSION, Statement};
 use pagewire_test_support::rng::Rng;
 
 const CONTROL: LaneId = LaneId::CONTROL;
@@ -127,6 +128,90 @@ fn a_digest_of_nothing_here_is_wanted_and_never_installed() {
     let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("no wants") };
     assert_eq!((ack.wants[0].first, ack.wants[0].count), (5, 1));
     assert_eq!(sink.state().image, base);
+}
+
+/// A receiver that holds `base` and keeps `other`, a guest of the same domain.
+fn beside(base: &Image, other: &Image) -> (AgainstReceiver, ImageSink) {
+    let sink = ImageSink::claiming(base, PUBLIC, base.clone(), true);
+    let mut script = AgainstReceiver::receiver(1);
+    script.known = vec![base.root(&PUBLIC)];
+    script.others = Some(Box::new(Neighbour { image: other.clone(), key: PUBLIC, rotten: false }));
+    script.enter(Phase::Receiving, base, &sink);
+    (script, sink)
+}
+
+fn proof(image: &Image, page: u64) -> PageProof {
+    Challenge::new(&CHALLENGE, &SESSION, &PUBLIC).prove(image.page(0, page).first_chunk().unwrap())
+}
+
+fn is_wanted(script: &mut AgainstReceiver, page: u64) -> bool {
+    script.listen();
+    matches!(script.last(FrameKind::ACK), Some(Frame::Ack(ack)) if ack.wants.first().is_some_and(|want| want.first == page))
+}
+
+/// A02, SPEC 6.28: whoever names the digest of another guest's page gets it only with a proof of having its bytes.
+#[test]
+fn a_digest_alone_brings_no_page_of_another_guest() {
+    let (base, other) = (image(10), image(11));
+    let named = || Statement::at(0, 5).reference(digest(&other, 7));
+    let (mut script, sink) = beside(&base, &other);
+    script.raw(BULK, FrameKind::PAGES, &named().body());
+    assert!(is_wanted(&mut script, 5));
+    assert_eq!(sink.state().image, base);
+    let (mut script, sink) = beside(&base, &other);
+    script.raw(BULK, FrameKind::PAGES, &named().proof(proof(&other, 7)).body());
+    assert!(script.closed().is_none() && !is_wanted(&mut script, 5));
+    assert_eq!(sink.state().image.page(0, 5), other.page(0, 7));
+}
+
+/// A02, SPEC 6.28
+#[test]
+fn a_wrong_proof_of_a_page_that_is_here_ends_the_session() {
+    let (base, other) = (image(10), image(11));
+    let elsewhere =
+        |random, session| Challenge::new(&random, &session, &PUBLIC).prove(other.page(0, 7).first_chunk().unwrap());
+    let guesses = [PageProof([0; 16]), proof(&other, 8), elsewhere([1; 32], SESSION), elsewhere(CHALLENGE, [1; 16])];
+    for guess in guesses {
+        let (mut script, sink) = beside(&base, &other);
+        script.raw(BULK, FrameKind::PAGES, &Statement::at(0, 5).reference(digest(&other, 7)).proof(guess).body());
+        let (code, reason) = script.failure();
+        assert_eq!(code, CloseCode::VIOLATION);
+        assert!(
+            reason.contains("the proof of page 5 of region 0 is wrong: the sender does not have its bytes"),
+            "{reason}"
+        );
+        assert_eq!(sink.state().image, base);
+    }
+}
+
+/// What nobody has is wanted whatever its proof; what the guest itself has needs none.
+#[test]
+fn a_proof_is_asked_for_pages_of_other_guests_alone() {
+    let (base, other) = (image(10), image(11));
+    let (mut script, sink) = beside(&base, &other);
+    script.raw(
+        BULK,
+        FrameKind::PAGES,
+        &Statement::at(0, 5).reference(digest(&image(12), 3)).proof(PageProof([9; 16])).body(),
+    );
+    assert!(script.closed().is_none() && is_wanted(&mut script, 5));
+    for statement in [
+        Statement::at(0, 5).reference(digest(&base, 1)),
+        Statement::at(0, 6).reference(digest(&base, 2)).proof(PageProof([9; 16])),
+    ] {
+        script.raw(BULK, FrameKind::PAGES, &statement.body());
+    }
+    assert!(script.closed().is_none());
+    assert_eq!(sink.state().image.page(0, 5), base.page(0, 1));
+    assert_eq!(sink.state().image.page(0, 6), base.page(0, 2));
+}
+
+/// SPEC 6.28
+#[test]
+fn proofs_that_nothing_asked_for_are_a_violation() {
+    let base = image(10);
+    let statement = Statement::at(0, 5).reference(digest(&base, 1)).proof(proof(&base, 1));
+    refuses(&base, true, &statement.body(), CloseCode::VIOLATION, "proofs that nothing asked for");
 }
 
 /// SPEC 4.20: terms about a base that was never named, or another number of pages than it has.

@@ -55,7 +55,7 @@ fn moved(guest: &Guest, sink: &ImageSink, outcome: &Outcome) {
     assert_eq!(sink.state().image, state.image);
 }
 
-/// SPEC 6.27
+/// SPEC 6.30
 #[test]
 fn every_pattern_of_writes_arrives_as_it_was_when_the_guest_stopped() {
     for tracking in [Tracking::Dirty, Tracking::Unknown] {

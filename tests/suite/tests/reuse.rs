@@ -8,16 +8,14 @@
 )]
 
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::{Digest, PageBytes, page_digest};
-use pagewire_protocol::domain::DedupDomain;
-use pagewire_protocol::frame::FrameKind;
+use pagewire_protocol::frame::{FrameKind, HEADER_BYTES, Pages};
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::time::Span;
 use pagewire_receiver::OtherPages;
 use pagewire_test_support::checkers::check_success;
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::link::LinkConfig;
-use pagewire_test_support::memory::{ImageBase, ImageSink};
+use pagewire_test_support::memory::{ImageBase, ImageSink, Neighbour};
 use pagewire_test_support::rng::Rng;
 use pagewire_test_support::world::{Outcome, World, WorldConfig};
 use proptest::prelude::*;
@@ -222,24 +220,6 @@ fn a_store_that_does_not_help_costs_a_line_of_open() {
     assert!(outcome.wire[1].abs_diff(cold.wire[1]) <= 200, "{:?} {:?}", outcome.wire, cold.wire);
 }
 
-/// Pages of another guest of the domain, some of which are not what they were.
-#[derive(Debug)]
-struct Neighbour {
-    image: Image,
-    rotten: bool,
-}
-
-impl OtherPages for Neighbour {
-    fn fetch(&mut self, digest: &Digest, page: &mut PageBytes) -> bool {
-        let domain = DedupDomain::new(&KEY);
-        let whole = |at: &u64| page_digest(&domain, self.image.page(0, *at).first_chunk().unwrap()) == *digest;
-        let Some(at) = (0..self.image.pages()).find(whole) else { return false };
-        page.copy_from_slice(self.image.page(0, at));
-        page[5] ^= u8::from(self.rotten);
-        true
-    }
-}
-
 /// A06, I7: what another guest has is used only if its bytes have the digest.
 #[test]
 fn pages_of_other_guests_of_a_domain_are_found_and_checked() {
@@ -248,11 +228,37 @@ fn pages_of_other_guests_of_a_domain_are_found_and_checked() {
     image.bytes[0].rotate_right(7 * 4096);
     for rotten in [false, true] {
         let sink = ImageSink::empty(&image);
-        let others = Neighbour { image: neighbour.clone(), rotten };
+        let others = Neighbour { image: neighbour.clone(), key: KEY, rotten };
         let outcome = run(&image, &sink, Vec::new(), |config| config.others = Some(Box::new(others)));
         check_success(&outcome, &image, &sink);
         let found = if rotten { 0 } else { 300 };
         assert_eq!((outcome.received.others, outcome.received.inline), (found, 300 - found));
+    }
+}
+
+/// SPEC 6.28: proofs go with announcements where they are asked for, and nowhere else.
+#[test]
+fn announced_pages_are_proved_where_the_receiver_has_pages_of_others() {
+    let neighbour = Image::random(600, Mix::NOISE, &mut Rng::new(1));
+    let mut image = neighbour.clone();
+    image.touch(30, Mix::MEMORY, &mut Rng::new(2));
+    for (asked, based) in [(true, false), (true, true), (false, true)] {
+        let sink = if based { ImageSink::holding(neighbour.clone()) } else { ImageSink::empty(&image) };
+        let others = Neighbour { image: neighbour.clone(), key: KEY, rotten: false };
+        let outcome = run(&image, &sink, Vec::new(), |config| {
+            config.others = asked.then(|| Box::new(others) as Box<dyn OtherPages>);
+            config.record = true;
+        });
+        check_success(&outcome, &image, &sink);
+        let pages = outcome.recording.iter().filter(|(_, bytes)| bytes[4] == FrameKind::PAGES.0);
+        let (mut proved, mut proofs) = (0, 0);
+        for (_, bytes) in pages {
+            let pages = Pages::decode(&bytes[HEADER_BYTES..]).unwrap();
+            proofs += pages.proofs().count();
+            proved += if pages.proofs().next().is_some() { pages.references().count() } else { 0 };
+        }
+        assert_eq!((proofs, proofs > 0), (proved, asked), "{based}");
+        assert_eq!(outcome.received.others > 0, asked && !based);
     }
 }
 

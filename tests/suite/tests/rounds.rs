@@ -153,13 +153,13 @@ fn a_page_that_is_stated_again_and_wanted_is_not_present() {
     script.settle();
     assert!(script.outcome().is_none() && script.last(FrameKind::DONE).is_none());
     let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("the page is wanted") };
-    assert_eq!(ack, Ack { frames: 2, wants: vec![Want { region: 0, first: 2, count: 1 }] });
+    assert_eq!(ack, Ack { frames: 2, settled: 2, wants: vec![Want { region: 0, first: 2, count: 1 }] });
     script.raw(BULK, FrameKind::PAGES, &stated(&newer, 1, 2..3));
     script.settle();
     assert!(script.last(FrameKind::DONE).is_some() && sink.state().image == newer);
 }
 
-/// SPEC 6.26: a skipped page stays what it was, present or wanted, and its place is part of the proof.
+/// SPEC 6.29: a skipped page stays what it was, present or wanted, and its place is part of the proof.
 #[test]
 fn a_page_that_is_skipped_stays_what_it_was() {
     let older = image(4);

@@ -12,7 +12,7 @@ const FILE_LINES_MAX: usize = 600;
 const FUNCTION_LINES_MAX: usize = 70;
 const FRAME_FILE_LINES_MAX: usize = 150;
 /// Frame files over their limit: PAGES is five ways to state a page in one.
-const FRAME_FILE_ALLOWANCES: &[(&str, usize)] = &[("protocol/src/frame/pages.rs", 215)];
+const FRAME_FILE_ALLOWANCES: &[(&str, usize)] = &[("protocol/src/frame/pages.rs", 185)];
 /// How far an allowance may lie above what it allows.
 const SLACK: usize = 10;
 

@@ -4,9 +4,10 @@
 //! read their input as operations: frames that are nearly right reach further than noise.
 
 use crate::image::{Image, Mix};
-use crate::memory::{ImageBase, ImageSink};
-use crate::peer::{AgainstReceiver, AgainstSender, SECRET, SESSION, Script, Statement, digests};
+use crate::memory::{ImageBase, ImageSink, Neighbour};
+use crate::peer::{AgainstReceiver, AgainstSender, CHALLENGE, SECRET, SESSION, Script, Statement, digests};
 use crate::rng::Rng;
+use pagewire_protocol::challenge::{Challenge, PageProof};
 use pagewire_protocol::compress::{Decompressor, compress_delta};
 use pagewire_protocol::digest::{Digest, join_proof, page_digest};
 use pagewire_protocol::domain::DedupDomain;
@@ -19,6 +20,7 @@ use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::session::{Job, Machine, Phase};
 use pagewire_protocol::time::Span;
+use pagewire_receiver::OtherPages;
 use pagewire_sender::{Base, SenderConfig};
 use pagewire_store::manifest::{self, BLOCK, Manifest, ManifestError};
 
@@ -215,6 +217,8 @@ pub fn receiver_session(data: &[u8]) {
     };
     let mut script = AgainstReceiver::receiver(flags / 2 % 2 + 1);
     script.known = vec![older(&image).root(&[0; 32])];
+    let neighbour = Neighbour { image: image.clone(), key: [0; 32], rotten: flags & 4 != 0 };
+    script.others = (flags & 8 != 0).then(|| Box::new(neighbour) as Box<dyn OtherPages>);
     let phases =
         [Phase::Receiving, Phase::Receiving, Phase::Receiving, Phase::Greeting, Phase::Waiting, Phase::Deciding];
     script.enter(phases[usize::from(flags >> 4) % phases.len()], &image, &sink);
@@ -297,6 +301,9 @@ fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
             }
         };
     }
+    if flags & 12 != 0 {
+        statement.proofs = proofs(image, &statement.references, flags & 12);
+    }
     match input.byte() {
         0..170 => statement.body(),
         170..200 if !statement.payload.is_empty() => {
@@ -320,6 +327,17 @@ fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
     }
 }
 
+/// Proofs of references: right for pages of the image (8), wrong (4), or one too few (12).
+fn proofs(image: &Image, references: &[Digest], how: u8) -> Vec<PageProof> {
+    let challenge = Challenge::new(&CHALLENGE, &SESSION, &[0; 32]);
+    let pages = (0..image.regions[0].pages()).map(|page| image.page(0, page).first_chunk().unwrap());
+    let known: Vec<(Digest, PageProof)> =
+        pages.map(|page| (page_digest(&DedupDomain::public(), page), challenge.prove(page))).collect();
+    let right = |digest: &Digest| known.iter().find(|(of, _)| of == digest).map(|(_, proof)| *proof);
+    let proofs = references.iter().map(|digest| right(digest).filter(|_| how != 4).unwrap_or(PageProof([how; 16])));
+    proofs.skip(usize::from(how == 12)).collect()
+}
+
 /// A real sender, answered by a receiver that is nearly right. It is content only with a DONE that fits.
 pub fn sender_session(data: &[u8]) {
     let mut input = Input(data);
@@ -337,7 +355,7 @@ pub fn sender_session(data: &[u8]) {
         accept.held_pages = if flags & 1 == 0 { vec![0, 0] } else { vec![input.number() % 11, input.number() % 19] };
         accept.window = input.number().clamp(1, 1 << 20);
         let terms = input.byte();
-        (accept.base_stays, accept.others) = (terms & 1 != 0, terms & 2 != 0);
+        (accept.base_stays, accept.challenge) = (terms & 1 != 0, (terms & 2 != 0).then_some([terms; 32]));
         if terms & 4 != 0 {
             accept.agreed = terms / 8 % 3;
             accept.held_pages =
@@ -377,9 +395,10 @@ pub fn sender_session(data: &[u8]) {
                     first: input.number(),
                     count: u32::try_from(input.number()).unwrap_or(u32::MAX).max(1),
                 });
-                let wants = wants.collect();
+                let wants: Vec<Want> = wants.collect();
                 let frames = script.frames(lane).saturating_sub(u64::from(input.byte() % 4));
-                script.say(lane, &Frame::Ack(Ack { frames, wants }));
+                let settled = frames.saturating_sub(wants.len() as u64);
+                script.say(lane, &Frame::Ack(Ack { frames, settled, wants }));
             }
         }
     }

@@ -4,13 +4,13 @@
 
 use crate::image::Image;
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::{Digest, PageHasher};
+use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, page_digest};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, RegionId, common_pages};
 use pagewire_protocol::tree::DigestTree;
-use pagewire_receiver::{Agreed, GuestSink};
+use pagewire_receiver::{Agreed, GuestSink, OtherPages};
 use pagewire_sender::{Base, GuestMemory};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -137,6 +137,28 @@ impl Base for ImageBase {
         let start = first as usize * PAGE_BYTES;
         bytes.copy_from_slice(&image.bytes[usize::from(region.0)][start..start + bytes.len()]);
         Ok(())
+    }
+}
+
+/// Another guest of the domain of a key, whose pages the receiver keeps.
+#[derive(Clone, Debug)]
+pub struct Neighbour {
+    /// Its pages.
+    pub image: Image,
+    /// The domain's key.
+    pub key: [u8; 32],
+    /// They are not what they were.
+    pub rotten: bool,
+}
+
+impl OtherPages for Neighbour {
+    fn fetch(&mut self, digest: &Digest, page: &mut PageBytes) -> bool {
+        let domain = DedupDomain::new(&self.key);
+        let whole = |at: &u64| page_digest(&domain, self.image.page(0, *at).first_chunk().unwrap()) == *digest;
+        let Some(at) = (0..self.image.pages()).find(whole) else { return false };
+        page.copy_from_slice(self.image.page(0, at));
+        page[5] ^= u8::from(self.rotten);
+        true
     }
 }
 

@@ -5,6 +5,7 @@
 
 use crate::image::Image;
 use crate::memory::{ImageMemory, ImageSink, SourceFaults};
+use pagewire_protocol::challenge::PageProof;
 use pagewire_protocol::compress::{Compressor, compress_delta};
 use pagewire_protocol::digest::{
     Digest, PageBytes, PageHasher, batch_digest, join_proof, page_digest, transcript_digest,
@@ -18,11 +19,13 @@ use pagewire_protocol::frame::{
 use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::{Job, Machine, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
-use pagewire_receiver::{Event, ReceiverEngine, ReceiverError, Terms};
+use pagewire_receiver::{Event, OtherPages, ReceiverEngine, ReceiverError, Terms};
 use pagewire_sender::{Base, SenderConfig, SenderEngine, SenderError};
 
 /// The secret of every scripted session.
 pub const SECRET: [u8; 32] = [7; 32];
+/// What every scripted receiver challenges with.
+pub const CHALLENGE: [u8; 32] = [6; 32];
 /// The id of every scripted session.
 pub const SESSION: [u8; 16] = [5; 16];
 
@@ -54,12 +57,14 @@ pub struct Script<M> {
     pub lanes: u8,
     /// Roots that an honest sender knows.
     pub known: Vec<Digest>,
+    /// Pages of other guests that a receiver has.
+    pub others: Option<Box<dyn OtherPages>>,
 }
 
 impl<M: Machine> Script<M> {
     fn new(engine: M, now: Time, lanes: u8) -> Self {
-        let (said, hello, known) = Default::default();
-        let mut script = Self { engine, now, said, hello, transcript: [0; 32], lanes, known };
+        let (said, hello, known, others) = Default::default();
+        let mut script = Self { engine, now, said, hello, transcript: [0; 32], lanes, known, others };
         script.listen();
         script.hello = script.said.first().map(|said| said.body.clone()).unwrap_or_default();
         script
@@ -164,6 +169,8 @@ pub struct Statement {
     pub runs: Vec<Run>,
     /// The digests of reference pages.
     pub references: Vec<Digest>,
+    /// Proofs of having them, if there are to be any.
+    pub proofs: Vec<PageProof>,
     /// The digests of all pages.
     pub digests: Vec<Digest>,
     /// The bytes of inline pages.
@@ -220,6 +227,12 @@ impl Statement {
         self.push(EntryKind::REFERENCE, digest)
     }
 
+    /// The page referred to last comes with this proof.
+    pub fn proof(mut self, proof: PageProof) -> Self {
+        self.proofs.push(proof);
+        self
+    }
+
     /// The next page has these bytes.
     pub fn inline(mut self, page: &PageBytes) -> Self {
         self.payload.extend_from_slice(page);
@@ -253,7 +266,7 @@ impl Statement {
             shift: self.shift,
         };
         let mut body = Vec::new();
-        head.encode(&self.runs, &self.references, &mut body);
+        head.encode(&self.runs, &self.references, &self.proofs, &mut body);
         body.extend_from_slice(payload);
         body
     }
@@ -291,7 +304,9 @@ impl AgainstReceiver {
         while let Some(event) = self.engine.poll_event() {
             if let Event::Offered(offer) = event {
                 let (lanes, agreed, sink) = (self.lanes, sink.agreed(&offer.open), sink.clone());
-                let terms = Terms { sink, lanes, window: WINDOW_BYTES, secret: SECRET, seed: 3, agreed, others: None };
+                let (others, challenge) = (self.others.take(), CHALLENGE);
+                let terms =
+                    Terms { sink, lanes, window: WINDOW_BYTES, secret: SECRET, seed: 3, agreed, others, challenge };
                 self.engine.accept(terms, self.now);
             }
         }
@@ -410,7 +425,7 @@ impl AgainstSender {
             held_pages,
             agreed: 0,
             base_stays: false,
-            others: false,
+            challenge: None,
         }
     }
 

@@ -359,7 +359,8 @@ impl World {
                 let (lanes, window, secret, seed) =
                     (self.config.lanes, self.config.window, self.rng.key(), self.rng.word());
                 let (agreed, others) = (self.sink.agreed(&offer.open), self.config.others.take());
-                let terms = Terms { sink: self.sink.clone(), lanes, window, secret, seed, agreed, others };
+                let challenge = self.rng.key();
+                let terms = Terms { sink: self.sink.clone(), lanes, window, secret, seed, agreed, others, challenge };
                 self.receiver.machine.accept(terms, self.now);
             }
             Decision::Refuse(code, reason) => self.receiver.machine.refuse(code, &reason),
