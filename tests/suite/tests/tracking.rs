@@ -1,11 +1,12 @@
 //! Memory that is written while it is followed: no write is missed, whoever tells of them.
 //!
 //! A writer increments one byte in each page, in order, without end; `follower` says what must come of it.
+#![expect(clippy::cast_possible_truncation, reason = "tests choose their numbers")]
 #![expect(clippy::unwrap_used, reason = "memory that cannot be followed has failed its test")]
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::InstallSize;
+use pagewire_protocol::page::{InstallSize, Layout, Region};
 use pagewire_sender::GuestMemory;
 use pagewire_sender::memory::{BitmapMemory, DirtyBitmap, FileMemory, MappedMemory, MappedRegion, Mapping};
 use pagewire_test_support::follower::{Follower, check_one_edge};
@@ -15,6 +16,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 const PAGES: usize = 2048;
 const ROUNDS: usize = 25;
@@ -50,9 +52,10 @@ impl Writer {
         Self { stop, written, thread }
     }
 
-    fn in_order(mapping: &Arc<Mapping>, marks: Option<DirtyBitmap>) -> Self {
-        let mut pages = (0..PAGES).cycle();
-        Self::start(mapping.clone(), marks, move || pages.next().unwrap_or(0))
+    /// Writes to the pages in order, and goes on after `before` writes.
+    fn in_order<M>(kind: &Kind<M>, before: u64) -> Self {
+        let mut pages = (0..PAGES).cycle().skip(before as usize % PAGES);
+        Self::start(kind.mapping.clone(), kind.marks.clone(), move || pages.next().unwrap_or(0))
     }
 
     fn wait(&self) {
@@ -62,9 +65,11 @@ impl Writer {
         }
     }
 
-    fn stop(self) {
+    /// Stops it; says how often it wrote.
+    fn stop(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().unwrap();
+        self.written.load(Ordering::Relaxed)
     }
 }
 
@@ -109,26 +114,30 @@ fn can_track<M: GuestMemory>(kind: &mut Kind<M>) -> bool {
 }
 
 /// The follower's last round, after which it must have everything.
-fn finish<M: GuestMemory>(mut follower: Follower, writer: Writer, kind: &mut Kind<M>) {
-    writer.stop();
+fn finish<M: GuestMemory>(follower: &mut Follower, writer: Writer, kind: &mut Kind<M>) -> u64 {
+    let written = writer.stop();
     follower.round(&mut kind.memory).unwrap();
     check_one_edge(&follower.image, OFFSET);
     follower.check(&mut kind.memory);
+    written
 }
 
+/// Stops the writer soon after each round, before it can make up for a write that was missed by another to that page.
 fn follows<M: GuestMemory>(mut kind: Kind<M>) {
     if !can_track(&mut kind) {
         return;
     }
-    let writer = Writer::in_order(&kind.mapping, kind.marks.clone());
+    let (mut writer, mut written) = (Writer::in_order(&kind, 0), 0);
     writer.wait();
     let mut follower = Follower::start(&mut kind.memory).unwrap();
     for _ in 0..ROUNDS {
         writer.wait();
         let dirty = follower.round(&mut kind.memory).unwrap();
         assert_ne!(dirty.count(), 0, "there were writes");
+        written += finish(&mut follower, writer, &mut kind);
+        writer = Writer::in_order(&kind, written);
     }
-    finish(follower, writer, &mut kind);
+    finish(&mut follower, writer, &mut kind);
 }
 
 #[test]
@@ -156,7 +165,7 @@ fn survives_failed_attempts<M: GuestMemory>(mut kind: Kind<M>) {
     if !can_track(&mut kind) {
         return;
     }
-    let writer = Writer::in_order(&kind.mapping, kind.marks.clone());
+    let writer = Writer::in_order(&kind, 0);
     let mut follower = Follower::start(&mut kind.memory).unwrap();
     for _ in 0..ROUNDS {
         let mut harvested = PageBitmap::new(PAGES as u64);
@@ -168,7 +177,7 @@ fn survives_failed_attempts<M: GuestMemory>(mut kind: Kind<M>) {
         kind.memory.put_back(&harvested);
     }
     follower.round(&mut kind.memory).unwrap();
-    finish(follower, writer, &mut kind);
+    finish(&mut follower, writer, &mut kind);
 }
 
 #[test]
@@ -188,7 +197,7 @@ fn survives_a_new_start<M: GuestMemory>(mut kind: Kind<M>) {
         return;
     }
     let mut follower = Follower::start(&mut kind.memory).unwrap();
-    let writer = Writer::in_order(&kind.mapping, kind.marks.clone());
+    let writer = Writer::in_order(&kind, 0);
     writer.wait();
     let mut harvested = PageBitmap::new(PAGES as u64);
     kind.memory.harvest(&mut harvested).unwrap();
@@ -197,7 +206,7 @@ fn survives_a_new_start<M: GuestMemory>(mut kind: Kind<M>) {
     writer.stop();
     kind.memory.stop_tracking();
     kind.memory.start_tracking().unwrap();
-    let writer = Writer::in_order(&kind.mapping, kind.marks.clone());
+    let writer = Writer::in_order(&kind, 0);
     writer.wait();
     writer.stop();
     follower.round(&mut kind.memory).unwrap();
@@ -225,7 +234,7 @@ fn follows_many_writers<M: GuestMemory>(mut kind: Kind<M>) {
     for _ in 0..10 * ROUNDS {
         follower.round(&mut kind.memory).unwrap();
     }
-    writers.into_iter().for_each(Writer::stop);
+    writers.into_iter().for_each(|writer| _ = writer.stop());
     follower.round(&mut kind.memory).unwrap();
     follower.check(&mut kind.memory);
 }
@@ -237,11 +246,51 @@ fn writes_during_a_harvest_are_in_it_or_in_the_next() {
     follows_many_writers(marked());
 }
 
+/// A page is marked again only after its last mark came out, so that none makes up for one that was lost.
+#[test]
+fn every_mark_comes_out_once() {
+    const PLACES: usize = 128;
+    const WRITERS: usize = 2;
+    let region = Region { bytes: (PLACES * PAGE_BYTES) as u64, install_size: InstallSize::KIB_4 };
+    let marks = DirtyBitmap::new(&Layout::new(vec![region]).unwrap());
+    let counts = || -> Arc<Vec<AtomicU64>> { Arc::new((0..PLACES).map(|_| AtomicU64::new(0)).collect()) };
+    let (marked, came, stop) = (counts(), counts(), Arc::new(AtomicBool::new(false)));
+    let writer = |first: usize| {
+        let (marks, marked, came, stop) = (marks.clone(), marked.clone(), came.clone(), stop.clone());
+        std::thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                for place in (first..PLACES).step_by(WRITERS) {
+                    if marked[place].load(Ordering::Relaxed) == came[place].load(Ordering::Relaxed) {
+                        marked[place].fetch_add(1, Ordering::Relaxed);
+                        marks.mark(place as u64..place as u64 + 1);
+                    }
+                }
+            }
+        })
+    };
+    let writers: Vec<_> = (0..WRITERS).map(writer).collect();
+    let take = || {
+        let mut taken = PageBitmap::new(PLACES as u64);
+        marks.take(&mut taken);
+        taken.runs(0..u64::MAX).flatten().for_each(|place| _ = came[place as usize].fetch_add(1, Ordering::Relaxed));
+    };
+    // Until all places had their turns; where a mark was lost, its place waits for ever.
+    let given_up = Instant::now() + Duration::from_secs(20);
+    while marked.iter().any(|count| count.load(Ordering::Relaxed) < 500) && Instant::now() < given_up {
+        take();
+    }
+    stop.store(true, Ordering::Relaxed);
+    writers.into_iter().for_each(|writer| writer.join().unwrap());
+    take();
+    let numbers = |counts: &[AtomicU64]| counts.iter().map(|count| count.load(Ordering::Relaxed)).collect::<Vec<_>>();
+    assert_eq!(numbers(&marked), numbers(&came));
+}
+
 /// The checks above would be worth nothing if they held of a follower that misses a write.
 #[test]
 fn a_harvest_that_is_thrown_away_is_noticed() {
     let mut kind = marked();
-    let writer = Writer::in_order(&kind.mapping, kind.marks.clone());
+    let writer = Writer::in_order(&kind, 0);
     let mut follower = Follower::start(&mut kind.memory).unwrap();
     writer.wait();
     writer.stop();
