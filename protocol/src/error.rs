@@ -391,14 +391,17 @@ pub enum GuestAt {
     Sender,
     /// At the receiver, complete.
     Receiver,
+    /// Handed over, and no answer yet: at one of the two, and nobody runs it here until that is known.
+    InDoubt,
 }
 
 impl GuestAt {
-    /// `sender` or `receiver`.
+    /// `sender`, `receiver` or `in doubt`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sender => "sender",
             Self::Receiver => "receiver",
+            Self::InDoubt => "in doubt",
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod domain;
 pub mod error;
 pub mod frame;
 pub mod framing;
+pub mod handover;
 pub mod limits;
 pub mod page;
 pub mod page_buffer;
