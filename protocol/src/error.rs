@@ -4,6 +4,7 @@
 //! `Incompatible`: two honest peers with nothing in common. Messages name the thing, the limit and what came, are lower
 //! case, and never repeat page bytes. What the local side did wrong is in the crates that can do wrong.
 
+use crate::blobs::BlobError;
 use crate::digest::Digest;
 use crate::frame::FrameKind;
 use alloc::string::{String, ToString};
@@ -204,6 +205,9 @@ pub enum Violation {
         /// Pages of the image.
         pages: u64,
     },
+    /// A part of a blob that does not belong there.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
     /// The whole image, or its count of pages, is not what the peer says.
     #[error("root mismatch: {theirs} over {their_pages} pages there, {ours} over {our_pages} here")]
     Root {

@@ -13,6 +13,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod bitmap;
+pub mod blobs;
 pub mod coding;
 #[cfg(feature = "zstd")]
 pub mod compress;

@@ -34,8 +34,7 @@ pub struct Blob<'a> {
 }
 
 const FIXED_BYTES: usize = 16;
-const _: () =
-    assert!(Blob::SIZE_MAX as usize == FIXED_BYTES + NAME_BYTES_MAX + BLOB_PART_BYTES_MAX as usize);
+const _: () = assert!(Blob::SIZE_MAX as usize == FIXED_BYTES + NAME_BYTES_MAX + BLOB_PART_BYTES_MAX as usize);
 
 impl<'a> Blob<'a> {
     /// Most bytes of a body.

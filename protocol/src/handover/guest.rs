@@ -171,12 +171,17 @@ impl Handovers {
         })
     }
 
-    /// The hand-over that is open, or the last one with this host as its receiver.
+    /// The hand-over that is open and has this host as its receiver, else the last one that started here, else the last.
     pub fn incoming(&self) -> Option<&Receiver> {
-        self.sides.iter().rev().find_map(|side| match side {
-            Side::Receiver(receiver) => Some(receiver),
-            Side::Sender(_) => None,
-        })
+        let receivers = || {
+            self.sides.iter().rev().filter_map(|side| match side {
+                Side::Receiver(receiver) => Some((side, receiver)),
+                Side::Sender(_) => None,
+            })
+        };
+        let open = receivers().find(|(side, _)| side.is_live());
+        let started = || receivers().find(|(side, _)| side.whereabouts().is_some());
+        open.or_else(started).or_else(|| receivers().next()).map(|(_, receiver)| receiver)
     }
 
     // SPEC 11.11
@@ -339,7 +344,8 @@ impl Handovers {
     // SPEC 11.13
     fn handle_grant(&mut self, grant: &Grant, out: &mut Vec<Output>) {
         let step = if grant.host == self.me { Step::Granted } else { Step::Denied };
-        let asked = |side: &&mut Side| side.is_live() && side.handover().arbiter && side.handover().epoch == grant.epoch;
+        let asked =
+            |side: &&mut Side| side.is_live() && side.handover().arbiter && side.handover().epoch == grant.epoch;
         let side = self.sides.iter_mut().find(asked).filter(|_| grant.lineage == self.lineage);
         match side.filter(|side| grant.host == self.me || grant.host == side.other_host()) {
             Some(side) => side.handle(step, out),
@@ -381,11 +387,8 @@ impl Handovers {
 
     /// Whether a message is about this guest, and this host and the one that says it are on the sides they have to be.
     fn is_bound(&self, word: Word, from: HostId, handover: &Handover) -> bool {
-        let (here, there) = if word.is_senders() {
-            (handover.receiver, handover.sender)
-        } else {
-            (handover.sender, handover.receiver)
-        };
+        let (here, there) =
+            if word.is_senders() { (handover.receiver, handover.sender) } else { (handover.sender, handover.receiver) };
         handover.lineage == self.lineage && here == self.me && there == from
     }
 

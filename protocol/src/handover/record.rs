@@ -94,6 +94,7 @@ impl Record {
     /// Bytes of a record.
     pub const BYTES: usize = CHECKED_BYTES + 32;
 
+    // SPEC 11.17
     /// Judges a file.
     ///
     /// # Errors

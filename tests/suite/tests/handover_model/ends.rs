@@ -108,4 +108,3 @@ fn name(state: &State) -> Result<End, &'static str> {
         }
     }
 }
-

@@ -84,6 +84,8 @@ pub(crate) struct State {
     pub(crate) guest: u8,
     pub(crate) last_runner: usize,
     pub(crate) told_doubt: bool,
+    /// A COMMIT that was about nothing has been answered.
+    pub(crate) strayed: bool,
     /// An operator has had a copy run that the guest may have outrun before its host was lost.
     pub(crate) vouched: bool,
     /// What must never happen, and has.
@@ -168,6 +170,7 @@ impl World {
             guest: 0,
             last_runner: 0,
             told_doubt: false,
+            strayed: false,
             vouched: false,
             wrong: None,
         }
@@ -374,7 +377,15 @@ impl World {
             Action::Restart(at) => self.restart(state, at),
             Action::Fence(at) => state.hosts[at].fenced = true,
             Action::Decide(at, handover) => self.decide(state, at, handover),
-            Action::Stray(at, from, message) => self.feed(state, at, Input::Message { from, message }),
+            Action::Stray(at, from, message) => {
+                let letters = state.letters.len();
+                let writing = state.hosts.each_ref().map(|host| host.writing.len());
+                self.feed(state, at, Input::Message { from, message });
+                // One that was refused has changed nothing.
+                state.strayed |= message.word == Word::Commit
+                    && (state.letters.len(), state.hosts.each_ref().map(|host| host.writing.len()))
+                        != (letters, writing);
+            }
         }
     }
 
@@ -390,7 +401,7 @@ impl World {
             if self.config.operator {
                 self.operators_actions(state, at, actions);
             }
-            if self.config.strays {
+            if self.config.strays && state.hosts[at].desk.is_some() {
                 strays(state, at, actions);
             }
         }
@@ -464,20 +475,19 @@ fn start(state: &mut State, at: usize) {
     (host.runs, host.memory, host.received) = (true, Some(state.guest), None);
 }
 
-/// Messages to `at` that are right but for one field, or for who says them.
+/// Messages to `at` that are right but for one field, or for who says them. Of the COMMITs among them one comes a walk:
+/// each is an unknown hand-over of its own, with a record.
 fn strays(state: &State, at: usize, actions: &mut Vec<Action>) {
-    let host = &state.hosts[at];
-    let sends = host.outgoing().map(|(_, handover)| handover);
-    let receives = host.incoming().map(|(_, handover)| handover);
-    let other = IDS[1 - at];
-    for (handover, words) in [
-        (sends, &[Word::Ready, Word::Started, Word::Reject][..]),
-        (receives, &[Word::Gone][..]),
-    ] {
-        let Some(handover) = handover else { continue };
-        for &word in words {
-            let altered = altered(&handover).into_iter().map(|handover| (other, handover));
-            for (from, handover) in altered.chain([(STRANGER, handover)]) {
+    for letter in &state.letters {
+        let Letter::Session(handover) = letter else { continue };
+        let words = if handover.sender == IDS[at] {
+            &[Word::Ready, Word::Started, Word::Reject][..]
+        } else {
+            &[Word::Gone, Word::Commit][..]
+        };
+        for &word in words.iter().filter(|word| **word != Word::Commit || !state.strayed) {
+            let altered = altered(handover).into_iter().map(|handover| (IDS[1 - at], handover));
+            for (from, handover) in altered.chain([(STRANGER, *handover)]) {
                 actions.push(Action::Stray(at, from, Message { word, handover }));
             }
         }
