@@ -34,6 +34,7 @@ pub struct DedupDomain {
     pub(crate) node: Key,
     pub(crate) batch: Key,
     pub(crate) root: Key,
+    pub(crate) live: Key,
     seal: Key,
     id: DomainId,
 }
@@ -48,6 +49,7 @@ impl DedupDomain {
             node: subkey("pagewire 1 tree node"),
             batch: subkey("pagewire 1 batch"),
             root: subkey("pagewire 1 root"),
+            live: subkey("pagewire 1 live root"),
             seal: subkey("pagewire 1 store seal"),
             id: DomainId(half(blake3::derive_key("pagewire 1 domain id", key))),
         }

@@ -4,6 +4,7 @@
 //! `Incompatible`: two honest peers with nothing in common. Messages name the thing, the limit and what came, are lower
 //! case, and never repeat page bytes. What the local side did wrong is in the crates that can do wrong.
 
+use crate::blobs::BlobError;
 use crate::digest::Digest;
 use crate::frame::FrameKind;
 use alloc::string::{String, ToString};
@@ -212,6 +213,9 @@ pub enum Violation {
         /// The page.
         page: u64,
     },
+    /// A part of a blob that does not belong there.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
     /// The whole image, or its count of pages, is not what the peer says.
     #[error("root mismatch: {theirs} over {their_pages} pages there, {ours} over {our_pages} here")]
     Root {
@@ -399,14 +403,17 @@ pub enum GuestAt {
     Sender,
     /// At the receiver, complete.
     Receiver,
+    /// Handed over, and no answer yet: at one of the two, and nobody runs it here until that is known.
+    InDoubt,
 }
 
 impl GuestAt {
-    /// `sender` or `receiver`.
+    /// `sender`, `receiver` or `in doubt`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sender => "sender",
             Self::Receiver => "receiver",
+            Self::InDoubt => "in doubt",
         }
     }
 }

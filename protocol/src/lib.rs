@@ -13,6 +13,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod bitmap;
+pub mod blobs;
 pub mod challenge;
 pub mod coding;
 #[cfg(feature = "zstd")]
@@ -22,6 +23,7 @@ pub mod domain;
 pub mod error;
 pub mod frame;
 pub mod framing;
+pub mod handover;
 pub mod limits;
 pub mod page;
 pub mod page_buffer;

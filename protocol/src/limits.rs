@@ -71,3 +71,14 @@ pub const STALL_SPAN_MAX: Span = Span::from_secs(120);
 pub const PROGRESS_SPAN: Span = Span::from_secs(15);
 /// See [`PROGRESS_SPAN`].
 pub const PROGRESS_BYTES_MIN: u64 = 16 * 1024;
+/// Hand-overs of one guest that a host keeps records of: the last one, and those whose sender has not said GONE.
+pub const HANDOVERS_MAX: usize = 16;
+/// How far an epoch may lie above those that a host's records know of: an honest guest moves less often than that, and a
+/// liar cannot use the numbers up.
+pub const EPOCH_STEP_MAX: u64 = 1 << 32;
+/// Blobs of one image: device state and whatever else must be there before the guest starts.
+pub const BLOBS_MAX: usize = 16;
+/// Bytes of one blob. Device state of hypervisors is below 1 MiB; what is larger belongs into a region.
+pub const BLOB_BYTES_MAX: u32 = 16 << 20;
+/// Bytes of a blob in one BLOB frame.
+pub const BLOB_PART_BYTES_MAX: u32 = 32 * 1024;

@@ -4,6 +4,7 @@
 //! an all-zero region: zero subtrees are precomputed and take no memory, so a sparse terabyte costs eight bytes a MiB.
 //! Changing a leaf only marks its lowest node; nodes are hashed when somebody asks, batch by batch while leaves are hot.
 
+use crate::blobs::Blobs;
 use crate::digest::{Digest, PageHasher, SubtreeBytes, batch_digest};
 use crate::domain::DedupDomain;
 use crate::limits::SUBTREE_PAGES;
@@ -244,6 +245,23 @@ pub fn image_root(domain: &DedupDomain, layout: &Layout, trees: &mut [DigestTree
         bytes.extend_from_slice(&tree.root().0);
     }
     domain.root.hash([bytes.as_slice()])
+}
+
+// SPEC 12.4
+/// The root of a live session: over the image root and all blobs, in order.
+pub fn live_root(domain: &DedupDomain, image_root: Digest, blobs: &Blobs) -> Digest {
+    let mut heads = Vec::new();
+    for blob in blobs.iter() {
+        let mut head = Vec::new();
+        head.extend_from_slice(&(blob.name().as_str().len() as u64).to_le_bytes());
+        head.extend_from_slice(blob.name().as_str().as_bytes());
+        head.extend_from_slice(&blob.version().to_le_bytes());
+        head.extend_from_slice(&(blob.bytes().len() as u64).to_le_bytes());
+        heads.push(head);
+    }
+    let count = (heads.len() as u64).to_le_bytes();
+    let parts = heads.iter().zip(blobs.iter()).flat_map(|(head, blob)| [head.as_slice(), blob.bytes()]);
+    domain.live.hash([image_root.0.as_slice(), count.as_slice()].into_iter().chain(parts))
 }
 
 fn node_digest(domain: &DedupDomain, height: u8, children: &[Digest]) -> Digest {

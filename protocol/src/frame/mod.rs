@@ -10,6 +10,7 @@
 
 mod accept;
 mod ack;
+mod blob;
 mod close;
 mod done;
 mod entry;
@@ -25,6 +26,7 @@ mod round;
 
 pub use accept::Accept;
 pub use ack::{Ack, Want};
+pub use blob::Blob;
 pub use close::Close;
 pub use done::Done;
 pub use entry::{Codec, EntryKind, Run, SKIPPED_DIGEST};
@@ -40,6 +42,7 @@ pub use round::RoundEnd;
 
 use crate::coding::Writer;
 use crate::error::DecodeError;
+use crate::handover::{Message, Word};
 use crate::limits::{BULK_LANES_MAX, CONTROL_BODY_MAX, PAGES_BODY_MAX};
 use alloc::vec::Vec;
 
@@ -101,6 +104,18 @@ frame_kinds! {
     PING = 11, Ping::SIZE_MAX;
     /// The end of the session and why.
     CLOSE = 12, CONTROL_BODY_MAX;
+    /// A part of a blob: device state and the like.
+    BLOB = 13, Blob::SIZE_MAX;
+    /// Receiver: all that the guest needs is here and verified.
+    READY = 14, Message::SIZE_MAX;
+    /// Sender: the guest is the receiver's.
+    COMMIT = 15, Message::SIZE_MAX;
+    /// Receiver: it runs the guest.
+    STARTED = 16, Message::SIZE_MAX;
+    /// Receiver: it will never start the guest.
+    REJECT = 17, Message::SIZE_MAX;
+    /// Sender: its copy of the guest is gone.
+    GONE = 18, Message::SIZE_MAX;
 }
 
 impl core::fmt::Display for FrameKind {
@@ -236,6 +251,9 @@ pub enum Frame<'a> {
     Done(Done),
     Ping(Ping),
     Close(Close),
+    Blob(Blob<'a>),
+    /// READY, COMMIT, STARTED, REJECT or GONE.
+    Handover(Message),
 }
 
 impl<'a> Frame<'a> {
@@ -257,6 +275,12 @@ impl<'a> Frame<'a> {
             FrameKind::DONE => Self::Done(Done::decode(body)?),
             FrameKind::PING => Self::Ping(Ping::decode(body)?),
             FrameKind::CLOSE => Self::Close(Close::decode(body)?),
+            FrameKind::BLOB => Self::Blob(Blob::decode(body)?),
+            FrameKind::READY => Self::Handover(Message::decode(Word::Ready, body)?),
+            FrameKind::COMMIT => Self::Handover(Message::decode(Word::Commit, body)?),
+            FrameKind::STARTED => Self::Handover(Message::decode(Word::Started, body)?),
+            FrameKind::REJECT => Self::Handover(Message::decode(Word::Reject, body)?),
+            FrameKind::GONE => Self::Handover(Message::decode(Word::Gone, body)?),
             FrameKind(value) => return Err(DecodeError::Unknown { field: "frame kind", value: u64::from(value) }),
         })
     }
@@ -276,6 +300,8 @@ impl<'a> Frame<'a> {
             Self::Done(_) => FrameKind::DONE,
             Self::Ping(_) => FrameKind::PING,
             Self::Close(_) => FrameKind::CLOSE,
+            Self::Blob(_) => FrameKind::BLOB,
+            Self::Handover(message) => message.word.frame_kind(),
         }
     }
 
@@ -296,6 +322,8 @@ impl<'a> Frame<'a> {
             Self::Done(frame) => frame.encode(out),
             Self::Ping(frame) => frame.encode(out),
             Self::Close(frame) => frame.encode(out),
+            Self::Blob(frame) => frame.encode(out),
+            Self::Handover(message) => message.handover.encode(out),
         }
         seal(self.kind(), lane, start, 0, out);
     }

@@ -5,6 +5,7 @@ use crate::challenge::PageProof;
 use crate::digest::Digest;
 use crate::domain::LineageId;
 use crate::error::CloseCode;
+use crate::handover::{Epoch, Handover, HostId, Message, Word};
 use crate::limits::*;
 use crate::page::{InstallSize, Layout, Region};
 use alloc::string::ToString;
@@ -59,6 +60,22 @@ fn accept() -> Accept {
     Accept { transcript, secret, lanes: 2, window: 1 << 20, held_pages, agreed: 2, base_stays: true, challenge: None }
 }
 
+fn handover() -> Handover {
+    Handover {
+        lineage: LineageId([6; 16]),
+        session: [2; 16],
+        epoch: Epoch::new(3),
+        root: Digest([7; 32]),
+        sender: HostId([8; 32]),
+        receiver: HostId([9; 32]),
+        arbiter: true,
+    }
+}
+
+fn blob() -> Blob<'static> {
+    Blob { name: ImageName::new("device-state").unwrap(), version: 2, length: 9, offset: 4, part: b"state" }
+}
+
 /// One sample of each kind, in the order of [`FrameKind::ALL`].
 fn samples(pages: &[u8]) -> Vec<Frame<'_>> {
     let accept = Accept { held_pages: vec![5, 0], ..accept() };
@@ -76,6 +93,12 @@ fn samples(pages: &[u8]) -> Vec<Frame<'_>> {
         Frame::Done(Done { pages: 62, root: Digest([7; 32]) }),
         Frame::Ping(Ping { token: 0x0102_0304_0506_0708, answer: true }),
         Frame::Close(Close::new(CloseCode::SOURCE, "vm.img: no such file")),
+        Frame::Blob(blob()),
+        Frame::Handover(Message { word: Word::Ready, handover: handover() }),
+        Frame::Handover(Message { word: Word::Commit, handover: handover() }),
+        Frame::Handover(Message { word: Word::Started, handover: handover() }),
+        Frame::Handover(Message { word: Word::Reject, handover: handover() }),
+        Frame::Handover(Message { word: Word::Gone, handover: handover() }),
     ]
 }
 
@@ -93,14 +116,16 @@ fn every_frame_round_trips_and_is_refused_when_cut_or_too_long() {
         let body = &bytes[HEADER_BYTES..];
         assert_eq!(Frame::decode(header.kind, body).unwrap(), frame);
         for cut in 0..body.len() {
-            // A whole digest or want less is a shorter legal list.
+            // A whole digest or want less is a shorter legal list, some bytes less a shorter part.
             let shorter = match header.kind {
                 FrameKind::HAVE => cut > 16 && (cut - 16) % 32 == 0,
                 FrameKind::ACK => cut >= 16 && cut % 16 == 0,
+                FrameKind::BLOB => cut > 16 + "device-state".len(),
                 _ => false,
             };
             assert_eq!(Frame::decode(header.kind, &body[..cut]).is_ok(), shorter, "{} cut at {cut}", header.kind);
         }
+        // Of the sample's blob no byte is left to come.
         let mut longer = body.to_vec();
         longer.push(0);
         assert!(Frame::decode(header.kind, &longer).is_err(), "{} and a byte", header.kind);
@@ -156,7 +181,7 @@ fn rejects_headers_that_are_no_frame() {
         bytes[at] = value;
         FrameHeader::decode(&bytes)
     };
-    for (at, value) in [(4, 0), (4, 13), (4, 255), (5, 1), (5, 2), (6, 10), (6, 255), (7, 1), (0, 17), (3, 255)] {
+    for (at, value) in [(4, 0), (4, 19), (4, 255), (5, 1), (5, 2), (6, 10), (6, 255), (7, 1), (0, 17), (3, 255)] {
         assert!(changed(at, value).is_err(), "byte {at} = {value}");
     }
     let ignorable = [0, 0, 1, 0, 200, 1, 0, 0];
@@ -348,6 +373,28 @@ fn rejects_lists_and_numbers_at_each_limit_plus_one() {
         Open::decode(&body).is_ok()
     };
     assert_eq!([0, ROOTS_MAX, ROOTS_MAX + 1].map(known), [true, true, false]);
+}
+
+// SPEC 12.2
+#[test]
+fn rejects_parts_of_blobs_that_are_not_inside_them() {
+    let bytes = |count: u32| vec![0u8; count as usize];
+    let judged = |length: u32, offset: u32, part: &[u8]| {
+        let mut body = Vec::new();
+        Blob { length, offset, part, ..blob() }.encode(&mut body);
+        Blob::decode(&body).is_ok()
+    };
+    assert!(judged(9, 0, b"nine byte") && judged(9, 8, b"e") && judged(0, 0, b""));
+    assert!(!judged(9, 9, b"") && !judged(9, 8, b"te") && !judged(0, 0, b"x") && !judged(9, u32::MAX, b"x"));
+    assert!(judged(BLOB_BYTES_MAX, BLOB_BYTES_MAX - 1, b"x") && !judged(BLOB_BYTES_MAX + 1, 0, b"x"));
+    let most = BLOB_PART_BYTES_MAX;
+    assert!(judged(most + 1, 0, &bytes(most)) && !judged(most + 1, 0, &bytes(most + 1)));
+    for (at, value) in [(12, 0), (12, 65), (13, 1), (15, 1), (16, b'/'), (16, 0xff)] {
+        let mut body = Vec::new();
+        blob().encode(&mut body);
+        body[at] = value;
+        assert!(Blob::decode(&body).is_err(), "byte {at} = {value}");
+    }
 }
 
 #[test]

@@ -87,7 +87,8 @@ impl Endpoint {
         if !kind.is_known() {
             return Ok(None);
         }
-        check(self.role, self.phase, lane, kind)?;
+        let live = self.greeted.is_some_and(|greeted| greeted.agreement.is_live());
+        check(self.role, self.phase, live, lane, kind)?;
         // SPEC 2.7: a single stream's headers may name any lane, also one that was not granted.
         if !self.liveness.is_open(lane) {
             return Err(Violation::WrongLane { lane: lane.number() }.into());

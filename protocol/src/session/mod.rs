@@ -11,7 +11,7 @@ mod table;
 
 pub use endpoint::{Endpoint, Greeted};
 pub use liveness::Liveness;
-pub use negotiate::{Agreement, Policy, VERSION, negotiate};
+pub use negotiate::{Agreement, FEATURE_LIVE, Policy, VERSION, negotiate};
 pub use table::{Phase, check};
 
 use crate::error::{PeerError, Violation};

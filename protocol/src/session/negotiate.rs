@@ -26,6 +26,9 @@ pub struct Policy {
 /// The protocol version this crate implements.
 pub const VERSION: u16 = 1;
 
+/// The feature bit of HELLO for live sessions: blobs, and the hand-over of a guest.
+pub const FEATURE_LIVE: u64 = 1 << 1;
+
 impl Default for Policy {
     fn default() -> Self {
         let codecs = if cfg!(feature = "zstd") { Codec::ALL_BITS } else { Codec::NONE.bit() };
@@ -60,6 +63,13 @@ pub struct Agreement {
     pub codecs: u32,
     /// The install sizes both know, as bits: bit n is 4 KiB << n.
     pub install_sizes: u32,
+}
+
+impl Agreement {
+    /// Whether both sides can hand a guest over.
+    pub fn is_live(&self) -> bool {
+        self.features & FEATURE_LIVE != 0
+    }
 }
 
 /// Agrees on a session.

@@ -61,13 +61,13 @@ impl Phase {
     }
 }
 
-/// Whether a frame of `kind` may arrive on `lane` at a peer of `role` in `phase`.
+/// Whether a frame of `kind` may arrive on `lane` at a peer of `role` in `phase`; `live` if live sessions are agreed.
 ///
 /// # Errors
 /// It may not.
-pub fn check(role: Role, phase: Phase, lane: LaneId, kind: FrameKind) -> Result<(), Violation> {
-    // SPEC 7.3
-    if legal(role, phase, lane).contains(&kind) {
+pub fn check(role: Role, phase: Phase, live: bool, lane: LaneId, kind: FrameKind) -> Result<(), Violation> {
+    // SPEC 7.3, 11.2
+    if legal(role, phase, lane).contains(&kind) || (live && legal_live(role, phase, lane).contains(&kind)) {
         return Ok(());
     }
     Err(Violation::Unexpected { kind, lane: lane.kind(), phase: phase.name() })
@@ -93,20 +93,33 @@ fn legal(role: Role, phase: Phase, lane: LaneId) -> &'static [FrameKind] {
     }
 }
 
+/// What may arrive beside that where live sessions are agreed. Before OPEN and ACCEPT the words are about a hand-over
+/// that an earlier connection has left open.
+fn legal_live(role: Role, phase: Phase, lane: LaneId) -> &'static [FrameKind] {
+    use FrameKind as K;
+    match (role, phase, lane.kind()) {
+        (Role::Sender, Phase::Opening | Phase::Finishing, "control") => &[K::READY, K::STARTED, K::REJECT],
+        (Role::Receiver, Phase::Waiting | Phase::Parting, "control") => &[K::COMMIT, K::GONE],
+        (Role::Receiver, Phase::Receiving, "control") => &[K::BLOB],
+        _ => &[],
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use alloc::format;
     use alloc::string::String;
 
-    /// The whole matrix as text; a change of it is a change of SPEC §7 and must be made there too.
-    #[test]
-    fn the_matrix_is_the_one_of_spec() {
+    /// The rows of a whole matrix as text: what is legal with `live`, and is not without it if it is set.
+    fn matrix(live: bool) -> String {
         let mut table = String::new();
         for role in [Role::Sender, Role::Receiver] {
             for phase in Phase::ALL {
                 for lane in [LaneId::CONTROL, LaneId::bulk(0), LaneId::URGENT] {
-                    let allowed = FrameKind::ALL.iter().filter(|&&kind| check(role, phase, lane, kind).is_ok());
+                    let legal = |live, kind| check(role, phase, live, lane, kind).is_ok();
+                    let is_new = |kind: &&FrameKind| legal(live, **kind) && !(live && legal(false, **kind));
+                    let allowed = FrameKind::ALL.iter().filter(is_new);
                     let allowed: alloc::vec::Vec<_> = allowed.map(|kind| kind.name()).collect();
                     if !allowed.is_empty() {
                         table += &format!(
@@ -120,7 +133,15 @@ mod tests {
                 }
             }
         }
+        table
+    }
+
+    /// A change of the matrix is a change of SPEC, sections 7 and 11, and must be made there too.
+    #[test]
+    fn the_matrix_is_the_one_of_spec() {
         let spec = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/SPEC.md")).unwrap();
-        assert!(spec.contains(&table), "SPEC §7 must hold exactly:\n{table}");
+        for table in [matrix(false), matrix(true)] {
+            assert!(spec.contains(&table), "SPEC must hold exactly:\n{table}");
+        }
     }
 }

@@ -10,6 +10,7 @@
 )]
 
 use pagewire_protocol::frame::{FrameKind, HEADER_BYTES};
+use pagewire_protocol::handover::{Handover, Record, RecordKind};
 use pagewire_test_support::fuzz::TARGETS;
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::memory::ImageSink;
@@ -114,6 +115,24 @@ fn record_manifests() {
     }
 }
 
+/// A record of each kind as it is and as a body to be checked, and one with a byte wrong in each field.
+fn record_records() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../protocol/vectors/ready.txt");
+    let ready = hex(fs::read_to_string(path).unwrap().split("\n\n").next().unwrap());
+    let handover = Handover::decode(&ready[HEADER_BYTES..]).unwrap();
+    for kind in RecordKind::ALL {
+        let bytes = Record { kind, handover }.encode();
+        keep("record", &format!("{kind:?}").to_lowercase(), &[&[0], bytes.as_slice()].concat());
+        keep("record", &format!("{kind:?}-checked").to_lowercase(), &[&[1], &bytes[..160]].concat());
+    }
+    let body = Record { kind: RecordKind::Handed, handover }.encode();
+    for (name, at) in [("magic", 0), ("version", 8), ("kind", 10), ("reserved", 11), ("arbiter", 152), ("tail", 159)] {
+        let mut wrong = body[..160].to_vec();
+        wrong[at] ^= 0x40;
+        keep("record", name, &[&[1], wrong.as_slice()].concat());
+    }
+}
+
 fn record_operations() {
     let mut compressed = Vec::new();
     let text = [7u8; 8192];
@@ -147,6 +166,7 @@ fn made_seeds_can_be_made_again() {
         record_vectors();
         record_sessions();
         record_manifests();
+        record_records();
         record_operations();
     }
 }

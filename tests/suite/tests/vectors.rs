@@ -1,13 +1,15 @@
 //! The golden vectors, seen from outside the crate: files that another implementation reads, too.
 #![expect(clippy::unwrap_used, reason = "a test that cannot read its inputs has failed")]
 
+use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::challenge::Challenge;
 use pagewire_protocol::digest::{Digest, PageHasher, batch_digest, join_proof, page_digest, transcript_digest};
 use pagewire_protocol::domain::DedupDomain;
-use pagewire_protocol::frame::{Frame, FrameHeader, FrameKind, HEADER_BYTES};
+use pagewire_protocol::frame::{Frame, FrameHeader, FrameKind, HEADER_BYTES, ImageName};
 use pagewire_protocol::framing::Framer;
+use pagewire_protocol::handover::{Handover, Record, RecordKind};
 use pagewire_protocol::page::{InstallSize, Layout, Region};
-use pagewire_protocol::tree::{DigestTree, image_root};
+use pagewire_protocol::tree::{DigestTree, image_root, live_root};
 use pagewire_test_suite::{files, read};
 
 /// Each vector: its file's name, and the frame.
@@ -82,7 +84,7 @@ fn a_body_cut_at_any_byte_is_refused_or_a_shorter_list() {
             let frames = frames(&short).unwrap();
             let (header, body) = &frames[0];
             if let Ok(again) = encoded(*header, body) {
-                let list = [FrameKind::HAVE, FrameKind::ACK].contains(&header.kind);
+                let list = [FrameKind::HAVE, FrameKind::ACK, FrameKind::BLOB].contains(&header.kind);
                 assert!(list && again == short, "{name} cut at {cut}");
             }
         }
@@ -108,6 +110,14 @@ fn spec_lists_every_vector() {
     }
 }
 
+/// The check at the end of the record HANDED of the hand-over of `ready.txt`.
+fn record_check() -> Digest {
+    let (_, ready) = vectors().into_iter().find(|(name, _)| name == "ready.txt").unwrap();
+    let handover = Handover::decode(&ready[HEADER_BYTES..]).unwrap();
+    let file = Record { kind: RecordKind::Handed, handover }.encode();
+    Digest(*file.last_chunk().unwrap())
+}
+
 /// What appendix B of SPEC shows, in its order.
 fn digests() -> Vec<Digest> {
     let domain = DedupDomain::public();
@@ -122,6 +132,9 @@ fn digests() -> Vec<Digest> {
     let regions = vec![install(257 * 4096, InstallSize::KIB_4), install(0, InstallSize::MIB_2)];
     let root = region.root();
     let image = image_root(&domain, &Layout::new(regions).unwrap(), &mut [region, tree(0)]);
+    let mut blobs = Blobs::new();
+    let without = live_root(&domain, image, &blobs);
+    blobs.insert(ImageName::new("a").unwrap(), 1, b"xyz".to_vec()).unwrap();
     vec![
         hasher.zero(),
         ones,
@@ -133,6 +146,9 @@ fn digests() -> Vec<Digest> {
         image,
         batch_digest(&domain, 7, [[hasher.zero(), ones].as_slice()]),
         transcript_digest(b"sender", b"receiver"),
+        without,
+        live_root(&domain, image, &blobs),
+        record_check(),
         join_proof(&[2; 32], &[3; 16], 4),
     ]
 }
