@@ -137,7 +137,7 @@ async fn drive<S: GuestSink>(
                     check_streams(&offer, single_stream)?;
                     let Landed { sink, agreed, others } = decide(&offer)?;
                     let Entropy { secret, seed, challenge, .. } = entropy;
-                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed, others, challenge })
+                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed, others, challenge, host: None })
                 });
                 summary.offer = Some(*offer);
                 let now = pump.now();

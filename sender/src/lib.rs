@@ -27,7 +27,7 @@ mod switch;
 mod tally;
 
 pub use base::Base;
-pub use engine::{Event, SenderConfig, SenderEngine};
+pub use engine::{Event, Live, SenderConfig, SenderEngine};
 pub use error::{ErrorKind, SenderError};
 pub use lanes::{EncodeJob, EncodeOutput};
 pub use memory::{GuestMemory, Tracking};
