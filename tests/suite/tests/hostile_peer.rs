@@ -93,7 +93,7 @@ fn judge_cell(
     close: Option<Close>,
 ) {
     let cell = format!("{} {} {lane:?} {kind}", role.name(), phase.name());
-    let verdict = check(role, phase, lane, kind);
+    let verdict = check(role, phase, false, lane, kind);
     match (phase, verdict) {
         (Phase::Over, _) => assert!(outcome.is_none() && close.is_none(), "{cell}: a session that is over stays so"),
         (Phase::Parting, Err(_)) => {
