@@ -12,7 +12,7 @@ use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
 use pagewire_protocol::tree::Manifest;
-use pagewire_receiver::driver::{Beginning, Entropy, Landed, Refusal, Summary};
+use pagewire_receiver::driver::{Beginning, Entropy, Landed, Progress, Refusal, Summary};
 use pagewire_receiver::memory::{FileSink, GuestRam, RamSink};
 use pagewire_receiver::{GuestSink, Offer};
 use pagewire_store::{Landing, LandingError, LandingOptions};
@@ -354,9 +354,8 @@ pub(crate) fn session<S: GuestSink>(
         }
     };
     let begin = Beginning { socket, framer, single_stream, lanes, start, entropy };
-    let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, |progress| {
-        observe(&progress.into());
-    });
+    let observe = |progress: Progress| observe(&progress.into());
+    let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, None, observe);
     let mut report = report(&summary);
     if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
         report.image = Some(ImageId { root: manifest.root.0, session: offer.open.session });

@@ -7,7 +7,7 @@ use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role
 use crate::reuse::{Departure, Reuse, keep_departed};
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::page::InstallSize;
-use pagewire_sender::driver::{Route, Stop, Summary};
+use pagewire_sender::driver::{Cargo, Route, Stop, Summary};
 use pagewire_sender::memory::FileMemory;
 use pagewire_sender::{GuestMemory, SenderConfig};
 use pagewire_transport::{Address, CancellationToken, Progress};
@@ -158,9 +158,10 @@ pub(crate) fn run<M: GuestMemory>(
         Err(kind) => return report.close(Some(kind.at_sender())),
     };
     let (session, stop) = (config.session, options.stop());
-    let (summary, result) = pagewire_sender::driver::send(memory, bases, config, route, &stop, |progress| {
-        observer.event(&Progress { pages_total, ..progress }.into());
-    });
+    let (summary, result) =
+        pagewire_sender::driver::send(Cargo { memory, bases, control: None }, config, route, &stop, |progress| {
+            observer.event(&Progress { pages_total, ..progress }.into());
+        });
     fill(&mut report, &summary);
     report.image = summary.manifest.as_ref().map(|manifest| ImageId { root: manifest.root.0, session });
     if let (Some(reuse), Some(manifest)) = (reuse.filter(|_| lineage.key != [0; 32]), &summary.manifest) {

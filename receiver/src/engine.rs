@@ -181,7 +181,12 @@ impl<S: GuestSink> ReceiverEngine<S> {
 
     /// Stops the session.
     pub fn cancel(&mut self) {
-        self.fail(ErrorKind::Cancelled);
+        self.stop(ErrorKind::Cancelled);
+    }
+
+    /// Stops the session, for the reason that `kind` names.
+    pub fn stop(&mut self, kind: ErrorKind) {
+        self.fail(kind);
     }
 
     /// What was done so far.

@@ -7,8 +7,11 @@
 
 mod again;
 mod answers;
+mod ask;
 mod base;
 mod classify;
+#[cfg(feature = "driver")]
+mod control;
 pub mod converge;
 #[cfg(feature = "driver")]
 pub mod driver;
@@ -26,6 +29,7 @@ mod sending;
 mod switch;
 mod tally;
 
+pub use ask::{AskEngine, NoJob};
 pub use base::Base;
 pub use engine::{Event, Live, SenderConfig, SenderEngine};
 pub use error::{ErrorKind, SenderError};
