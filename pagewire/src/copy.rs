@@ -87,7 +87,7 @@ fn join(
         let sessions = Sessions::default();
         let receiver =
             scope.spawn(move || session(arriving, &sessions, &Default::default(), decide, |_, _, _| (), |_| ()));
-        let sent = run((memory, None), &name, Route::Over(here), &options, observer);
+        let sent = run(Sent { memory, source: None, guest: None }, &name, Route::Over(here), &options, observer);
         drop(receiver.join());
         sent
     })
