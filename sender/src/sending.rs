@@ -482,10 +482,6 @@ impl<M: GuestMemory> Sending<M> {
         }
         self.flush_cover();
         self.cover = Some(Cover { range, runs: runs.to_vec() });
-        if self.ended {
-            // An answer to a want, with nothing behind it that would push it out.
-            self.flush_cover();
-        }
     }
 
     pub(crate) fn flush_cover(&mut self) {
