@@ -172,11 +172,68 @@ pub(crate) struct Send {
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
     #[command(flatten)]
+    pub(crate) live: Live,
+    #[command(flatten)]
     pub(crate) keeping: Keeping,
     #[command(flatten)]
     pub(crate) transfer: Transfer,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+/// A guest that runs, at the sender.
+#[derive(Debug, ClapArgs)]
+#[command(next_help_heading = "Guests that run")]
+pub(crate) struct Live {
+    /// SRC is memory that something keeps writing to: send it in rounds, pause the guest, hand it over.
+    #[arg(long, requires = "on_pause")]
+    pub(crate) live: bool,
+    /// Stops the guest; run by sh when what is left to send fits the downtime. PAGEWIRE_NAME names the guest.
+    #[arg(long, value_name = "CMD", requires = "live")]
+    pub(crate) on_pause: Option<String>,
+    /// Lets the guest run on here, if it is not handed over after all.
+    #[arg(long, value_name = "CMD", requires = "live")]
+    pub(crate) on_resume: Option<String>,
+    /// Device state that CMD of --on-pause has written when it ends; it goes with the memory.
+    #[arg(long, value_name = "FILE", requires = "live")]
+    pub(crate) state: Option<PathBuf>,
+    /// How long the guest may stand still, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 300, requires = "live")]
+    pub(crate) downtime: u32,
+    /// Rounds at most before the last.
+    #[arg(long, value_name = "N", default_value_t = 30, requires = "live", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+    /// What to do when the guest cannot be stopped for as short as it should.
+    #[arg(long, value_enum, default_value_t = AtLimit::Cancel, requires = "live")]
+    pub(crate) at_limit: AtLimit,
+    /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
+    #[arg(long, value_name = "DIR", requires = "live")]
+    pub(crate) journal: Option<PathBuf>,
+}
+
+/// What to do when a guest writes too fast.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum AtLimit {
+    /// Leave it where it is.
+    Cancel,
+    /// Hand it over all the same.
+    Force,
+}
+
+/// Guests that run, at the receiver.
+#[derive(Debug, ClapArgs)]
+#[command(next_help_heading = "Guests that run")]
+pub(crate) struct Take {
+    /// Take guests over, and start each by CMD when it is this host's: PAGEWIRE_NAME, PAGEWIRE_IMAGE, PAGEWIRE_STATE
+    /// (its device state) and PAGEWIRE_EPOCH tell which.
+    #[arg(long, value_name = "CMD")]
+    pub(crate) on_start: Option<String>,
+    /// Take guests over, and leave it to somebody else to start them.
+    #[arg(long, conflicts_with = "on_start")]
+    pub(crate) leave_paused: bool,
+    /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) journal: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -217,6 +274,8 @@ pub(crate) struct Receive {
     /// system that shares blocks. They are not read, and the report counts them.
     #[arg(long, requires = "store")]
     pub(crate) trust_store: bool,
+    #[command(flatten)]
+    pub(crate) take: Take,
     #[command(flatten)]
     pub(crate) output: Output,
 }

@@ -371,7 +371,9 @@ pub(crate) fn session<S: GuestSink>(
     let guest_at = taking.as_mut().and_then(|taking| taking.end(result.is_err(), &mut report));
     let error = match (result.err(), guest_at) {
         (Some(error), Some(GuestAt::Receiver)) => {
-            report.warnings.push(format!("the guest is here; its sender did not say that it let go: {}", chain(&error)));
+            report
+                .warnings
+                .push(format!("the guest is here; its sender did not say that it let go: {}", chain(&error)));
             None
         }
         (Some(error), guest_at) => {

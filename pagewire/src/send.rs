@@ -1,8 +1,8 @@
 //! Sends an image to a receiver.
 
 use crate::entropy::random;
-use crate::live::{GuestHooks, LiveOptions, give};
 use crate::error::{Error, ErrorKind};
+use crate::live::{GuestHooks, LiveOptions, give};
 use crate::observe::{Event, Observer};
 use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round};
 use crate::reuse::{Departure, Reuse, keep_departed};

@@ -1,10 +1,9 @@
 //! The sender's side: the guest's hooks and its journal behind one control, which outlives the session.
 
-use super::{GuestHooks, LiveOptions};
+use super::{Arbiter, GuestHooks, LiveOptions, lineage_of};
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::journal::GuestJournal;
-use crate::lease::Lease;
 use crate::report::Report;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::domain::LineageId;
@@ -25,7 +24,7 @@ struct Holding {
     hooks: Box<dyn GuestHooks>,
     journal: GuestJournal,
     host: HostId,
-    lease: Option<Arc<Lease>>,
+    lease: Option<Arc<dyn Arbiter>>,
     handover: Option<Handover>,
     paused: Option<Instant>,
     downtime: Option<Duration>,
@@ -47,7 +46,7 @@ pub(crate) fn give(
     options: &LiveOptions,
     hooks: Box<dyn GuestHooks>,
 ) -> Result<(Giving, Live), ErrorKind> {
-    let guest = match options.journal.lineage_of(name)? {
+    let guest = match lineage_of(&options.journal, name)? {
         Some(known) => known,
         None if lineage.0 != [0; 16] => lineage,
         None => LineageId(random()?),
@@ -102,7 +101,9 @@ impl Giving {
         let guest_at = if holding.handover.is_some() { holding.guest_at() } else { GuestAt::Sender };
         match (guest_at, kind.take()) {
             (GuestAt::Receiver, Some(lost)) => {
-                report.warnings.push(format!("the guest is at the receiver; the session ended early: {}", chain(&lost)));
+                report
+                    .warnings
+                    .push(format!("the guest is at the receiver; the session ended early: {}", chain(&lost)));
                 None
             }
             (_, None) => None,
@@ -135,9 +136,8 @@ impl Holding {
         let (Some(to), Some(handover)) = (to, self.handover) else { return true };
         let Ok(nonce) = random() else { return true };
         let commit = Message { word: Word::Commit, handover };
-        let asked = ask(to, commit, nonce, |message| {
-            self.follow_up(Input::Message { from: handover.receiver, message })
-        });
+        let asked =
+            ask(to, commit, nonce, |message| self.follow_up(Input::Message { from: handover.receiver, message }));
         if asked.is_err() {
             std::thread::sleep(ASK_EVERY);
         }

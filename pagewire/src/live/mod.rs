@@ -6,15 +6,18 @@
 mod giving;
 mod taking;
 
-pub(crate) use giving::{Giving, give};
-pub use taking::{GuestStarter, Started};
+pub(crate) use giving::give;
 pub(crate) use taking::Taking;
+pub use taking::{GuestStarter, Started};
 
-use crate::Journal;
-use crate::lease::Lease;
+use crate::journal::{Journal, JournalError};
 use pagewire_protocol::blobs::Blobs;
+use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::frame::ImageName;
+use pagewire_protocol::handover::{Grant, Handover, HostId, Whereabouts};
+use pagewire_protocol::time::Span;
 use pagewire_sender::converge::Limits;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +29,7 @@ pub struct LiveOptions {
     /// Where hand-overs are recorded.
     pub journal: Arc<Journal>,
     /// Who grants a guest to one host, if anybody does.
-    pub lease: Option<Arc<Lease>>,
+    pub lease: Option<Arc<dyn Arbiter>>,
     /// How long a receiver that does not answer is asked what became of the guest, before that is left to an operator.
     pub patience: Duration,
 }
@@ -38,13 +41,22 @@ impl LiveOptions {
     }
 }
 
+/// Grants each epoch of a guest to one host, durably, and tells everybody the same.
+pub trait Arbiter: std::fmt::Debug + Send + Sync + 'static {
+    /// Who may start the guest of this hand-over; `me` if nobody has asked before.
+    ///
+    /// # Errors
+    /// It cannot be told; then nobody may.
+    fn ask(&self, handover: &Handover, me: HostId) -> io::Result<Grant>;
+}
+
 /// How guests that run are taken over.
 #[derive(Clone, Debug)]
 pub struct TakeOptions {
     /// Where hand-overs are recorded.
     pub journal: Arc<Journal>,
     /// Who grants a guest to one host, if anybody does.
-    pub lease: Option<Arc<Lease>>,
+    pub lease: Option<Arc<dyn Arbiter>>,
     /// Starts them.
     pub starter: Arc<dyn GuestStarter>,
 }
@@ -78,4 +90,18 @@ pub trait GuestHooks: Send + 'static {
 /// Never: the name is legal.
 pub fn device_state_name() -> Option<ImageName> {
     ImageName::new("device-state").ok()
+}
+
+/// The guest that this host calls `name`; of several the one that is here.
+fn lineage_of(journal: &Journal, name: &ImageName) -> Result<Option<LineageId>, JournalError> {
+    let mut known = journal.guests()?;
+    known.retain(|guest| guest.name.as_ref() == Some(name));
+    let is_here = |whereabouts| matches!(whereabouts, Some(Whereabouts::Here | Whereabouts::Unrecorded));
+    let here = known.iter().find(|guest| is_here(guest.whereabouts));
+    Ok(here.or_else(|| known.first()).map(|guest| guest.lineage))
+}
+
+/// A span of so many milliseconds, for [`Limits`].
+pub fn milliseconds(milliseconds: u32) -> Span {
+    Span::from_millis(u64::from(milliseconds))
 }

@@ -81,7 +81,8 @@ impl<'a> Taking<'a> {
             Output::Run(handover) => {
                 let Some(name) = &self.name else { return };
                 let started = self.options.starter.start(&Started { name, handover: &handover });
-                self.warnings.extend(started.err().map(|error| format!("the guest is here and was not started: {error}")));
+                self.warnings
+                    .extend(started.err().map(|error| format!("the guest is here and was not started: {error}")));
             }
             Output::AskArbiter(handover) => {
                 let lease = self.options.lease.as_ref();
@@ -120,7 +121,9 @@ impl GuestTaker for Taking<'_> {
         }
         let guest = journal.guest(live.guest, Some(&open.name), true);
         let guest = guest.map_err(|error| refuse(CloseCode::BUSY, chain(&error)))?;
-        guest.may_receive(live.epoch).map_err(|why| refuse(CloseCode::REFUSED, format!("guest {}: {why}", open.name)))?;
+        guest
+            .may_receive(live.epoch)
+            .map_err(|why| refuse(CloseCode::REFUSED, format!("guest {}: {why}", open.name)))?;
         (self.guest, self.name) = (Some(guest), Some(open.name.clone()));
         Ok(host)
     }
