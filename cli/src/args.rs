@@ -206,6 +206,9 @@ pub(crate) struct Live {
     /// What to do when the guest cannot be stopped for as short as it should.
     #[arg(long, value_enum, default_value_t = AtLimit::Cancel, requires = "live")]
     pub(crate) at_limit: AtLimit,
+    /// How long a receiver that does not answer is asked where the guest is, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds, requires = "live")]
+    pub(crate) patience: Duration,
     /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
     #[arg(long, value_name = "DIR", requires = "live")]
     pub(crate) journal: Option<PathBuf>,

@@ -1,0 +1,346 @@
+//! Guests that run, over real sockets: moved while they write, left running by whatever fails, and at one host or in a
+//! doubt with a name when a process is killed at any moment.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use pagewire::handover::Whereabouts;
+use pagewire::{ImageName, Journal};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use support::*;
+
+const PAGES: u64 = 2048;
+
+/// A guest that increments one byte a page, in order, again and again, until a file tells it to stop.
+struct Guest {
+    dir: tempfile::TempDir,
+    ends: Arc<AtomicBool>,
+    writes: Arc<AtomicU64>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for folder in ["a", "b"] {
+            fs::create_dir(dir.path().join(folder)).unwrap();
+        }
+        let memory = dir.path().join("a/vm");
+        fs::write(&memory, noise(7, PAGES as usize * PAGE)).unwrap();
+        let (ends, writes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, count, root) = (Arc::clone(&ends), Arc::clone(&writes), dir.path().to_path_buf());
+        let thread = std::thread::spawn(move || {
+            let file = File::options().read(true).write(true).open(memory).unwrap();
+            let (mut page, mut byte) = (0, [0]);
+            while !stop.load(Ordering::Relaxed) {
+                if root.join("pause").exists() {
+                    // Only what has stopped says so.
+                    fs::write(root.join("paused"), "").ok();
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                for _ in 0..4 {
+                    file.read_exact_at(&mut byte, page * PAGE as u64).unwrap();
+                    byte[0] = byte[0].wrapping_add(1);
+                    file.write_all_at(&byte, page * PAGE as u64).unwrap();
+                    page = (page + 1) % PAGES;
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
+        Self { dir, ends, writes, thread: Some(thread) }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn hook(&self, script: &str) -> String {
+        format!("cd {}; {script}", self.dir.path().display())
+    }
+
+    /// Whether it goes on writing.
+    fn runs(&self) -> bool {
+        let before = self.writes.load(Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(100));
+        self.writes.load(Ordering::Relaxed) > before
+    }
+
+    fn receive(&self, args: &[&str]) -> (Child, String) {
+        let (b, journal) = (self.path("b"), self.path("journal-b"));
+        let address = format!("unix:{}", self.path("socket").display());
+        let _ = fs::remove_file(self.path("socket"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pagewire"));
+        command.args(["receive", "--listen", &address, "--into"]).arg(b).arg("--journal").arg(journal).args(args);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let until = Instant::now() + Duration::from_secs(20);
+        while !self.path("socket").exists() {
+            assert!(Instant::now() < until, "the receiver does not listen");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        (child, address)
+    }
+
+    fn send(&self, to: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pagewire"));
+        let pause = self.hook("touch pause; until [ -e paused ]; do sleep 0.002; done; echo 5 > state");
+        let resume = self.hook("rm -f pause paused");
+        command.args(["send", "--live"]).arg(self.path("a/vm")).args([
+            "--to",
+            to,
+            "--name",
+            "vm",
+            "--on-pause",
+            &pause,
+        ]);
+        command.args(["--on-resume", &resume, "--downtime", "5000", "--state"]).arg(self.path("state"));
+        command.arg("--journal").arg(self.path("journal-a")).arg("--report").arg(self.path("report")).args(args);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    }
+
+    /// What a host's journal says.
+    fn at(&self, journal: &str) -> Whereabouts {
+        let Some(journal) = Journal::existing(&self.path(journal)).unwrap() else { return Whereabouts::Unrecorded };
+        let guests = journal.guests().unwrap();
+        let vm = ImageName::new("vm").unwrap();
+        let known = guests.iter().find(|guest| guest.name.as_ref() == Some(&vm));
+        known.map_or(Whereabouts::Unrecorded, |guest| guest.whereabouts.expect("no record is damaged"))
+    }
+
+    fn report(&self) -> serde_json::Value {
+        serde_json::from_str(&fs::read_to_string(self.path("report")).unwrap()).unwrap()
+    }
+
+    fn arrived_whole(&self) {
+        let (one, other) = (fs::read(self.path("a/vm")).unwrap(), fs::read(self.path("b/vm")).unwrap());
+        assert!(one == other, "it is as it was when it stopped");
+        // Written in order, each page once a turn: there is one edge at most.
+        let original = noise(7, PAGES as usize * PAGE);
+        let turns: Vec<u8> =
+            (0..PAGES as usize).map(|page| other[page * PAGE].wrapping_sub(original[page * PAGE])).collect();
+        assert!(turns.windows(2).filter(|pair| pair[0] != pair[1]).count() <= 1, "one edge");
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        self.thread.take().map(std::thread::JoinHandle::join);
+    }
+}
+
+fn ended(child: Child) -> (Option<i32>, String) {
+    let output = child.wait_with_output().unwrap();
+    (output.status.code(), text(&output.stderr))
+}
+
+fn stop(mut child: Child) {
+    child.kill().ok();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_guest_that_writes_moves_whole_and_is_started_once() {
+    let guest = Guest::new();
+    let start = guest.hook("echo $PAGEWIRE_NAME $PAGEWIRE_EPOCH >> started; cp $PAGEWIRE_STATE state-there");
+    let (receiver, to) = guest.receive(&["--on-start", &start, "--once"]);
+    let (code, said) = ended(guest.send(&to, &["--bandwidth-limit", "20MB"]).spawn().unwrap());
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(ended(receiver).0, Some(0));
+    assert!(!guest.runs());
+    guest.arrived_whole();
+    assert_eq!(fs::read_to_string(guest.path("started")).unwrap(), "vm 1\n");
+    assert_eq!(fs::read_to_string(guest.path("state-there")).unwrap(), "5\n");
+    assert_eq!((guest.at("journal-a"), guest.at("journal-b")), (Whereabouts::There, Whereabouts::Here));
+    let report = guest.report();
+    assert_eq!(report["guest_at"], "receiver");
+    assert!(report["rounds"].as_array().unwrap().len() >= 3, "{report}");
+    assert!(report["downtime_seconds"].as_f64().unwrap() > 0.0, "{report}");
+
+    // What has left cannot leave again.
+    let (code, said) = ended(guest.send(&to, &[]).spawn().unwrap());
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("not on this host"), "{said}");
+}
+
+#[test]
+fn a_guest_goes_and_comes_back_with_the_next_epoch() {
+    let guest = Guest::new();
+    let (receiver, to) = guest.receive(&["--leave-paused", "--once"]);
+    assert_eq!(ended(guest.send(&to, &[]).spawn().unwrap()).0, Some(0));
+    ended(receiver);
+    let address = format!("unix:{}", guest.path("back").display());
+    let mut back = Command::new(env!("CARGO_BIN_EXE_pagewire"));
+    back.args(["receive", "--listen", &address, "--into"]).arg(guest.path("a"));
+    back.arg("--journal").arg(guest.path("journal-a")).args(["--leave-paused", "--once"]);
+    let receiver = back.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    while !guest.path("back").exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut send = Command::new(env!("CARGO_BIN_EXE_pagewire"));
+    send.args(["send", "--live"]).arg(guest.path("b/vm")).args([
+        "--to",
+        &address,
+        "--name",
+        "vm",
+        "--on-pause",
+        "true",
+    ]);
+    send.arg("--journal").arg(guest.path("journal-b")).stdout(Stdio::null()).stderr(Stdio::piped());
+    let (code, said) = ended(send.spawn().unwrap());
+    assert_eq!(code, Some(0), "{said}");
+    ended(receiver);
+    assert_eq!((guest.at("journal-a"), guest.at("journal-b")), (Whereabouts::Here, Whereabouts::There));
+}
+
+/// C09, C10: stopped in a round, the guest never stands still.
+#[test]
+fn a_signal_leaves_the_guest_running() {
+    let guest = Guest::new();
+    let (receiver, to) = guest.receive(&["--leave-paused"]);
+    let sender = guest.send(&to, &["--bandwidth-limit", "2MB"]).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(600));
+    Command::new("kill").arg(sender.id().to_string()).status().unwrap();
+    let (code, said) = ended(sender);
+    assert_eq!(code, Some(130), "{said}");
+    assert!(said.contains("the guest is at the sender") && guest.runs(), "{said}");
+    assert!(!guest.path("b/vm").exists());
+    stop(receiver);
+}
+
+#[test]
+fn a_hook_that_fails_or_hangs_leaves_the_guest_running() {
+    let guest = Guest::new();
+    let (receiver, to) = guest.receive(&["--leave-paused"]);
+    let (code, said) = ended(guest.send(&to, &["--on-pause", "echo garbage; exit 3"]).spawn().unwrap());
+    assert_eq!(code, Some(2), "an option cannot be given twice: {said}");
+    let mut failing = Command::new(env!("CARGO_BIN_EXE_pagewire"));
+    failing.args(["send", "--live"]).arg(guest.path("a/vm")).args(["--to", &to, "--name", "vm"]);
+    failing
+        .args(["--on-pause", "echo garbage; exit 3", "--downtime", "5000", "--journal"])
+        .arg(guest.path("journal-a"));
+    let (code, said) = ended(failing.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("the guest cannot be paused") && said.contains("exit status: 3"), "{said}");
+    assert!(guest.runs());
+    // A state that no blob can hold.
+    File::create(guest.path("huge")).unwrap().set_len((16 << 20) + 1).unwrap();
+    let huge = guest.path("huge");
+    let mut failing = Command::new(env!("CARGO_BIN_EXE_pagewire"));
+    failing.args(["send", "--live"]).arg(guest.path("a/vm")).args(["--to", &to, "--name", "vm", "--on-pause", "true"]);
+    failing.args(["--downtime", "5000", "--state"]).arg(huge).arg("--journal").arg(guest.path("journal-a"));
+    let (code, said) = ended(failing.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("--state") && guest.runs(), "{said}");
+    stop(receiver);
+}
+
+#[test]
+fn a_receiver_that_was_not_told_to_takes_no_guest() {
+    let guest = Guest::new();
+    let (receiver, to) = guest.receive(&[]);
+    let (code, said) = ended(guest.send(&to, &[]).spawn().unwrap());
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("feature") && guest.runs(), "{said}");
+    stop(receiver);
+}
+
+/// C25: one journal, two sessions of one guest.
+#[test]
+fn a_second_session_of_the_same_guest_is_refused() {
+    let guest = Guest::new();
+    let (receiver, to) = guest.receive(&["--leave-paused"]);
+    let first = guest.send(&to, &["--bandwidth-limit", "2MB"]).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    let (code, said) = ended(guest.send(&to, &[]).spawn().unwrap());
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("vm") && guest.runs(), "{said}");
+    stop(first);
+    stop(receiver);
+}
+
+/// C20, C22: the receiver dies when STARTED is durable and before it can say so; its successor says it.
+#[test]
+fn a_sender_in_doubt_asks_until_the_receiver_is_back() {
+    let guest = Guest::new();
+    let (receiver, to) = guest.receive(&["--on-start", "kill -9 $PPID"]);
+    let sender = guest.send(&to, &["--patience", "30"]).spawn().unwrap();
+    assert_eq!(ended(receiver).0, None, "killed");
+    let (receiver, _) = guest.receive(&["--leave-paused"]);
+    let (code, said) = ended(sender);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("the session ended early") && !guest.runs(), "{said}");
+    guest.arrived_whole();
+    assert_eq!((guest.at("journal-a"), guest.at("journal-b")), (Whereabouts::There, Whereabouts::Here));
+    stop(receiver);
+
+    let guest = Guest::new();
+    let (receiver, to) = guest.receive(&["--on-start", "kill -9 $PPID"]);
+    let (code, said) = ended(guest.send(&to, &["--patience", "0.1"]).spawn().unwrap());
+    ended(receiver);
+    assert_eq!(code, Some(3), "{said}");
+    assert!(said.contains("in doubt") && said.contains("pagewire resolve") && !guest.runs(), "{said}");
+    assert_eq!(guest.report()["guest_at"], "in doubt");
+    assert_eq!((guest.at("journal-a"), guest.at("journal-b")), (Whereabouts::InDoubt, Whereabouts::Here));
+}
+
+/// C04, C05, C16 to C22: kill -9 of either side at any moment leaves one host that may run the guest, or a doubt that the
+/// sender's journal names. `PAGEWIRE_KILLS` says how often; the long run has 1,000.
+#[test]
+fn a_kill_at_any_moment_leaves_one_runnable_guest_or_a_named_doubt() {
+    let kills: u64 = std::env::var("PAGEWIRE_KILLS").map_or(12, |kills| kills.parse().unwrap());
+    let (mut moved, mut stayed, mut doubts) = (0, 0, 0);
+    for kill in 0..kills {
+        let guest = Guest::new();
+        let (mut receiver, to) = guest.receive(&["--leave-paused"]);
+        let mut sender = guest.send(&to, &["--patience", "0.1"]).spawn().unwrap();
+        // Spread over the session and somewhat beyond, by a step that has nothing in common with its length.
+        std::thread::sleep(Duration::from_micros(kill * 7_919 % 400_000));
+        let victim = if kill % 2 == 0 { &mut sender } else { &mut receiver };
+        victim.kill().unwrap();
+        let ended_by_itself = kill % 2 == 1;
+        if ended_by_itself {
+            sender.wait().unwrap();
+        }
+        stop(receiver);
+        stop(sender);
+        let (here, there) = (guest.at("journal-a"), guest.at("journal-b"));
+        let at_sender = matches!(here, Whereabouts::Unrecorded | Whereabouts::Here);
+        let at_receiver = there == Whereabouts::Here;
+        assert!(!(at_sender && at_receiver), "kill {kill}: two may run it: {here:?}, {there:?}");
+        assert!(at_sender || at_receiver || here == Whereabouts::InDoubt, "kill {kill}: {here:?}, {there:?}");
+        if at_sender && ended_by_itself {
+            assert!(guest.runs(), "kill {kill}: a sender that lives lets it run on");
+        }
+        if at_receiver {
+            guest.arrived_whole();
+        }
+        moved += u64::from(at_receiver);
+        stayed += u64::from(at_sender);
+        doubts += u64::from(!at_receiver && !at_sender);
+    }
+    println!("{kills} kills: {moved} moved, {stayed} stayed, {doubts} in doubt");
+}
+
+#[test]
+fn usage_is_checked_before_anything_is_touched() {
+    let code = |args: &[&str]| pagewire(args).status.code();
+    let send = ["send", "x", "--to", "unix:/nowhere", "--name", "vm"];
+    assert_eq!(code(&[&send[..], &["--live"]].concat()), Some(2), "how to pause it is needed");
+    assert_eq!(code(&[&send[..], &["--on-pause", "true"]].concat()), Some(2), "only with --live");
+    assert_eq!(code(&["receive", "--listen", "unix:/x", "--into", "/", "--on-start", "x", "--leave-paused"]), Some(2));
+    let open = tempfile::tempdir().unwrap();
+    fs::set_permissions(open.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    let journal: &Path = open.path();
+    let journal = journal.to_str().unwrap();
+    let output = pagewire(&[&send[..], &["--live", "--on-pause", "true", "--journal", journal]].concat());
+    assert!(text(&output.stderr).contains("--journal"), "{}", text(&output.stderr));
+}
