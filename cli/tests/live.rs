@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use support::*;
 
-const PAGES: u64 = 2048;
+const PAGES: usize = 2048;
 
 /// A guest that increments one byte a page, in order, again and again, until a file tells it to stop.
 struct Guest {
@@ -32,7 +32,7 @@ impl Guest {
             fs::create_dir(dir.path().join(folder)).unwrap();
         }
         let memory = dir.path().join("a/vm");
-        fs::write(&memory, noise(7, PAGES as usize * PAGE)).unwrap();
+        fs::write(&memory, noise(7, PAGES * PAGE)).unwrap();
         let (ends, writes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stop, count, root) = (Arc::clone(&ends), Arc::clone(&writes), dir.path().to_path_buf());
         let thread = std::thread::spawn(move || {
@@ -46,9 +46,9 @@ impl Guest {
                     continue;
                 }
                 for _ in 0..4 {
-                    file.read_exact_at(&mut byte, page * PAGE as u64).unwrap();
+                    file.read_exact_at(&mut byte, (page * PAGE) as u64).unwrap();
                     byte[0] = byte[0].wrapping_add(1);
-                    file.write_all_at(&byte, page * PAGE as u64).unwrap();
+                    file.write_all_at(&byte, (page * PAGE) as u64).unwrap();
                     page = (page + 1) % PAGES;
                     count.fetch_add(1, Ordering::Relaxed);
                 }
@@ -112,7 +112,7 @@ impl Guest {
         let guests = journal.guests().unwrap();
         let vm = ImageName::new("vm").unwrap();
         let known = guests.iter().find(|guest| guest.name.as_ref() == Some(&vm));
-        known.map_or(Whereabouts::Unrecorded, |guest| guest.whereabouts.expect("no record is damaged"))
+        known.map_or(Whereabouts::Unrecorded, |guest| guest.whereabouts.unwrap())
     }
 
     fn report(&self) -> serde_json::Value {
@@ -123,9 +123,8 @@ impl Guest {
         let (one, other) = (fs::read(self.path("a/vm")).unwrap(), fs::read(self.path("b/vm")).unwrap());
         assert!(one == other, "it is as it was when it stopped");
         // Written in order, each page once a turn: there is one edge at most.
-        let original = noise(7, PAGES as usize * PAGE);
-        let turns: Vec<u8> =
-            (0..PAGES as usize).map(|page| other[page * PAGE].wrapping_sub(original[page * PAGE])).collect();
+        let original = noise(7, PAGES * PAGE);
+        let turns: Vec<u8> = (0..PAGES).map(|page| other[page * PAGE].wrapping_sub(original[page * PAGE])).collect();
         assert!(turns.windows(2).filter(|pair| pair[0] != pair[1]).count() <= 1, "one edge");
     }
 }

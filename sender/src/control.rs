@@ -49,11 +49,14 @@ pub trait GuestControl: Send + 'static {
     fn cancel(&mut self, why: ErrorKind) -> Vec<Action>;
 }
 
+/// A control, and what came of its pause.
+type Paused = (Box<dyn GuestControl>, Result<Blobs, String>);
+
 /// A control, and what it is doing.
 #[derive(Default)]
 pub(crate) struct Controlled {
     control: Option<Box<dyn GuestControl>>,
-    pausing: Option<JoinHandle<(Box<dyn GuestControl>, Result<Blobs, String>)>>,
+    pausing: Option<JoinHandle<Paused>>,
     /// The session has ended while the guest was being paused.
     resumes: bool,
     ready_until: Option<Instant>,
