@@ -5,8 +5,10 @@
 mod args;
 mod demo;
 mod exit;
+mod resolve;
 mod show;
 mod signals;
+mod status;
 mod store;
 mod verbs;
 
