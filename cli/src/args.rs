@@ -40,6 +40,64 @@ pub(crate) enum Verb {
     /// each page. A guest that comes back then sends only what changed elsewhere. Every visit belongs to one guest, and
     /// a newer visit of the same guest supersedes the older ones.
     Store(Store),
+    /// Show where guests are that were handed over from here or to here, as this host's records say.
+    ///
+    /// Ends with code 3 if a guest is in doubt, and with 1 if files of the journal are damaged.
+    Status(Status),
+    /// End the doubt about a guest, as its operator.
+    ///
+    /// A guest is in doubt when it was handed over and no answer came: the other host may run it, or may not. It stays
+    /// frozen here until the other host answers; whoever knows more can say where it is.
+    ///
+    /// --here takes it back. Before you say it, make sure that the other host neither runs the guest nor ever will: it
+    /// is switched off, or cut off from the guest's disks and network, and does not come back before its own records
+    /// are dealt with (`pagewire resolve GUEST --there` there). Name it with --fenced. Nothing can check that for you:
+    /// if it is not so, the guest runs twice, and its disks are lost.
+    ///
+    /// --there gives it away for good: the other host has it, and what is here is not needed any more. On the host that
+    /// was to receive it, it says that the guest does not run there and never will by this hand-over.
+    #[command(after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the guest is still in doubt.")]
+    Resolve(Resolve),
+}
+
+/// Where this host's records are.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct JournalAt {
+    /// The folder of this host's records. By default $XDG_STATE_HOME/pagewire/journal, or else
+    /// ~/.local/state/pagewire/journal.
+    #[arg(long = "journal", value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Status {
+    #[command(flatten)]
+    pub(crate) at: JournalAt,
+}
+
+#[derive(Debug, ClapArgs)]
+#[group(id = "where", required = true, args = ["here", "there"])]
+pub(crate) struct Resolve {
+    /// The guest: its name, or the first digits of its lineage, as `pagewire status` shows them.
+    #[arg(value_name = "GUEST")]
+    pub(crate) guest: String,
+    /// It is this host's, and the other host is fenced off.
+    #[arg(long, requires = "fenced")]
+    pub(crate) here: bool,
+    /// It is the other host's.
+    #[arg(long)]
+    pub(crate) there: bool,
+    /// The host that is fenced off, as `pagewire status` shows it; its first 8 digits are enough.
+    #[arg(long, value_name = "HOST", value_parser = host_digits, conflicts_with = "there")]
+    pub(crate) fenced: Option<String>,
+    /// The hand-over. By default the one that is in doubt.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) epoch: Option<u64>,
+    #[command(flatten)]
+    pub(crate) at: JournalAt,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -206,6 +264,9 @@ pub(crate) struct Live {
     /// What to do when the guest cannot be stopped for as short as it should.
     #[arg(long, value_enum, default_value_t = AtLimit::Cancel, requires = "live")]
     pub(crate) at_limit: AtLimit,
+    /// A file on storage that both hosts reach: it grants each hand-over to one of them, so that a doubt ends by itself.
+    #[arg(long, value_name = "FILE", requires = "live")]
+    pub(crate) lease: Option<PathBuf>,
     /// How long a receiver that does not answer is asked where the guest is, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds, requires = "live")]
     pub(crate) patience: Duration,
@@ -237,6 +298,9 @@ pub(crate) struct Take {
     /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
     #[arg(long, value_name = "DIR")]
     pub(crate) journal: Option<PathBuf>,
+    /// A file on storage that both hosts reach: it grants each hand-over to one of them, so that a doubt ends by itself.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) lease: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -360,6 +424,13 @@ fn size(text: &str) -> Result<u64, String> {
         Ok(ByteSize(bytes)) => Ok(bytes),
         Err(_) => Err("expected a size as in 256MiB or 125MB".to_owned()),
     }
+}
+
+/// Few enough to type, and enough that no two hosts share them.
+fn host_digits(text: &str) -> Result<String, String> {
+    let digits = text.to_ascii_lowercase();
+    let is_hex = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if is_hex && (8..=64).contains(&digits.len()) { Ok(digits) } else { Err("expected 8 to 64 hex digits".to_owned()) }
 }
 
 /// Below this a single batch would take longer than a receiver waits.

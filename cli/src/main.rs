@@ -6,8 +6,10 @@ mod args;
 mod demo;
 mod exit;
 mod live;
+mod resolve;
 mod show;
 mod signals;
+mod status;
 mod store;
 mod verbs;
 

@@ -48,6 +48,16 @@ impl Observer for Show {
     }
 }
 
+/// One line; a reader that went away is no error.
+pub(crate) fn say(line: &str) {
+    let _ = writeln!(std::io::stdout().lock(), "{line}");
+}
+
+/// Bytes as people name them.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// One JSON line.
 pub(crate) fn print_json(value: &impl serde::Serialize) {
     if let Ok(line) = serde_json::to_string(value) {

@@ -1,11 +1,11 @@
 //! `pagewire store`: what an operator sees of the visits on this host, and does to them.
 
 use crate::args::{Prune, Remove, StoreAt, StoreVerb};
-use crate::show::{print_json, size};
+use crate::show::{hex, print_json, say, size};
 use anyhow::{Result, anyhow};
 use pagewire::store::{Finding, Removed, Repaired, Store, StoreError, StoreOptions, Verified, VisitHead, VisitId};
 use serde_json::{Value, json};
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
 /// Something is wrong with what is kept, or was left undone.
@@ -54,15 +54,6 @@ pub(crate) fn refused(error: StoreError) -> Result<ExitCode> {
     }
     eprintln!("pagewire: {:#}", anyhow!(error));
     Ok(ExitCode::from(USAGE))
-}
-
-/// One line; a reader that went away is no error.
-fn say(line: &str) {
-    let _ = writeln!(std::io::stdout().lock(), "{line}");
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn as_json(head: &VisitHead) -> Value {

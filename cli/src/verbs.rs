@@ -2,7 +2,7 @@
 
 use crate::args::{Args, Copy, Inspect, Keep, Keeping, Receive, Send, Transfer, Verb};
 use crate::show::{Show, finish, print_json, size};
-use crate::{demo, exit, live, signals, store};
+use crate::{demo, exit, live, resolve, signals, status, store};
 use anyhow::{Context, Result, bail};
 use pagewire::store::{Store, StoreError, StoreOptions};
 use pagewire::{
@@ -23,6 +23,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         Verb::Send(args) => send(&args),
         Verb::Inspect(args) => inspect(&args),
         Verb::Store(args) => store::run(&args.verb),
+        Verb::Status(args) => status::run(&args),
+        Verb::Resolve(args) => resolve::run(&args),
     }
 }
 

@@ -168,11 +168,8 @@ async fn drive<S: GuestSink>(
                     registration = Some(guard);
                     pump.take_joins(joins);
                     check_streams(&offer, single_stream)?;
-                    let taker = taker.as_mut().filter(|_| offer.open.live.is_some());
-                    let host = taker.map(|taker| taker.open(&offer.open)).transpose()?;
-                    let Landed { sink, agreed, others } = decide(&offer)?;
-                    let Entropy { secret, seed, challenge, .. } = entropy;
-                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed, others, challenge, host })
+                    let host = taken(&offer, taker.as_deref_mut())?;
+                    Ok(terms(decide(&offer)?, host, lanes, entropy))
                 });
                 summary.offer = Some(*offer);
                 let now = pump.now();
@@ -182,13 +179,9 @@ async fn drive<S: GuestSink>(
                 }
             }
             Some(Event::Ready(handover, blobs)) => {
-                let actions = taker.as_mut().map(|taker| taker.ready(handover, blobs));
-                act(actions.unwrap_or_default(), pump.machine());
+                act(taker.as_mut().map(|taker| taker.ready(handover, blobs)), pump.machine());
             }
-            Some(Event::Said(message)) => {
-                let actions = taker.as_mut().map(|taker| taker.hear(message));
-                act(actions.unwrap_or_default(), pump.machine());
-            }
+            Some(Event::Said(message)) => act(taker.as_mut().map(|taker| taker.hear(message)), pump.machine()),
             Some(Event::Verified | Event::Finished) => {}
             None => break pump.machine().outcome(),
         }
@@ -206,8 +199,19 @@ async fn drive<S: GuestSink>(
     }
 }
 
-fn act<S: GuestSink>(actions: Vec<Action>, engine: &mut ReceiverEngine<S>) {
-    for action in actions {
+/// This host, if a guest that runs is offered and may come.
+fn taken(offer: &Offer, taker: Option<&mut (dyn GuestTaker + '_)>) -> Result<Option<HostId>, Refusal> {
+    taker.filter(|_| offer.open.live.is_some()).map(|taker| taker.open(&offer.open)).transpose()
+}
+
+fn terms<S>(landed: Landed<S>, host: Option<HostId>, lanes: u8, entropy: Entropy) -> Terms<S> {
+    let Landed { sink, agreed, others } = landed;
+    let Entropy { secret, seed, challenge, .. } = entropy;
+    Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed, others, challenge, host }
+}
+
+fn act<S: GuestSink>(actions: Option<Vec<Action>>, engine: &mut ReceiverEngine<S>) {
+    for action in actions.into_iter().flatten() {
         match action {
             Action::Say(message) => engine.say(message),
             Action::Release => engine.release(),

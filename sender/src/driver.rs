@@ -2,8 +2,6 @@
 
 use crate::ask::AskEngine;
 use crate::base::Base;
-use crate::control::Controlled;
-pub use crate::control::{Action, GuestControl};
 use crate::engine::{Event, SenderConfig, SenderEngine};
 use crate::error::{ErrorKind, SenderError};
 use crate::memory::GuestMemory;
@@ -19,6 +17,11 @@ pub use pagewire_transport::Progress;
 use pagewire_transport::{Address, CancellationToken, PROGRESS_EVERY, Pump, Socket, Wire, block_on};
 use std::io;
 use std::time::{Duration, Instant};
+
+mod control;
+
+use control::Controlled;
+pub use control::{Action, GuestControl};
 
 /// What a session did, however it ended.
 #[derive(Debug, Default)]

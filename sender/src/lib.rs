@@ -10,8 +10,6 @@ mod answers;
 mod ask;
 mod base;
 mod classify;
-#[cfg(feature = "driver")]
-mod control;
 pub mod converge;
 #[cfg(feature = "driver")]
 pub mod driver;

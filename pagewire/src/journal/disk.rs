@@ -9,11 +9,10 @@ use super::JournalError;
 use rustix::fs::{self, AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -42,6 +41,10 @@ pub(super) trait Watch: std::fmt::Debug + Send + Sync {
 
 pub(super) type Watcher = Option<Arc<dyn Watch>>;
 
+fn announce(watch: &Watcher, change: &Change<'_>) -> io::Result<()> {
+    watch.as_ref().map_or(Ok(()), |watch| watch.before(change))
+}
+
 /// An open folder.
 #[derive(Debug)]
 pub(super) struct Folder {
@@ -52,13 +55,18 @@ pub(super) struct Folder {
 
 impl Folder {
     /// Makes a folder and those above it, closed to others; one that is there is left as it is.
-    pub(super) fn make(path: &Path) -> Result<(), JournalError> {
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-        made.or_else(|source| match std::fs::symlink_metadata(path) {
-            // What it is instead is said when it is opened.
-            Ok(_) => Ok(()),
-            Err(_) => Err(JournalError::Io { path: path.to_owned(), what: "cannot be made", source }),
-        })
+    pub(super) fn make(path: &Path, watch: &Watcher) -> Result<(), JournalError> {
+        let is_missing = |path: &&Path| !path.as_os_str().is_empty() && std::fs::symlink_metadata(path).is_err();
+        let missing: Vec<&Path> = path.ancestors().take_while(is_missing).collect();
+        for folder in missing.into_iter().rev() {
+            let made = announce(watch, &Change::MakeFolder(folder));
+            let made = made.and_then(|()| match fs::mkdir(folder, Mode::RWXU) {
+                Ok(()) | Err(Errno::EXIST) => Ok(()),
+                Err(errno) => Err(errno.into()),
+            });
+            made.map_err(|source| JournalError::Io { path: folder.to_owned(), what: "cannot be made", source })?;
+        }
+        Ok(())
     }
 
     /// Opens a folder; `None` if there is none.
@@ -259,7 +267,7 @@ impl Folder {
     }
 
     fn announce(&self, change: &Change<'_>) -> io::Result<()> {
-        self.watch.as_ref().map_or(Ok(()), |watch| watch.before(change))
+        announce(&self.watch, change)
     }
 
     fn io(&self, name: &OsStr, what: &'static str, source: io::Error) -> JournalError {

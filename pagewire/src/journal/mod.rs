@@ -139,7 +139,7 @@ impl Journal {
     }
 
     fn open_watched(dir: &Path, watch: Watcher) -> Result<Self, JournalError> {
-        Folder::make(dir)?;
+        Folder::make(dir, &watch)?;
         let folder = Folder::open(dir, watch)?;
         let gone = || JournalError::Refused { path: dir.to_owned(), why: "went away as soon as it was made" };
         let folder = folder.ok_or_else(gone)?;
@@ -161,8 +161,10 @@ impl Journal {
     /// See [`open`](Self::open).
     pub fn existing(dir: &Path) -> Result<Option<Self>, JournalError> {
         let Some(folder) = Folder::open(dir, None)? else { return Ok(None) };
-        let host = read_host(&folder)?;
-        Ok(host.map(|host| Self { folder, host, pause: PAUSE }))
+        match read_host(&folder)? {
+            Some(host) => Ok(Some(Self { folder, host, pause: PAUSE })),
+            None => is_new(&folder).map(|()| None),
+        }
     }
 
     /// Where a user's journal is: `$XDG_STATE_HOME/pagewire/journal`, else `$HOME/.local/state/pagewire/journal`.
@@ -258,16 +260,22 @@ fn read_host(folder: &Folder) -> Result<Option<HostId>, JournalError> {
     }
 }
 
+/// Whether a folder without an identity is one that nobody has used: another identity would make strangers of guests.
+fn is_new(folder: &Folder) -> Result<(), JournalError> {
+    let is_left = |name: &OsString| *name == *format!("{HOST}{ASIDE}");
+    if folder.names(FILES_MAX)?.iter().all(is_left) {
+        return Ok(());
+    }
+    let why = "holds files, and no identity of a host: it is not a journal, or has lost the file `host`";
+    Err(JournalError::Refused { path: folder.path().to_owned(), why })
+}
+
 /// Gives the host an identity, unless somebody was faster.
 fn make_host(folder: &Folder) -> Result<HostId, JournalError> {
     if let Some(host) = read_host(folder)? {
         return Ok(host);
     }
-    let is_left = |name: &OsString| *name == *format!("{HOST}{ASIDE}");
-    if !folder.names(FILES_MAX)?.iter().all(is_left) {
-        let why = "holds files, and no identity of a host: it is not a journal, or has lost the file `host`";
-        return Err(JournalError::Refused { path: folder.path().to_owned(), why });
-    }
+    is_new(folder)?;
     // The folders above may be new, too. From here on only names in the journal itself have to be synced.
     folder.sync_all()?;
     let host = random::<32>().map_err(|_| JournalError::Entropy)?;
