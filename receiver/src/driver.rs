@@ -138,9 +138,7 @@ async fn drive<S: GuestSink>(
     let Beginning { socket, framer, single_stream, lanes, start, entropy } = begin;
     let failed = |source| ErrorKind::Destination { what: "control connection", source };
     let stream = socket.into_stream().map_err(failed)?;
-    let features_offered = if taker.is_some() { FEATURE_LIVE } else { 0 };
-    let policy = Policy { features_offered, ..Policy::default() };
-    let engine = ReceiverEngine::new(&policy, entropy.nonce, Time::ZERO);
+    let engine = ReceiverEngine::new(&policy(taker.is_some()), entropy.nonce, Time::ZERO);
     let mut pump = Pump::new(engine, stream, framer, start);
     if single_stream {
         pump.carry_all_lanes();
@@ -197,6 +195,10 @@ async fn drive<S: GuestSink>(
         // The machine always leaves an outcome; without one nothing may count as success.
         None => Err(PeerError::EndOfStream { lane: 0 }.into()),
     }
+}
+
+fn policy(live: bool) -> Policy {
+    Policy { features_offered: if live { FEATURE_LIVE } else { 0 }, ..Policy::default() }
 }
 
 /// This host, if a guest that runs is offered and may come.
