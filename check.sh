@@ -64,6 +64,9 @@ dependencies() {
 long() {
     step "long: property tests with many cases"
     PROPTEST_CASES=${PROPTEST_CASES:-100000} cargo test --release --workspace
+
+    step "long: every state of the hand-over in wider bounds"
+    cargo test --release --package pagewire-test-suite --test handover_model -- --ignored --nocapture
 }
 
 case "${1:-}" in

@@ -17,7 +17,8 @@ pub(crate) struct Args {
     pub(crate) verb: Verb,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the guest is at the sender; 2 wrong usage; 130 cancelled.";
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the guest is at the sender; 2 wrong usage; 3 the guest \
+                          is in doubt, see `pagewire status`; 130 cancelled.";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
@@ -230,11 +231,75 @@ pub(crate) struct Send {
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
     #[command(flatten)]
+    pub(crate) live: Live,
+    #[command(flatten)]
     pub(crate) keeping: Keeping,
     #[command(flatten)]
     pub(crate) transfer: Transfer,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+/// A guest that runs, at the sender.
+#[derive(Debug, ClapArgs)]
+#[command(next_help_heading = "Guests that run")]
+pub(crate) struct Live {
+    /// SRC is memory that something keeps writing to: send it in rounds, pause the guest, hand it over.
+    #[arg(long, requires = "on_pause")]
+    pub(crate) live: bool,
+    /// Stops the guest; run by sh when what is left to send fits the downtime. PAGEWIRE_NAME names the guest.
+    #[arg(long, value_name = "CMD", requires = "live")]
+    pub(crate) on_pause: Option<String>,
+    /// Lets the guest run on here, if it is not handed over after all.
+    #[arg(long, value_name = "CMD", requires = "live")]
+    pub(crate) on_resume: Option<String>,
+    /// Device state that CMD of --on-pause has written when it ends; it goes with the memory.
+    #[arg(long, value_name = "FILE", requires = "live")]
+    pub(crate) state: Option<PathBuf>,
+    /// How long the guest may stand still, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 300, requires = "live")]
+    pub(crate) downtime: u32,
+    /// Rounds at most before the last.
+    #[arg(long, value_name = "N", default_value_t = 30, requires = "live", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+    /// What to do when the guest cannot be stopped for as short as it should.
+    #[arg(long, value_enum, default_value_t = AtLimit::Cancel, requires = "live")]
+    pub(crate) at_limit: AtLimit,
+    /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
+    #[arg(long, value_name = "DIR", requires = "live")]
+    pub(crate) journal: Option<PathBuf>,
+    /// Let files FILE.GUEST.EPOCH, on storage that both hosts reach, decide who has the guest when the other host does
+    /// not answer: who asks first. The receiver has to name the same file.
+    #[arg(long, value_name = "FILE", requires = "live")]
+    pub(crate) lease: Option<PathBuf>,
+}
+
+/// What to do when a guest writes too fast.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum AtLimit {
+    /// Leave it where it is.
+    Cancel,
+    /// Hand it over all the same.
+    Force,
+}
+
+/// Guests that run, at the receiver.
+#[derive(Debug, ClapArgs)]
+#[command(next_help_heading = "Guests that run")]
+pub(crate) struct Take {
+    /// Take guests over, and start each by CMD when it is this host's: PAGEWIRE_NAME, PAGEWIRE_IMAGE, PAGEWIRE_STATE
+    /// (its device state) and PAGEWIRE_EPOCH tell which.
+    #[arg(long, value_name = "CMD")]
+    pub(crate) on_start: Option<String>,
+    /// Take guests over, and leave it to somebody else to start them.
+    #[arg(long, conflicts_with = "on_start")]
+    pub(crate) leave_paused: bool,
+    /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) journal: Option<PathBuf>,
+    /// Ask files FILE.GUEST.EPOCH, on storage that both hosts reach, before a guest is started, if its sender wants that.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) lease: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -275,6 +340,8 @@ pub(crate) struct Receive {
     /// system that shares blocks. They are not read, and the report counts them.
     #[arg(long, requires = "store")]
     pub(crate) trust_store: bool,
+    #[command(flatten)]
+    pub(crate) take: Take,
     #[command(flatten)]
     pub(crate) output: Output,
 }

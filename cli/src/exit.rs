@@ -1,21 +1,23 @@
 //! Exit codes by where the guest is, and errors as people read them.
 
-use pagewire::{Error, chain};
+use pagewire::{Error, GuestAt, chain};
 use std::process::ExitCode;
 
 /// The guest is where it was.
 const FAILED: u8 = 1;
 /// Wrong usage.
 const USAGE: u8 = 2;
+/// The guest was handed over and nobody answers: it stays paused until that is resolved.
+const IN_DOUBT: u8 = 3;
 /// Somebody stopped it: as a shell counts SIGINT.
 const CANCELLED: u8 = 130;
 
 /// The code of a failed transfer.
 pub(crate) fn code(error: &Error) -> ExitCode {
     ExitCode::from(match error {
-        _ if error.kind.is_cancelled() => CANCELLED,
+        _ if error.kind.is_cancelled() && error.guest_at != GuestAt::InDoubt => CANCELLED,
         _ if error.kind.is_usage() => USAGE,
-        // No transfer fails behind DONE: the guest is at the sender.
+        _ if error.guest_at == GuestAt::InDoubt => IN_DOUBT,
         _ => FAILED,
     })
 }
@@ -23,7 +25,12 @@ pub(crate) fn code(error: &Error) -> ExitCode {
 /// Prints a failed transfer and where the guest is.
 pub(crate) fn explain_transfer(error: &Error) -> ExitCode {
     eprintln!("pagewire: {}", chain(error));
-    if !error.kind.is_usage() {
+    if error.guest_at == GuestAt::InDoubt {
+        eprintln!(
+            "pagewire: the guest is in doubt: keep it paused here; `pagewire status` shows the hand-over, and `pagewire \
+             resolve` ends the doubt when you know where it is"
+        );
+    } else if !error.kind.is_usage() {
         eprintln!(
             "pagewire: the guest is at the {}; what has arrived is kept and resumed by the next attempt",
             error.guest_at.name()

@@ -5,6 +5,7 @@
 mod args;
 mod demo;
 mod exit;
+mod live;
 mod resolve;
 mod show;
 mod signals;

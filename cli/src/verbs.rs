@@ -2,7 +2,7 @@
 
 use crate::args::{Args, Copy, Inspect, Keep, Keeping, Receive, Send, Transfer, Verb};
 use crate::show::{Show, finish, print_json, size};
-use crate::{demo, exit, resolve, signals, status, store};
+use crate::{demo, exit, live, resolve, signals, status, store};
 use anyhow::{Context, Result, bail};
 use pagewire::store::{Store, StoreError, StoreOptions};
 use pagewire::{
@@ -88,7 +88,12 @@ fn send(args: &Send) -> Result<ExitCode> {
         ..send_options(&args.transfer)?
     };
     let mut show = Show::new(args.output.json);
-    let outcome = pagewire::send(&args.source, &args.name, &args.to, &options, &mut show);
+    let outcome = if args.live.live {
+        let (live, hooks) = live::live(&args.live, &args.name)?;
+        pagewire::send_live(&args.source, &args.name, &args.to, &options, (&live, hooks), &mut show)
+    } else {
+        pagewire::send(&args.source, &args.name, &args.to, &options, &mut show)
+    };
     show.end();
     finish(&outcome, &args.output)?;
     Ok(end(&outcome))
@@ -118,12 +123,18 @@ fn receive(args: Receive) -> Result<ExitCode> {
         eprintln!("pagewire: --into {}: is not a folder", dir.display());
         return Ok(ExitCode::from(2));
     }
+    let live = match &into {
+        Into::Folder(dir) => live::take(&args.take, dir.clone(), true)?,
+        Into::File(file) => live::take(&args.take, file.clone(), false)?,
+        Into::Memory => None,
+    };
     let reuse = match reuse(&args.keeping, args.trust_store) {
         Ok(reuse) => reuse,
         Err(error) => return store::refused(error),
     };
     let options = ReceiveOptions {
         reuse,
+        live,
         landing: LandingOptions { inplace: args.inplace, fresh: args.fresh },
         lanes: args.lanes,
         sessions_max: usize::from(args.max_sessions),

@@ -4,7 +4,7 @@ use crate::error::ErrorKind;
 use crate::observe::Observer;
 use crate::receive::{Arriving, refusal, session};
 use crate::report::{Outcome, Report, Role};
-use crate::send::{SendOptions, run};
+use crate::send::{SendOptions, Sent, run};
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::framing::Framer;
 use pagewire_receiver::Offer;
@@ -85,9 +85,9 @@ fn join(
     let options = SendOptions { lanes: 1, ..options.send.clone() };
     std::thread::scope(|scope| {
         let sessions = Sessions::default();
-        let receiver =
-            scope.spawn(move || session(arriving, &sessions, &Default::default(), decide, |_, _, _| (), |_| ()));
-        let sent = run((memory, None), &name, Route::Over(here), &options, observer);
+        let receiver = scope
+            .spawn(move || session(arriving, (&sessions, &Default::default()), None, decide, |_, _, _| (), |_| ()));
+        let sent = run(Sent { memory, source: None, guest: None }, &name, Route::Over(here), &options, observer);
         drop(receiver.join());
         sent
     })

@@ -73,6 +73,9 @@ pub enum ErrorKind {
     /// The system gives no random bytes.
     #[error("no randomness from the system")]
     Entropy(#[source] io::Error),
+    /// The journal of hand-overs cannot be used.
+    #[error(transparent)]
+    Journal(#[from] crate::journal::JournalError),
     /// The system gives no sockets or threads.
     #[error("{what}")]
     Local {

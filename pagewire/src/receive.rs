@@ -3,16 +3,17 @@
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::ground::{Ground, Search};
+use crate::live::{TakeOptions, Taking};
 use crate::observe::Event;
 use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
 use crate::reuse::{Image, KeepWhat, Reuse, keep_arrived};
 use crate::send::check_plaintext;
-use pagewire_protocol::error::{CloseCode, chain};
+use pagewire_protocol::error::{CloseCode, GuestAt, chain};
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
 use pagewire_protocol::tree::Manifest;
-use pagewire_receiver::driver::{Beginning, Entropy, Landed, Refusal, Summary};
+use pagewire_receiver::driver::{Beginning, Entropy, GuestTaker, Landed, Progress, Refusal, Summary};
 use pagewire_receiver::memory::{FileSink, GuestRam, RamSink};
 use pagewire_receiver::{GuestSink, Offer};
 use pagewire_store::{Landing, LandingError, LandingOptions};
@@ -57,6 +58,8 @@ pub struct ReceiveOptions {
     /// Build on what is kept of guests that come back, and keep what arrives. For images that go into a folder or into
     /// memory; of what arrives in memory pages are kept before it is handed over, a manifest after.
     pub reuse: Option<Reuse>,
+    /// Take guests over that run; without it they are refused.
+    pub live: Option<TakeOptions>,
     /// Allow unencrypted transfers over a network.
     pub insecure_plaintext: bool,
     /// Stop after the first session that got as far as naming an image.
@@ -75,6 +78,7 @@ impl ReceiveOptions {
             sessions_max: 64,
             image_bytes_max: IMAGE_BYTES_DEFAULT,
             reuse: None,
+            live: None,
             insecure_plaintext: false,
             once: false,
             cancel: CancellationToken::new(),
@@ -314,7 +318,9 @@ impl Shared {
             }
             place(offer, &mut warnings)
         };
-        let (named, mut outcome) = session(arriving, &self.sessions, &options.cancel, decide, keep, observe);
+        let taking = options.live.as_ref().map(Taking::new);
+        let host = (&self.sessions, &options.cancel);
+        let (named, mut outcome) = session(arriving, host, taking, decide, keep, observe);
         outcome.report.warnings.splice(0..0, warnings);
         if stranger.is_none() {
             self.open.fetch_sub(1, Ordering::Relaxed);
@@ -336,8 +342,8 @@ pub(crate) struct Arriving {
 /// Runs one session and makes the report.
 pub(crate) fn session<S: GuestSink>(
     arriving: Arriving,
-    sessions: &Sessions,
-    cancel: &CancellationToken,
+    (sessions, cancel): (&Sessions, &CancellationToken),
+    mut taking: Option<Taking<'_>>,
     decide: impl FnMut(&Offer) -> Result<Landed<S>, Refusal>,
     keep: impl FnOnce(&Open, &Manifest, &mut Report),
     mut observe: impl FnMut(&Event),
@@ -354,15 +360,29 @@ pub(crate) fn session<S: GuestSink>(
         }
     };
     let begin = Beginning { socket, framer, single_stream, lanes, start, entropy };
-    let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, |progress| {
-        observe(&progress.into());
-    });
+    let observe = |progress: Progress| observe(&progress.into());
+    let taker = taking.as_mut().map(|taking| taking as &mut dyn GuestTaker);
+    let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, taker, observe);
     let mut report = report(&summary);
     if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
         report.image = Some(ImageId { root: manifest.root.0, session: offer.open.session });
         keep(&offer.open, manifest, &mut report);
     }
-    (summary.offer.is_some(), report.close(result.err().map(Error::from)))
+    let guest_at = taking.as_mut().and_then(|taking| taking.end(result.is_err(), &mut report));
+    let error = match (result.err(), guest_at) {
+        (Some(error), Some(GuestAt::Receiver)) => {
+            report
+                .warnings
+                .push(format!("the guest is here; its sender did not say that it let go: {}", chain(&error)));
+            None
+        }
+        (Some(error), guest_at) => {
+            let error = Error::from(error);
+            Some(Error { guest_at: guest_at.unwrap_or(error.guest_at), ..error })
+        }
+        (None, _) => None,
+    };
+    (summary.offer.is_some(), report.close(error))
 }
 
 fn report(summary: &Summary) -> Report {

@@ -108,6 +108,30 @@ pub struct Round {
     pub seconds: f64,
     /// Pages dirtied a second meanwhile; zero for memory at rest.
     pub dirty_rate: f64,
+    /// Of a guest that runs, pages that had to be looked at for it.
+    pub looked_at: u64,
+    /// Pages that it left to the next.
+    pub dirty: u64,
+    /// Bytes a second that reached the receiver.
+    pub rate: f64,
+    /// The downtime that a switchover after it was expected to have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub predicted_downtime_seconds: Option<f64>,
+}
+
+impl From<&pagewire_sender::RoundReport> for Round {
+    fn from(round: &pagewire_sender::RoundReport) -> Self {
+        Self {
+            pages: round.stated,
+            bytes: round.bytes,
+            seconds: round.spent.as_secs_f64(),
+            dirty_rate: round.dirty_rate,
+            looked_at: round.pages,
+            dirty: round.dirty,
+            rate: round.rate,
+            predicted_downtime_seconds: round.predicted.map(|span| span.as_secs_f64().min(f64::MAX)),
+        }
+    }
 }
 
 /// Faults of a post-copy.

@@ -2,15 +2,17 @@
 
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
+use crate::live::{GuestHooks, LiveOptions, give};
 use crate::observe::{Event, Observer};
 use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round};
 use crate::reuse::{Departure, Reuse, keep_departed};
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::page::InstallSize;
-use pagewire_sender::driver::{Route, Stop, Summary};
+use pagewire_sender::driver::{Cargo, GuestControl, Route, Stop, Summary};
 use pagewire_sender::memory::FileMemory;
 use pagewire_sender::{GuestMemory, SenderConfig};
 use pagewire_transport::{Address, CancellationToken, Progress};
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -91,12 +93,60 @@ pub fn send(
     observer: &mut dyn Observer,
 ) -> Outcome {
     match FileMemory::open(source, options.install_size) {
-        Ok(memory) => send_from(memory, Some(source), name, to, options, observer),
-        Err(error) => {
-            let kind = ErrorKind::Source { path: source.to_path_buf(), source: error };
-            Report::new(Role::Sender, name.to_string()).close(Some(kind.at_sender()))
+        Ok(memory) => {
+            let source = Some(source);
+            send_from(Sent { memory, source, guest: None }, name, to, options, observer)
         }
+        Err(error) => unreadable(source, error, name),
     }
+}
+
+fn unreadable(source: &Path, error: io::Error, name: &ImageName) -> Outcome {
+    let kind = ErrorKind::Source { path: source.to_path_buf(), source: error };
+    Report::new(Role::Sender, name.to_string()).close(Some(kind.at_sender()))
+}
+
+/// Sends a guest that runs, whose memory is the file `source` that something keeps writing to, and hands it over.
+///
+/// Nobody tells which pages change, so each round reads all of the file again; with a dirty bitmap
+/// [`send_live_memory`] need not. Blocks until the guest is the receiver's, or it failed; the report and the error say
+/// where the guest is then.
+pub fn send_live(
+    source: &Path,
+    name: &ImageName,
+    to: &Address,
+    options: &SendOptions,
+    (live, hooks): (&LiveOptions, Box<dyn GuestHooks>),
+    observer: &mut dyn Observer,
+) -> Outcome {
+    match FileMemory::open_live(source, options.install_size) {
+        Ok(memory) => {
+            let source = Some(source);
+            send_from(Sent { memory, source, guest: Some((live, hooks)) }, name, to, options, observer)
+        }
+        Err(error) => unreadable(source, error, name),
+    }
+}
+
+/// As [`send_live`], for memory of any kind.
+pub fn send_live_memory<M: GuestMemory>(
+    memory: M,
+    name: &ImageName,
+    to: &Address,
+    options: &SendOptions,
+    (live, hooks): (&LiveOptions, Box<dyn GuestHooks>),
+    observer: &mut dyn Observer,
+) -> Outcome {
+    send_from(Sent { memory, source: None, guest: Some((live, hooks)) }, name, to, options, observer)
+}
+
+/// What is sent.
+pub(crate) struct Sent<'a, M> {
+    pub(crate) memory: M,
+    /// The file that the memory is in, if it is in one.
+    pub(crate) source: Option<&'a Path>,
+    /// The guest, if it runs.
+    pub(crate) guest: Option<(&'a LiveOptions, Box<dyn GuestHooks>)>,
 }
 
 /// As [`send`], for memory of any kind. Of what leaves only the manifest is kept: the pages are the caller's.
@@ -107,19 +157,18 @@ pub fn send_memory<M: GuestMemory>(
     options: &SendOptions,
     observer: &mut dyn Observer,
 ) -> Outcome {
-    send_from(memory, None, name, to, options, observer)
+    send_from(Sent { memory, source: None, guest: None }, name, to, options, observer)
 }
 
 fn send_from<M: GuestMemory>(
-    memory: M,
-    source: Option<&Path>,
+    sent: Sent<'_, M>,
     name: &ImageName,
     to: &Address,
     options: &SendOptions,
     observer: &mut dyn Observer,
 ) -> Outcome {
     match check_plaintext(to, options.insecure_plaintext) {
-        Ok(()) => run((memory, source), name, Route::Connect(to.clone()), options, observer),
+        Ok(()) => run(sent, name, Route::Connect(to.clone()), options, observer),
         Err(kind) => Report::new(Role::Sender, name.to_string()).close(Some(kind.at_sender())),
     }
 }
@@ -131,7 +180,7 @@ pub(crate) fn check_plaintext(address: &Address, allowed: bool) -> Result<(), Er
 
 /// Runs the sender over a route and makes the report.
 pub(crate) fn run<M: GuestMemory>(
-    (memory, source): (M, Option<&Path>),
+    Sent { memory, source, guest }: Sent<'_, M>,
     name: &ImageName,
     route: Route,
     options: &SendOptions,
@@ -158,15 +207,34 @@ pub(crate) fn run<M: GuestMemory>(
         Err(kind) => return report.close(Some(kind.at_sender())),
     };
     let (session, stop) = (config.session, options.stop());
-    let (summary, result) = pagewire_sender::driver::send(memory, bases, config, route, &stop, |progress| {
-        observer.event(&Progress { pages_total, ..progress }.into());
-    });
+    let to = if let Route::Connect(to) = &route { Some(to.clone()) } else { None };
+    let live = guest.as_ref().map(|(live, _)| *live);
+    let giving = match guest.map(|(live, hooks)| give(name, lineage.id, session, live, hooks)).transpose() {
+        Ok(giving) => giving,
+        Err(kind) => return report.close(Some(kind.at_sender())),
+    };
+    let (giving, config) = match giving {
+        Some((giving, live)) => (Some(giving), SenderConfig { live: Some(live), ..config }),
+        None => (None, config),
+    };
+    let control = giving.clone().map(|giving| Box::new(giving) as Box<dyn GuestControl>);
+    let (summary, result) =
+        pagewire_sender::driver::send(Cargo { memory, bases, control }, config, route, &stop, |progress| {
+            observer.event(&Progress { pages_total, ..progress }.into());
+        });
     fill(&mut report, &summary);
+    let error = match (giving, live) {
+        (Some(giving), Some(live)) => {
+            let result = result.map_err(|error| error.kind);
+            giving.end(result, (to.as_ref(), live), session, &mut report)
+        }
+        _ => result.err().map(Error::from),
+    };
     report.image = summary.manifest.as_ref().map(|manifest| ImageId { root: manifest.root.0, session });
     if let (Some(reuse), Some(manifest)) = (reuse.filter(|_| lineage.key != [0; 32]), &summary.manifest) {
         keep_departed(reuse, lineage, (name, session), manifest, source, &mut report);
     }
-    report.close(result.err().map(Error::from))
+    report.close(error)
 }
 
 fn fill(report: &mut Report, summary: &Summary) {
@@ -176,12 +244,12 @@ fn fill(report: &mut Report, summary: &Summary) {
     report.wants = counts.wants;
     report.reuse = ReuseCounts { unread: counts.unread, sampled: counts.sampled, ..ReuseCounts::default() };
     report.wire = summary.wire.into();
-    report.rounds = vec![Round {
-        pages: report.pages.total(),
-        bytes: summary.wire.sent_bytes,
-        seconds: report.seconds,
-        dirty_rate: 0.0,
-    }];
+    report.rounds = if summary.rounds.is_empty() {
+        let (pages, seconds) = (report.pages.total(), report.seconds);
+        vec![Round { pages, bytes: summary.wire.sent_bytes, seconds, ..Round::default() }]
+    } else {
+        summary.rounds.iter().map(Round::from).collect()
+    };
     let decision = |decision: &pagewire_sender::Decision| Decision {
         seconds: decision.at.as_nanos() as f64 / 1e9,
         what: decision.what.clone(),

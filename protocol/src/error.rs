@@ -213,6 +213,9 @@ pub enum Violation {
         /// The page.
         page: u64,
     },
+    /// A frame of a hand-over in a session that has none, or terms without one in a session that has.
+    #[error("{0}, in a session that {1}")]
+    Live(&'static str, &'static str),
     /// A part of a blob that does not belong there.
     #[error(transparent)]
     Blob(#[from] BlobError),

@@ -4,10 +4,13 @@ use crate::engine::{Agreed, Event, Offer, ReceiverEngine, Terms};
 use crate::error::{ErrorKind, ReceiverError};
 use crate::memory::{GuestSink, OtherPages};
 use crate::report::Counts;
+use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::error::{CloseCode, GuestAt, PeerError};
+use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
+use pagewire_protocol::handover::{Handover, HostId, Message};
 use pagewire_protocol::limits::WINDOW_BYTES;
-use pagewire_protocol::session::Policy;
+use pagewire_protocol::session::{FEATURE_LIVE, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::tree::Manifest;
 pub use pagewire_transport::Progress;
@@ -79,6 +82,33 @@ pub struct Beginning {
     pub entropy: Entropy,
 }
 
+/// What the session has to do for a guest's hand-over.
+#[derive(Debug)]
+pub enum Action {
+    /// Say this to the sender.
+    Say(Message),
+    /// End: the sender has let go of the guest.
+    Release,
+    /// End: the guest will not start here.
+    Stop(ErrorKind),
+}
+
+/// Whoever takes guests over on this host, for one session. Its methods may block for as long as a disk or the start of
+/// a guest does.
+pub trait GuestTaker {
+    /// A guest is offered: this host's name, if the guest may come.
+    ///
+    /// # Errors
+    /// It may not.
+    fn open(&mut self, open: &Open) -> Result<HostId, Refusal>;
+
+    /// All of it is here, verified and lasting, with these blobs.
+    fn ready(&mut self, handover: Handover, blobs: Blobs) -> Vec<Action>;
+
+    /// The sender says this, perhaps of a hand-over that an earlier session left open.
+    fn hear(&mut self, message: Message) -> Vec<Action>;
+}
+
 /// Receives one image. Blocks until it lasts or the session failed.
 ///
 /// `decide` says where an offered image goes. The result is `Ok` only if every page is verified and lasting.
@@ -87,10 +117,11 @@ pub fn receive<S: GuestSink>(
     sessions: &Sessions,
     cancel: &CancellationToken,
     decide: impl FnMut(&Offer) -> Result<Landed<S>, Refusal>,
+    taker: Option<&mut dyn GuestTaker>,
     observe: impl FnMut(Progress),
 ) -> (Summary, Result<(), ReceiverError>) {
     let mut summary = Summary::default();
-    let session = drive(begin, sessions, cancel, decide, observe, &mut summary);
+    let session = drive(begin, (sessions, cancel), decide, taker, observe, &mut summary);
     let failed = |source| ErrorKind::Destination { what: "runtime", source };
     let result = block_on(session).map_err(failed).unwrap_or_else(Err);
     (summary, result.map_err(|kind| ReceiverError { kind, guest_at: GuestAt::Sender }))
@@ -98,16 +129,18 @@ pub fn receive<S: GuestSink>(
 
 async fn drive<S: GuestSink>(
     begin: Beginning,
-    sessions: &Sessions,
-    cancel: &CancellationToken,
+    (sessions, cancel): (&Sessions, &CancellationToken),
     mut decide: impl FnMut(&Offer) -> Result<Landed<S>, Refusal>,
+    mut taker: Option<&mut dyn GuestTaker>,
     mut observe: impl FnMut(Progress),
     summary: &mut Summary,
 ) -> Result<(), ErrorKind> {
     let Beginning { socket, framer, single_stream, lanes, start, entropy } = begin;
     let failed = |source| ErrorKind::Destination { what: "control connection", source };
     let stream = socket.into_stream().map_err(failed)?;
-    let engine = ReceiverEngine::new(&Policy::default(), entropy.nonce, Time::ZERO);
+    let features_offered = if taker.is_some() { FEATURE_LIVE } else { 0 };
+    let policy = Policy { features_offered, ..Policy::default() };
+    let engine = ReceiverEngine::new(&policy, entropy.nonce, Time::ZERO);
     let mut pump = Pump::new(engine, stream, framer, start);
     if single_stream {
         pump.carry_all_lanes();
@@ -135,9 +168,11 @@ async fn drive<S: GuestSink>(
                     registration = Some(guard);
                     pump.take_joins(joins);
                     check_streams(&offer, single_stream)?;
+                    let taker = taker.as_mut().filter(|_| offer.open.live.is_some());
+                    let host = taker.map(|taker| taker.open(&offer.open)).transpose()?;
                     let Landed { sink, agreed, others } = decide(&offer)?;
                     let Entropy { secret, seed, challenge, .. } = entropy;
-                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed, others, challenge })
+                    Ok(Terms { sink, lanes, window: WINDOW_BYTES, secret, seed, agreed, others, challenge, host })
                 });
                 summary.offer = Some(*offer);
                 let now = pump.now();
@@ -146,7 +181,15 @@ async fn drive<S: GuestSink>(
                     Err(Refusal { code, reason }) => pump.machine().refuse(code, &reason),
                 }
             }
-            Some(_) => {}
+            Some(Event::Ready(handover, blobs)) => {
+                let actions = taker.as_mut().map(|taker| taker.ready(handover, blobs));
+                act(actions.unwrap_or_default(), pump.machine());
+            }
+            Some(Event::Said(message)) => {
+                let actions = taker.as_mut().map(|taker| taker.hear(message));
+                act(actions.unwrap_or_default(), pump.machine());
+            }
+            Some(Event::Verified | Event::Finished) => {}
             None => break pump.machine().outcome(),
         }
     };
@@ -160,6 +203,16 @@ async fn drive<S: GuestSink>(
         Some(result) => result.map_err(|error| error.kind),
         // The machine always leaves an outcome; without one nothing may count as success.
         None => Err(PeerError::EndOfStream { lane: 0 }.into()),
+    }
+}
+
+fn act<S: GuestSink>(actions: Vec<Action>, engine: &mut ReceiverEngine<S>) {
+    for action in actions {
+        match action {
+            Action::Say(message) => engine.say(message),
+            Action::Release => engine.release(),
+            Action::Stop(kind) => engine.stop(kind),
+        }
     }
 }
 

@@ -11,9 +11,11 @@ use crate::memory::{GuestSink, OtherPages};
 use crate::receiving::Receiving;
 use crate::report::Counts;
 use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::{join_proof, proofs_equal};
 use pagewire_protocol::error::{CloseCode, GuestAt, Incompatible, PeerError, Violation, chain};
 use pagewire_protocol::frame::{Accept, Done, Frame, FrameKind, Join, LaneId, Open, Role};
+use pagewire_protocol::handover::{Handover, HostId, Message};
 use pagewire_protocol::limits::STALL_SPAN_MAX;
 use pagewire_protocol::page::Layout;
 use pagewire_protocol::page_buffer::PageBuffer;
@@ -49,6 +51,8 @@ pub struct Terms<S> {
     pub others: Option<Box<dyn OtherPages>>,
     /// Random: what the sender's proofs of having such pages are made for.
     pub challenge: [u8; 32],
+    /// This host, for a guest that is to be handed over; without it such a guest cannot be accepted.
+    pub host: Option<HostId>,
 }
 
 /// A base whose manifest both sides know.
@@ -73,6 +77,11 @@ pub enum Event {
     Offered(Box<Offer>),
     /// Every page is present and the root is equal; now it is made to last.
     Verified,
+    /// All of a guest that runs is here and lasts: it can be handed over by this, with these blobs. From here on its
+    /// hand-overs decide.
+    Ready(Handover, Blobs),
+    /// The sender says this of a hand-over.
+    Said(Message),
     /// It lasts, and the sender knows or will.
     Finished,
 }
@@ -124,6 +133,9 @@ impl<S: GuestSink> ReceiverEngine<S> {
     /// Takes the offered image.
     pub fn accept(&mut self, terms: Terms<S>, now: Time) {
         let (Some(open), Some(greeted)) = (self.offer.take(), self.endpoint.greeted()) else { return };
+        if open.live.is_some() && terms.host.is_none() {
+            return self.refuse(CloseCode::REFUSED, "no guest is taken over here");
+        }
         let (transcript, codecs) = (greeted.transcript, greeted.agreement.codecs);
         let (mut receiving, accept) = match Receiving::new(open, terms, codecs, now) {
             Ok((receiving, accept)) => (Box::new(receiving), Accept { transcript, ..accept }),
@@ -145,9 +157,36 @@ impl<S: GuestSink> ReceiverEngine<S> {
         self.close(ErrorKind::Refused(reason.to_owned()), code);
     }
 
+    /// Says this of a hand-over, if there is anybody to hear it.
+    pub fn say(&mut self, message: Message) {
+        self.endpoint.push_frame(LaneId::CONTROL, &Frame::Handover(message));
+    }
+
+    /// The sender has let go of the guest: the session ends when all that was said has gone out.
+    pub fn release(&mut self) {
+        if self.endpoint.phase() == Phase::Parting && self.is_live() {
+            self.succeed();
+        }
+    }
+
+    fn succeed(&mut self) {
+        self.endpoint.finish();
+        self.outcome = Some(Ok(()));
+        self.events.push_back(Event::Finished);
+    }
+
+    fn is_live(&self) -> bool {
+        self.receiving.as_ref().is_some_and(|receiving| receiving.open.live.is_some())
+    }
+
     /// Stops the session.
     pub fn cancel(&mut self) {
-        self.fail(ErrorKind::Cancelled);
+        self.stop(ErrorKind::Cancelled);
+    }
+
+    /// Stops the session, for the reason that `kind` names.
+    pub fn stop(&mut self, kind: ErrorKind) {
+        self.fail(kind);
     }
 
     /// What was done so far.
@@ -166,7 +205,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
     pub fn manifest(&mut self) -> Option<Manifest> {
         let receiving = self.receiving.take_if(|receiving| receiving.lasts)?;
         let (layout, trees) = receiving.map.into_parts();
-        Some(Manifest { root: receiving.root?.digest, layout, trees })
+        Some(Manifest { root: receiving.image, layout, trees })
     }
 
     /// How the session ended, once it has.
@@ -183,28 +222,31 @@ impl<S: GuestSink> ReceiverEngine<S> {
         if self.endpoint.phase() == Phase::Over {
             return;
         }
-        if self.endpoint.phase() == Phase::Parting {
+        if self.endpoint.phase() == Phase::Parting && !self.is_live() {
             // The image lasts; that the sender does not say that it knows changes nothing here.
-            self.endpoint.finish();
-            self.outcome = Some(Ok(()));
-            self.events.push_back(Event::Finished);
-            return;
+            return self.succeed();
         }
         self.endpoint.close(code, &chain(&kind), kind.tells_peer());
+        // Of a guest that is being handed over, only its hand-overs know.
         self.outcome = Some(Err(ReceiverError { kind, guest_at: GuestAt::Sender }));
-        self.receiving = None;
+        self.receiving.take_if(|receiving| !receiving.lasts);
     }
 
     fn handle(&mut self, lane: LaneId, kind: FrameKind, body: &[u8], now: Time) -> Result<(), ErrorKind> {
         let Some(frame) = self.endpoint.judge(lane, kind, body, now)? else { return Ok(()) };
         match frame {
             Frame::Open(open) => self.handle_open(open),
+            Frame::Done(_) if self.is_live() => Err(Violation::Live("DONE", "ends with a hand-over").into()),
             Frame::Done(_) => {
-                self.endpoint.finish();
-                self.outcome = Some(Ok(()));
-                self.events.push_back(Event::Finished);
+                self.succeed();
                 Ok(())
             }
+            // Before OPEN it is about a hand-over that an earlier connection left open.
+            Frame::Handover(message) if self.receiving.is_none() || self.is_live() => {
+                self.events.push_back(Event::Said(message));
+                Ok(())
+            }
+            Frame::Handover(message) => Err(Violation::Live(message.word.name(), "hands no guest over").into()),
             frame => {
                 let Some(receiving) = self.receiving.as_mut() else { return Ok(()) };
                 receiving.moved = now;
@@ -214,6 +256,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
                     }
                     Frame::Round(end) => receiving.handle_round(lane, end, now)?,
                     Frame::Root(root) => receiving.handle_root(root)?,
+                    Frame::Blob(part) => receiving.handle_blob(&part)?,
                     _ => {}
                 }
                 if receiving.check_complete()? {
@@ -304,11 +347,16 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
         match result {
             // SPEC 7.6
             Ok(()) => {
+                receiving.lasts = true;
+                self.endpoint.enter(Phase::Parting);
+                if let Some(handover) = receiving.handover() {
+                    let blobs = std::mem::take(&mut receiving.blobs);
+                    self.events.push_back(Event::Ready(handover, blobs));
+                    return;
+                }
                 let root = receiving.root.map(|root| root.digest).unwrap_or_default();
                 let done = Done { pages: receiving.open.layout.pages(), root };
-                receiving.lasts = true;
                 self.endpoint.push_frame(LaneId::CONTROL, &Frame::Done(done));
-                self.endpoint.enter(Phase::Parting);
             }
             Err(source) => self.fail(ErrorKind::Destination { what: "cannot be finished", source }),
         }

@@ -12,15 +12,20 @@ use crate::resolve::{Base, Others, Resolved, Resolver, Target};
 use crate::scan::Scan;
 use crate::waiting::{Turn, Waiting};
 use crate::wants::Wants;
+use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::challenge::Challenge;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
-use pagewire_protocol::frame::{Accept, Ack, EntryKind, Frame, FrameKind, Have, LaneId, Open, Pages, Root, RoundEnd};
+use pagewire_protocol::frame::{
+    Accept, Ack, Blob, EntryKind, Frame, FrameKind, Have, LaneId, LiveOpen, Open, Pages, Root, RoundEnd,
+};
+use pagewire_protocol::handover::{Handover, HostId};
 use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX, PAGE_BYTES};
 use pagewire_protocol::page::{GROUP_PAGES, PageNumber, PageRange, Place, RegionId, common_pages};
 use pagewire_protocol::session::Outgoing;
 use pagewire_protocol::time::{Span, Time};
+use pagewire_protocol::tree::live_root;
 use std::io;
 
 /// PAGES frames of a lane that are acknowledged without waiting for more.
@@ -64,6 +69,12 @@ pub(crate) struct Receiving<S> {
     /// Until when every granted lane must have joined.
     pub(crate) joined_until: Time,
     pub(crate) root: Option<Root>,
+    /// What comes with the memory of a guest that runs.
+    pub(crate) blobs: Blobs,
+    /// The image root, once all is present.
+    pub(crate) image: Digest,
+    /// This host, for a guest that is handed over.
+    pub(crate) host: Option<HostId>,
     /// All of it is present, verified and lasting.
     pub(crate) lasts: bool,
     /// Gone while the finish job has it.
@@ -78,7 +89,8 @@ fn unreadable(source: io::Error) -> ErrorKind {
 impl<S: GuestSink> Receiving<S> {
     /// What an image that was offered goes into, and the ACCEPT that says so, but for its transcript.
     pub(crate) fn new(open: Open, terms: Terms<S>, codecs: u32, now: Time) -> io::Result<(Self, Accept)> {
-        let Terms { sink, lanes, window, secret, seed, agreed, others, challenge } = terms;
+        let Terms { sink, lanes, window, secret, seed, agreed, others, challenge, host } = terms;
+        let host = host.filter(|_| open.live.is_some());
         let others = others
             .map(|pages| Others { pages, challenge: Challenge::new(&challenge, &open.session, &open.domain_key) });
         let regions = (0..).map(RegionId).take(open.layout.regions().len());
@@ -99,6 +111,7 @@ impl<S: GuestSink> Receiving<S> {
             agreed: agreed.as_ref().map_or(0, |agreed| agreed.known.saturating_add(1)),
             base_stays: stays,
             challenge: others.is_some().then_some(challenge),
+            host: host.map(|host| host.0),
         };
         let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
         let mut map = PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero());
@@ -133,6 +146,9 @@ impl<S: GuestSink> Receiving<S> {
             moved: now,
             joined_until: now + HANDSHAKE_SPAN_MAX,
             root: None,
+            blobs: Blobs::new(),
+            image: Digest::default(),
+            host,
             lasts: false,
             sink: Some(sink),
             finish: None,
@@ -352,8 +368,25 @@ impl<S: GuestSink> Receiving<S> {
         if let Some(known) = self.root {
             return Err(Violation::Round { got: root.round, expected: known.round }.into());
         }
+        // SPEC 12.3
+        self.blobs.is_whole().map_err(Violation::from)?;
         self.root = Some(root);
         Ok(())
+    }
+
+    /// A part of what comes with the memory.
+    pub(crate) fn handle_blob(&mut self, part: &Blob<'_>) -> Result<(), ErrorKind> {
+        if self.open.live.is_none() || self.root.is_some() {
+            return Err(Violation::Live("BLOB", "takes none any more").into());
+        }
+        Ok(self.blobs.handle_part(part).map_err(Violation::from)?)
+    }
+
+    /// The hand-over that ends a live session whose image has come.
+    pub(crate) fn handover(&self) -> Option<Handover> {
+        let LiveOpen { guest: lineage, epoch, host: sender, arbiter } = self.open.live?;
+        let (root, receiver, session) = (self.root?.digest, self.host?, self.open.session);
+        Some(Handover { lineage, session, epoch, root, sender, receiver, arbiter })
     }
 
     /// Whether everything has come; if so the finish job is ready.
@@ -366,7 +399,10 @@ impl<S: GuestSink> Receiving<S> {
         if present < pages && wanted > 0 {
             return Ok(false);
         }
-        let ours = if present == pages { self.map.root(&self.hasher) } else { Digest::default() };
+        self.image = if present == pages { self.map.root(&self.hasher) } else { Digest::default() };
+        // SPEC 12.4
+        let live = present == pages && self.open.live.is_some();
+        let ours = if live { live_root(self.hasher.domain(), self.image, &self.blobs) } else { self.image };
         // SPEC 7.5
         if present != pages || root.pages != pages || root.digest != ours {
             let mismatch = Violation::Root { theirs: root.digest, their_pages: root.pages, ours, our_pages: present };

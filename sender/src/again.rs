@@ -6,6 +6,8 @@ use crate::error::ErrorKind;
 use crate::memory::GuestMemory;
 use crate::rounds::Stage;
 use crate::sending::{Sending, Sent, Step};
+use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::frame::{EntryKind, SKIPPED_DIGEST};
 use pagewire_protocol::limits::{PAGE_BYTES, RUNS_MAX};
@@ -207,8 +209,9 @@ impl<M: GuestMemory> Sending<M> {
         Ok(Step::Did)
     }
 
-    /// The guest stands still: what was written last, and what waited, is sent now.
-    pub(crate) fn begin_last_round(&mut self, now: Time) -> Result<(), ErrorKind> {
+    /// The guest stands still: what was written last, and what waited, is sent now, and `blobs` with it.
+    pub(crate) fn begin_last_round(&mut self, blobs: Blobs, now: Time) -> Result<(), ErrorKind> {
+        self.blobs = blobs;
         let Some(rounds) = self.rounds.as_mut() else { return Ok(()) };
         rounds.harvest(&mut self.memory, now).map_err(ErrorKind::Source)?;
         rounds.begin_last(&self.lanes, now);
@@ -224,6 +227,14 @@ impl<M: GuestMemory> Sending<M> {
             }
         }
         Ok(())
+    }
+
+    /// The guest is another host's: nobody needs to know any more what is written here. Says which pages it wrote all
+    /// the time.
+    pub(crate) fn release(&mut self) -> Option<PageBitmap> {
+        let rounds = self.rounds.take()?;
+        self.memory.stop_tracking();
+        Some(rounds.hot())
     }
 
     /// The session failed: memory is as dirty as if it had never been.

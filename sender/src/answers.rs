@@ -60,6 +60,8 @@ impl<M: GuestMemory> Sending<M> {
         }
         self.digests = found;
         self.send(range, lane, entries, Sent::default(), now);
+        // Nothing else joins an answer of zeros: what rests on the base might have to be wanted, and the answer with it.
+        self.flush_cover();
         Ok(())
     }
 

@@ -1,13 +1,18 @@
 //! The sender under tokio: connects, joins its lanes and drives the engine to its end.
 
+use crate::ask::AskEngine;
 use crate::base::Base;
+use crate::control::Controlled;
+pub use crate::control::{Action, GuestControl};
 use crate::engine::{Event, SenderConfig, SenderEngine};
 use crate::error::{ErrorKind, SenderError};
 use crate::memory::GuestMemory;
-use crate::report::{Counts, Decision};
+use crate::report::{Counts, Decision, RoundReport};
+use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::error::{GuestAt, PeerError};
 use pagewire_protocol::frame::LaneId;
 use pagewire_protocol::framing::Framer;
+use pagewire_protocol::handover::{Message, Word};
 use pagewire_protocol::time::Span;
 use pagewire_protocol::tree::Manifest;
 pub use pagewire_transport::Progress;
@@ -28,6 +33,10 @@ pub struct Summary {
     pub spent: Span,
     /// The digests of all pages, if the receiver has them.
     pub manifest: Option<Manifest>,
+    /// The rounds of a live session.
+    pub rounds: Vec<RoundReport>,
+    /// Pages that its guest wrote all the time, by their places.
+    pub hot: Option<PageBitmap>,
 }
 
 /// What may end a session from here.
@@ -66,20 +75,29 @@ pub enum Route {
     Over(Socket),
 }
 
+/// What is sent.
+pub struct Cargo<M> {
+    /// Its memory.
+    pub memory: M,
+    /// Earlier images of it, the newest first.
+    pub bases: Vec<Box<dyn Base>>,
+    /// Who holds the guest, if the config says that it is live.
+    pub control: Option<Box<dyn GuestControl>>,
+}
+
 /// Sends an image. Blocks until the receiver has all of it, verified and lasting, or the session failed.
 ///
 /// # Errors
-/// See [`ErrorKind`]; the guest is at the sender then.
+/// See [`ErrorKind`]; the guest is at the sender then, unless its control knows better.
 pub fn send<M: GuestMemory>(
-    memory: M,
-    bases: Vec<Box<dyn Base>>,
+    cargo: Cargo<M>,
     config: SenderConfig,
     route: Route,
     stop: &Stop,
     mut observe: impl FnMut(Progress),
 ) -> (Summary, Result<(), SenderError>) {
     let mut summary = Summary::default();
-    let session = drive((memory, bases), config, route, stop, &mut observe, &mut summary);
+    let session = drive(cargo, config, route, stop, &mut observe, &mut summary);
     let result = block_on(session).map_err(local("runtime")).unwrap_or_else(Err);
     (summary, result.map_err(|kind| SenderError { kind, guest_at: GuestAt::Sender }))
 }
@@ -89,7 +107,7 @@ fn local(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
 }
 
 async fn drive<M: GuestMemory>(
-    (memory, bases): (M, Vec<Box<dyn Base>>),
+    Cargo { memory, bases, control: guest }: Cargo<M>,
     config: SenderConfig,
     route: Route,
     stop: &Stop,
@@ -107,6 +125,7 @@ async fn drive<M: GuestMemory>(
     if address.is_none() {
         pump.carry_all_lanes();
     }
+    let mut guest = Controlled::new(guest);
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
     let mut stopped = false;
     let mut stopping = std::pin::pin!(stop.wait());
@@ -115,7 +134,11 @@ async fn drive<M: GuestMemory>(
             biased;
             kind = &mut stopping, if !stopped => {
                 stopped = true;
-                pump.machine().cancel(kind);
+                guest.stop(kind, &mut pump);
+                continue;
+            }
+            waited = guest.wait() => {
+                guest.go_on(waited, &mut pump);
                 continue;
             }
             _ = tick.tick() => {
@@ -126,15 +149,17 @@ async fn drive<M: GuestMemory>(
         };
         match (event, &address) {
             (Some(Event::Accepted { lanes }), Some(address)) => {
-                for lane in (0..lanes).map(LaneId::bulk) {
-                    join(&mut pump, address, lane)?;
-                }
+                let joined = (0..lanes).map(LaneId::bulk).try_for_each(|lane| join(&mut pump, address, lane));
+                joined.unwrap_or_else(|kind| pump.machine().cancel(kind));
             }
-            (Some(_), _) => {}
+            (Some(event), _) => guest.handle(event, &mut pump),
             (None, _) => break pump.machine().outcome(),
         }
     };
+    guest.end().await;
     observe(progress(&mut pump));
+    summary.rounds = pump.machine().rounds().to_vec();
+    summary.hot = pump.machine().hot();
     summary.wire = pump.wire();
     summary.spent = pump.now().since(pagewire_protocol::time::Time::ZERO);
     summary.counts = pump.machine().counts();
@@ -145,6 +170,34 @@ async fn drive<M: GuestMemory>(
         // The machine always leaves an outcome; without one nothing may count as success.
         None => Err(PeerError::EndOfStream { lane: 0 }.into()),
     }
+}
+
+/// Asks the receiver at `address` what became of a hand-over by saying `question` again, on a connection of its own.
+/// Each answer goes to `hear`, which says what to say then; the connection ends when it says nothing more.
+///
+/// # Errors
+/// Nobody is there, or nobody answers.
+pub fn ask(
+    address: &Address,
+    question: Message,
+    nonce: [u8; 16],
+    mut hear: impl FnMut(Message) -> Vec<Message>,
+) -> Result<(), ErrorKind> {
+    let session = async {
+        let stream = connect(address)?.into_stream().map_err(local("control connection"))?;
+        let engine = AskEngine::new(question, nonce, pagewire_protocol::time::Time::ZERO);
+        let mut pump = Pump::new(engine, stream, Framer::new(), Instant::now());
+        while let Some(answer) = pump.next().await {
+            let replies = hear(answer);
+            let goes_on = replies.iter().any(|reply| reply.word == Word::Commit);
+            replies.into_iter().for_each(|reply| pump.machine().say(reply));
+            if !goes_on {
+                pump.machine().finish();
+            }
+        }
+        pump.machine().outcome().unwrap_or_else(|| Err(PeerError::EndOfStream { lane: 0 }.into()))
+    };
+    block_on(session).map_err(local("runtime"))?
 }
 
 fn connect(address: &Address) -> Result<Socket, ErrorKind> {

@@ -13,15 +13,18 @@ use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision, RoundReport};
 use crate::rounds::Rounds;
 use crate::sending::{AgreedBase, Sending, Step};
+use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::PageHasher;
 use pagewire_protocol::digest::join_proof;
 use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::{GuestAt, Incompatible, PeerError, Violation, chain};
-use pagewire_protocol::frame::{Accept, Done, Frame, FrameKind, ImageName, Join, LaneId, Open, Role, Root};
+use pagewire_protocol::frame::{Accept, Done, Frame, FrameKind, ImageName, Join, LaneId, LiveOpen, Open, Role, Root};
+use pagewire_protocol::handover::{Handover, HostId, Message};
 use pagewire_protocol::limits::ROOTS_MAX;
 use pagewire_protocol::page::{Layout, common_pages};
 use pagewire_protocol::page_buffer::PageBuffer;
-use pagewire_protocol::session::{Endpoint, Machine, Outgoing, Phase, Policy};
+use pagewire_protocol::session::{Endpoint, FEATURE_LIVE, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::tree::{DigestTree, Manifest};
 use std::collections::VecDeque;
@@ -57,8 +60,8 @@ pub struct SenderConfig {
     pub bandwidth_limit: Option<u64>,
     /// Pages read and sent at once where nothing else decides: 16 to 512, a power of two.
     pub batch_pages: u16,
-    /// The guest runs while it is sent, inside these limits; none for memory at rest.
-    pub live: Option<Limits>,
+    /// The guest runs while it is sent, and is handed over in the end; none for memory at rest.
+    pub live: Option<Live>,
     /// What this side speaks.
     pub policy: Policy,
 }
@@ -87,6 +90,15 @@ impl SenderConfig {
     }
 }
 
+/// How a guest that runs is sent.
+#[derive(Clone, Copy, Debug)]
+pub struct Live {
+    /// How long it may take and stand still.
+    pub limits: Limits,
+    /// The hand-over in the end.
+    pub handover: LiveOpen,
+}
+
 /// Pages of a batch: 256 KiB stay in a core's cache from the read to the write.
 const BATCH_PAGES: u16 = 64;
 
@@ -106,6 +118,11 @@ pub enum Event {
     Throttle(u8),
     /// Everything was stated once; what remains is the receiver's to ask for.
     Stated,
+    /// All of a guest that stands still was stated: it can be handed over by this. Whether it runs on is decided by its
+    /// hand-overs from here on, not by this session: no [`Event::Resume`] comes any more.
+    Offer(Handover),
+    /// The receiver says this of a hand-over.
+    Said(Message),
     /// The receiver has everything, verified and lasting.
     Finished,
 }
@@ -124,6 +141,10 @@ pub struct SenderEngine<M> {
     root: Option<Root>,
     /// The guest stands still, or was asked to.
     pausing: bool,
+    /// The receiver's host, in a live session.
+    host: Option<HostId>,
+    rounds: Vec<RoundReport>,
+    hot: Option<PageBitmap>,
     finished: bool,
     events: VecDeque<Event>,
     outcome: Option<Result<(), SenderError>>,
@@ -132,7 +153,11 @@ pub struct SenderEngine<M> {
 impl<M: GuestMemory> SenderEngine<M> {
     /// A session that greets. `bases` are earlier images of the same layout, the newest first; of these
     /// [`ROOTS_MAX`] are named.
-    pub fn new(memory: M, mut bases: Vec<Box<dyn Base>>, config: SenderConfig, now: Time) -> Self {
+    pub fn new(memory: M, mut bases: Vec<Box<dyn Base>>, mut config: SenderConfig, now: Time) -> Self {
+        if config.live.is_some() {
+            config.policy.features_offered |= FEATURE_LIVE;
+            config.policy.features_required |= FEATURE_LIVE;
+        }
         bases.retain(|base| common_pages(base.layout(), memory.layout()).is_some());
         bases.truncate(ROOTS_MAX);
         Self {
@@ -145,6 +170,9 @@ impl<M: GuestMemory> SenderEngine<M> {
             sending: None,
             root: None,
             pausing: false,
+            host: None,
+            rounds: Vec::new(),
+            hot: None,
             finished: false,
             events: VecDeque::new(),
             outcome: None,
@@ -162,17 +190,50 @@ impl<M: GuestMemory> SenderEngine<M> {
         self.fail(kind);
     }
 
-    /// The guest stands still, as [`Event::Pause`] asked, or cannot be made to.
-    pub fn paused(&mut self, result: Result<(), String>, now: Time) {
+    /// The guest stands still, as [`Event::Pause`] asked, and this is what goes with its memory; or it cannot be made to.
+    pub fn paused(&mut self, result: Result<Blobs, String>, now: Time) {
         let Some(sending) = self.sending.as_mut().filter(|_| self.pausing) else { return };
-        if let Err(kind) = result.map_err(ErrorKind::Pause).and_then(|()| sending.begin_last_round(now)) {
+        let begun = result.map_err(ErrorKind::Pause).and_then(|blobs| sending.begin_last_round(blobs, now));
+        if let Err(kind) = begun {
             self.fail(kind);
         }
     }
 
+    /// Says this of a hand-over, if there is anybody to hear it.
+    pub fn say(&mut self, message: Message) {
+        self.endpoint.push_frame(LaneId::CONTROL, &Frame::Handover(message));
+    }
+
+    /// The guest is the receiver's for good: the session ends when all that was said has gone out.
+    pub fn release(&mut self) {
+        if self.endpoint.phase() != Phase::Finishing || self.config.live.is_none() {
+            return;
+        }
+        self.note_rounds();
+        self.hot = self.sending.as_mut().and_then(|sending| sending.release());
+        self.succeed();
+    }
+
+    /// Pages that the guest wrote all the time, by their places, once it is gone: not worth keeping.
+    pub fn hot(&mut self) -> Option<PageBitmap> {
+        self.hot.take()
+    }
+
     /// The rounds so far.
     pub fn rounds(&self) -> &[RoundReport] {
-        self.sending.as_ref().and_then(|sending| sending.rounds.as_ref()).map_or(&[], Rounds::reports)
+        let going_on = self.sending.as_ref().and_then(|sending| sending.rounds.as_ref());
+        going_on.map_or(&self.rounds, Rounds::reports)
+    }
+
+    fn note_rounds(&mut self) {
+        self.rounds = self.rounds().to_vec();
+    }
+
+    fn succeed(&mut self) {
+        self.endpoint.finish();
+        self.outcome = Some(Ok(()));
+        self.finished = true;
+        self.events.push_back(Event::Finished);
     }
 
     /// What was done so far.
@@ -192,9 +253,7 @@ impl<M: GuestMemory> SenderEngine<M> {
 
     /// What the image is that was sent, once the receiver has all of it. Can be had once.
     pub fn manifest(&mut self) -> Option<Manifest> {
-        let root = self.root.filter(|_| self.finished)?;
-        let (layout, trees) = self.sending.take()?.into_manifest();
-        Some(Manifest { root: root.digest, layout, trees })
+        self.sending.take_if(|_| self.finished).map(|sending| sending.into_manifest())
     }
 
     /// How the session ended, once it has.
@@ -209,6 +268,7 @@ impl<M: GuestMemory> SenderEngine<M> {
         if std::mem::take(&mut self.pausing) {
             self.events.push_back(Event::Resume);
         }
+        self.note_rounds();
         if let Some(sending) = &mut self.sending {
             sending.abandon();
         }
@@ -224,6 +284,13 @@ impl<M: GuestMemory> SenderEngine<M> {
         }
         match frame {
             Some(Frame::Accept(accept)) => self.handle_accept(&accept, now),
+            Some(Frame::Handover(message)) => {
+                if self.config.live.is_none() {
+                    return Err(Violation::Live(message.word.name(), "hands no guest over").into());
+                }
+                self.events.push_back(Event::Said(message));
+                Ok(())
+            }
             Some(Frame::Done(done)) => self.handle_done(done),
             Some(Frame::Have(have)) => self.sending.as_mut().map_or(Ok(()), |sending| sending.handle_have(&have)),
             Some(Frame::Ack(ack)) => {
@@ -248,7 +315,7 @@ impl<M: GuestMemory> SenderEngine<M> {
             session: self.config.session,
             name: self.config.name.clone(),
             fresh: self.config.fresh,
-            live: self.config.live.is_some(),
+            live: self.config.live.map(|live| live.handover),
             single_stream: self.config.single_stream,
             lanes: self.config.lanes,
             domain_key: self.config.domain_key,
@@ -277,6 +344,11 @@ impl<M: GuestMemory> SenderEngine<M> {
             let (got, expected) = (u64::from(accept.agreed), self.bases.len() as u64);
             return Err(Violation::Terms { what: "agreed root", got, expected }.into());
         }
+        // SPEC 4.21
+        if accept.host.is_some() != self.config.live.is_some() {
+            return Err(Violation::Live("terms of another kind", "asked for others").into());
+        }
+        self.host = accept.host.map(HostId);
         self.secret = Some(accept.secret);
         let hasher = PageHasher::new(&DedupDomain::new(&self.config.domain_key));
         let agreed = usize::from(accept.agreed).checked_sub(1);
@@ -285,7 +357,7 @@ impl<M: GuestMemory> SenderEngine<M> {
             agreed.filter(|&at| at < self.bases.len()).map(|at| AgreedBase { base: self.bases.swap_remove(at), ahead });
         self.bases.clear();
         let terms = (hasher, greeted.agreement.codecs);
-        let rounds = self.config.live.map(|limits| Rounds::begin(&mut memory, limits, now));
+        let rounds = self.config.live.map(|live| Rounds::begin(&mut memory, live.limits, now));
         let rounds = rounds.transpose().map_err(ErrorKind::Source)?;
         let mut sending = Box::new(Sending::new((memory, rounds), accept, agreed, &self.config, terms));
         sending.explain_start(now);
@@ -305,13 +377,32 @@ impl<M: GuestMemory> SenderEngine<M> {
             let (theirs, their_pages) = (done.root, done.pages);
             return Err(Violation::Root { theirs, their_pages, ours: root.digest, our_pages: root.pages }.into());
         }
+        if self.config.live.is_some() {
+            return Err(Violation::Live("DONE", "ends with a hand-over").into());
+        }
         self.endpoint.push_frame(LaneId::CONTROL, &Frame::Done(done));
-        self.endpoint.finish();
-        // SPEC 7.7: the only place where a session of this side succeeds.
-        self.outcome = Some(Ok(()));
-        self.finished = true;
-        self.events.push_back(Event::Finished);
+        // SPEC 7.7: the only place where a session at rest succeeds at this side.
+        self.succeed();
         Ok(())
+    }
+
+    /// All is stated: the blobs and the root follow, and a guest that runs can be handed over.
+    fn state_root(&mut self, root: Root) {
+        self.root = Some(root);
+        self.endpoint.enter(Phase::Finishing);
+        let blobs = self.sending.as_ref().map(|sending| &sending.blobs);
+        for part in blobs.into_iter().flat_map(Blobs::parts) {
+            self.endpoint.push_frame(LaneId::CONTROL, &Frame::Blob(part));
+        }
+        self.endpoint.push_frame(LaneId::CONTROL, &Frame::Root(root));
+        self.events.push_back(Event::Stated);
+        if let (Some(live), Some(receiver)) = (self.config.live, self.host) {
+            let LiveOpen { guest: lineage, epoch, host: sender, arbiter } = live.handover;
+            let session = self.config.session;
+            self.pausing = false;
+            let handover = Handover { lineage, session, epoch, root: root.digest, sender, receiver, arbiter };
+            self.events.push_back(Event::Offer(handover));
+        }
     }
 
     fn is_sending(&self) -> bool {
@@ -401,10 +492,7 @@ impl<M: GuestMemory> Machine for SenderEngine<M> {
                 true
             }
             Some(Ok(Step::Stated(root))) => {
-                self.root = Some(root);
-                self.endpoint.enter(Phase::Finishing);
-                self.endpoint.push_frame(LaneId::CONTROL, &Frame::Root(root));
-                self.events.push_back(Event::Stated);
+                self.state_root(root);
                 true
             }
             Some(Err(kind)) => {

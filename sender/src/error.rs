@@ -51,6 +51,18 @@ pub enum ErrorKind {
     /// The guest could not be paused.
     #[error("the guest cannot be paused: {0}")]
     Pause(String),
+    /// The receiver did not get ready.
+    #[error("the receiver was not ready {0:?} after it had been told everything")]
+    Late(std::time::Duration),
+    /// The receiver has everything and will not start the guest.
+    #[error("the receiver rejected the guest")]
+    Rejected,
+    /// The guest was handed over, and the receiver has not said what became of it.
+    #[error("the guest was handed over, and the receiver has not answered: it may run there, and stays paused here")]
+    InDoubt,
+    /// The guest's hand-over was refused on this host.
+    #[error("hand-over: {0}")]
+    Handover(String),
     /// It was stopped here.
     #[error("cancelled")]
     Cancelled,
@@ -62,7 +74,14 @@ impl ErrorKind {
             Self::Peer(error) => error.close_code(),
             Self::Source(_) => CloseCode::SOURCE,
             Self::Local { .. } => CloseCode::INTERNAL,
-            Self::Cancelled | Self::Deadline(_) | Self::NotConverging(_) | Self::Pause(_) => CloseCode::CANCELLED,
+            Self::Cancelled
+            | Self::Deadline(_)
+            | Self::NotConverging(_)
+            | Self::Pause(_)
+            | Self::Late(_)
+            | Self::Rejected
+            | Self::InDoubt
+            | Self::Handover(_) => CloseCode::CANCELLED,
         }
     }
 

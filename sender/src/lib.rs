@@ -7,8 +7,11 @@
 
 mod again;
 mod answers;
+mod ask;
 mod base;
 mod classify;
+#[cfg(feature = "driver")]
+mod control;
 pub mod converge;
 #[cfg(feature = "driver")]
 pub mod driver;
@@ -26,8 +29,9 @@ mod sending;
 mod switch;
 mod tally;
 
+pub use ask::{AskEngine, NoJob};
 pub use base::Base;
-pub use engine::{Event, SenderConfig, SenderEngine};
+pub use engine::{Event, Live, SenderConfig, SenderEngine};
 pub use error::{ErrorKind, SenderError};
 pub use lanes::{EncodeJob, EncodeOutput};
 pub use memory::{GuestMemory, Tracking};

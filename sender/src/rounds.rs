@@ -227,7 +227,7 @@ impl Rounds {
             dirty: left,
             dirty_rate: if self.dirty_rate.is_finite() { self.dirty_rate } else { 0.0 },
             rate,
-            predicted: Some(facts.predicted),
+            predicted: Some(facts.predicted).filter(|_| predicted.is_finite()),
         });
         self.follow(verdict, rate, bytes_a_page);
         (verdict, decision)
@@ -362,6 +362,9 @@ fn explain(facts: &Facts, left: u64, verdict: Verdict, downtime: Span) -> String
         Verdict::PostCopy(reason) => format!("post-copy: {reason}"),
         Verdict::GiveUp(reason) => format!("give up: {reason}"),
     };
+    if dirty_rate.is_infinite() {
+        return format!("after round {round}: nobody tells what the guest writes, so all of it is read again: {next}");
+    }
     format!(
         "after round {round}: {left} pages are left, the guest changes {dirty_rate:.0} a second, the link carries \
          {:.1} MB a second: a downtime of {predicted:.1} ms, allowed are {downtime:.1}: {next}",

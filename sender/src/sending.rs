@@ -16,6 +16,7 @@ use crate::rounds::Rounds;
 use crate::switch::{AnnounceSwitch, CompressSwitch, Way};
 use crate::tally::Tally;
 use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::challenge::Challenge;
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
@@ -26,7 +27,7 @@ use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_P
 use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Region, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::time::Time;
-use pagewire_protocol::tree::{DigestTree, image_root};
+use pagewire_protocol::tree::{DigestTree, Manifest, image_root, live_root};
 use std::ops::Range;
 
 /// What a step did.
@@ -71,6 +72,10 @@ pub(crate) struct Sending<M> {
     pub(crate) trees: Vec<DigestTree>,
     /// The rounds, if the guest runs.
     pub(crate) rounds: Option<Rounds>,
+    /// What goes with the memory of a guest that runs.
+    pub(crate) blobs: Blobs,
+    /// The image root, once all is stated; ROOT of a live session covers blobs as well.
+    pub(crate) image: Digest,
     holdings: Holdings,
     /// The base, if both sides know its manifest: `trees` begin with its digests then.
     reuse: Option<Reuse>,
@@ -120,6 +125,8 @@ impl<M: GuestMemory> Sending<M> {
             trees,
             hasher,
             rounds,
+            blobs: Blobs::new(),
+            image: Digest::default(),
             reuse,
             // Nothing is announced of an agreed base.
             holdings: Holdings::new(&layout, if is_agreed { &[] } else { &accept.held_pages }),
@@ -475,10 +482,6 @@ impl<M: GuestMemory> Sending<M> {
         }
         self.flush_cover();
         self.cover = Some(Cover { range, runs: runs.to_vec() });
-        if self.ended {
-            // An answer to a want, with nothing behind it that would push it out.
-            self.flush_cover();
-        }
     }
 
     pub(crate) fn flush_cover(&mut self) {
@@ -507,7 +510,10 @@ impl<M: GuestMemory> Sending<M> {
     pub(crate) fn end_round(&mut self) -> Result<Root, ErrorKind> {
         self.flush_cover();
         self.push_round_ends();
-        let digest = image_root(self.hasher.domain(), &self.layout, &mut self.trees);
+        self.image = image_root(self.hasher.domain(), &self.layout, &mut self.trees);
+        // SPEC 12.4
+        let live = self.rounds.is_some();
+        let digest = if live { live_root(self.hasher.domain(), self.image, &self.blobs) } else { self.image };
         Ok(Root { round: self.round(), pages: self.layout.pages(), digest })
     }
 
@@ -549,8 +555,8 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     /// The regions, and the digests of all pages as they were stated.
-    pub(crate) fn into_manifest(self) -> (Layout, Vec<DigestTree>) {
-        (self.layout, self.trees)
+    pub(crate) fn into_manifest(self) -> Manifest {
+        Manifest { root: self.image, layout: self.layout, trees: self.trees }
     }
 
     /// What the session started from, for the report.

@@ -178,7 +178,11 @@ pub(crate) struct CompressSwitch {
     allowed: bool,
     workers: f64,
     levels: [Measured; WAYS.len()],
-    current: Option<usize>,
+    /// The level in use for batches that cannot be deltas.
+    whole: Option<usize>,
+    /// Those that can be go as deltas. The one choice never stands in for the other: an answer to a want rests on
+    /// nothing that the receiver may lack.
+    deltas: Option<usize>,
     batches: u64,
     /// When a raw batch goes out to show what the link can do.
     glimpse_at: u64,
@@ -192,7 +196,8 @@ impl CompressSwitch {
             allowed,
             workers: f64::from(workers),
             levels: Default::default(),
-            current: None,
+            whole: None,
+            deltas: None,
             batches: 0,
             glimpse_at: 0,
         }
@@ -206,7 +211,8 @@ impl CompressSwitch {
         Some((measured.nanos_a_byte? / workers).max(measured.ratio? * link))
     }
 
-    /// The way for the next batch, `None` for raw; `delta` is how many of its bytes could be deltas, if any could.
+    /// The way for the next batch, `None` for raw; `delta` is how many of its bytes could be deltas, if any could: then,
+    /// and only then, the way may be [`Way::Delta`].
     pub(crate) fn choose(
         &mut self,
         delta: Option<usize>,
@@ -238,13 +244,14 @@ impl CompressSwitch {
         };
         let candidates = ways.filter_map(|level| self.cost(level, link).map(|cost| (level, cost)));
         let best = candidates.min_by(|a, b| a.1.total_cmp(&b.1)).filter(|&(_, cost)| cost < link * (1.0 - GAIN_MIN));
-        let current = self.current.and_then(|level| self.cost(level, link).map(|cost| (level, cost)));
+        let current = if delta.is_some() { self.deltas } else { self.whole };
+        let current = current.and_then(|level| self.cost(level, link).map(|cost| (level, cost)));
         // A way in use is left only for one that is clearly better.
         let stays = current.filter(|&(_, cost)| cost < link && best.is_none_or(|(_, best)| best > cost * BETTER));
         let best = stays.or(best);
-        self.decide(best, link, now, decisions);
+        self.decide(delta.is_some(), best, link, (now, decisions));
         if delta.is_none() && self.batches.is_multiple_of(PROBE_EVERY) {
-            let other = self.current.map_or(0, |current| (current + 1) % DELTA);
+            let other = self.whole.map_or(0, |current| (current + 1) % DELTA);
             // Probing costs: only where the link is slow enough for compression to win if pages were compressible.
             let hopeful = self
                 .levels
@@ -255,15 +262,22 @@ impl CompressSwitch {
                 return WAYS.get(other).copied();
             }
         }
-        self.current.and_then(|current| WAYS.get(current).copied())
+        best.and_then(|(level, _)| WAYS.get(level).copied())
     }
 
-    fn decide(&mut self, best: Option<(usize, f64)>, link: f64, now: Time, decisions: &mut Vec<Decision>) {
+    fn decide(
+        &mut self,
+        deltas: bool,
+        best: Option<(usize, f64)>,
+        link: f64,
+        (now, decisions): (Time, &mut Vec<Decision>),
+    ) {
         let level = best.map(|(level, _)| level);
-        if level == self.current {
+        let current = if deltas { &mut self.deltas } else { &mut self.whole };
+        if level == *current {
             return;
         }
-        self.current = level;
+        *current = level;
         let what = match best {
             Some((level, cost)) => format!(
                 "{}: {cost:.2} ns a byte, {link:.2} raw (ratio {:.2})",
@@ -294,12 +308,12 @@ impl CompressSwitch {
 
     /// Whether batches are being compressed, and so worth making larger.
     pub(crate) fn is_on(&self) -> bool {
-        self.current.is_some()
+        self.whole.is_some() || self.deltas.is_some()
     }
 
     /// Nanoseconds that a page with its bytes costs now.
     fn page_nanos(&self, link: f64) -> f64 {
-        let byte = self.current.and_then(|level| self.cost(level, link)).unwrap_or(link);
+        let byte = self.whole.and_then(|level| self.cost(level, link)).unwrap_or(link);
         byte * PAGE_BYTES as f64
     }
 }
@@ -413,6 +427,19 @@ mod tests {
         assert_eq!(switch.choose(bytes, &goodput, at(1), &mut decisions), Some(Way::Delta), "too little to go by");
         goodput.glimpse(1 << 20, Span::from_nanos(500_000));
         assert_eq!(switch.choose(bytes, &goodput, at(1), &mut decisions), None, "2 GB/s");
+    }
+
+    /// SPEC 6.11: a way that is in use for deltas is none for a batch that must not be one, and the other way round.
+    #[test]
+    fn a_batch_that_cannot_be_a_delta_never_is_one() {
+        let (mut switch, goodput, mut decisions) = (switch(0.1), link(50), Vec::new());
+        switch.glimpse_at = u64::MAX;
+        for _ in 0..2 * PROBE_EVERY {
+            assert_eq!(switch.choose(Some(1), &goodput, at(1), &mut decisions), Some(Way::Delta));
+            let whole = switch.choose(None, &goodput, at(1), &mut decisions);
+            assert!(matches!(whole, Some(Way::Level(_))), "{whole:?}");
+        }
+        assert_eq!(decisions.len(), 2, "each is decided once: {decisions:?}");
     }
 
     #[test]

@@ -186,7 +186,8 @@ fn one_session_at_a_time_decides_about_a_guest() {
 
 #[test]
 fn nothing_is_decided_on_records_that_are_damaged_foreign_or_swapped() {
-    let damage: [(&str, &dyn Fn(&Home, &Handover)); 6] = [
+    type Damage<'a> = (&'a str, &'a dyn Fn(&Home, &Handover));
+    let damage: [Damage<'_>; 6] = [
         ("bit", &|home, handover| {
             let mut bytes = fs::read(home.file(handover)).unwrap();
             bytes[100] ^= 1;

@@ -1,5 +1,5 @@
 //! ACCEPT: on which terms the receiver takes the image. bincode: transcript, secret, lanes, window, pages held a region,
-//! agreed root, whether the base stays, the challenge.
+//! agreed root, whether the base stays, the challenge, the receiver's host.
 
 use crate::coding::{decode_body, encode_body};
 use crate::error::DecodeError;
@@ -27,6 +27,8 @@ pub struct Accept {
     /// Pages of other guests of the domain are here too: any page may be announced by its digest, with its proof under
     /// these random bytes.
     pub challenge: Option<[u8; 32]>,
+    /// The receiver's host, if OPEN ends with a hand-over.
+    pub host: Option<[u8; 32]>,
 }
 
 impl Accept {

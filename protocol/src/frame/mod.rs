@@ -34,7 +34,7 @@ pub use have::Have;
 pub use hello::{Extension, Hello, HelloBody, Role};
 pub use join::Join;
 pub use name::ImageName;
-pub use open::{Open, RegionSpec};
+pub use open::{LiveOpen, Open, RegionSpec};
 pub use pages::{Pages, PagesHead};
 pub use ping::Ping;
 pub use root::Root;

@@ -1,4 +1,4 @@
-//! OPEN: what the sender wants to send. bincode: transcript, session, name, flags, lanes, domain key, regions, lineage,
+//! OPEN: what the sender wants to send. bincode: transcript, session, name, flags, hand-over, lanes, domain key, regions, lineage,
 //! roots it knows.
 
 use crate::coding::{decode_body, encode_body};
@@ -6,6 +6,7 @@ use crate::digest::Digest;
 use crate::domain::LineageId;
 use crate::error::DecodeError;
 use crate::frame::ImageName;
+use crate::handover::{Epoch, HostId};
 use crate::limits::{BULK_LANES_MAX, ROOTS_MAX};
 use crate::page::{InstallSize, Layout, Region};
 use alloc::string::{String, ToString};
@@ -21,12 +22,33 @@ pub struct RegionSpec {
 }
 
 #[derive(bincode::Encode, bincode::Decode)]
+struct LiveBody {
+    guest: [u8; 16],
+    epoch: u64,
+    host: [u8; 32],
+    arbiter: bool,
+}
+
+/// The hand-over that a live session is to end with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveOpen {
+    /// Which guest; not zeros.
+    pub guest: LineageId,
+    /// The hand-over's number in its life.
+    pub epoch: Epoch,
+    /// The sender's host.
+    pub host: HostId,
+    /// An arbiter is asked before anybody starts it.
+    pub arbiter: bool,
+}
+
+#[derive(bincode::Encode, bincode::Decode)]
 struct Body {
     transcript: [u8; 32],
     session: [u8; 16],
     name: String,
     fresh: bool,
-    live: bool,
+    live: Option<LiveBody>,
     single_stream: bool,
     lanes: u8,
     domain_key: [u8; 32],
@@ -47,7 +69,7 @@ pub struct Open {
     /// Ignore what is at the destination.
     pub fresh: bool,
     /// The guest runs: it is to be handed over when its memory is there.
-    pub live: bool,
+    pub live: Option<LiveOpen>,
     /// All lanes travel on the control connection.
     pub single_stream: bool,
     /// Bulk lanes asked for, 1 to 8.
@@ -77,6 +99,17 @@ impl Open {
         if known.len() > ROOTS_MAX {
             return Err(DecodeError::limit("known roots", known.len() as u64, ROOTS_MAX as u64));
         }
+        // SPEC 4.21
+        let live = match live {
+            Some(LiveBody { guest, epoch, .. }) if guest == [0; 16] || epoch == 0 => {
+                return Err(DecodeError::Unknown { field: "guest or epoch to be handed over", value: epoch });
+            }
+            Some(LiveBody { guest, epoch, host, arbiter }) => {
+                let (guest, epoch, host) = (LineageId(guest), Epoch::new(epoch), HostId(host));
+                Some(LiveOpen { guest, epoch, host, arbiter })
+            }
+            None => None,
+        };
         let known = known.into_iter().map(Digest).collect();
         let lineage = LineageId(lineage);
         let regions = regions.into_iter().map(|spec| {
@@ -97,7 +130,12 @@ impl Open {
             session: self.session,
             name: self.name.as_str().to_string(),
             fresh: self.fresh,
-            live: self.live,
+            live: self.live.map(|live| LiveBody {
+                guest: live.guest.0,
+                epoch: live.epoch.number(),
+                host: live.host.0,
+                arbiter: live.arbiter,
+            }),
             single_stream: self.single_stream,
             lanes: self.lanes,
             domain_key: self.domain_key,

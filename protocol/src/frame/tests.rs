@@ -45,7 +45,7 @@ fn open() -> Open {
         session: [2; 16],
         name: ImageName::new("vm-1.img").unwrap(),
         fresh: true,
-        live: true,
+        live: Some(LiveOpen { guest: LineageId([6; 16]), epoch: Epoch::new(3), host: HostId([8; 32]), arbiter: false }),
         single_stream: false,
         lanes: 2,
         domain_key: [0; 32],
@@ -57,7 +57,17 @@ fn open() -> Open {
 
 fn accept() -> Accept {
     let (transcript, secret, held_pages) = ([1; 32], [2; 32], vec![0]);
-    Accept { transcript, secret, lanes: 2, window: 1 << 20, held_pages, agreed: 2, base_stays: true, challenge: None }
+    Accept {
+        transcript,
+        secret,
+        lanes: 2,
+        window: 1 << 20,
+        held_pages,
+        agreed: 2,
+        base_stays: true,
+        challenge: None,
+        host: None,
+    }
 }
 
 fn handover() -> Handover {

@@ -147,6 +147,11 @@ impl Word {
         matches!(self, Self::Commit | Self::Gone)
     }
 
+    /// What SPEC calls it.
+    pub const fn name(self) -> &'static str {
+        self.frame_kind().name()
+    }
+
     /// The kind of its frame.
     pub const fn frame_kind(self) -> FrameKind {
         match self {

@@ -138,9 +138,9 @@ impl Handovers {
         let mut handovers = Self { me, lineage, sending: None, sides: Vec::with_capacity(records.len()) };
         for record in records {
             let side = Side::restored(record, me, kept).filter(|_| record.handover.lineage == lineage);
-            let side = side.ok_or(RecordError::Foreign(*record))?;
+            let side = side.ok_or(RecordError::Foreign(record.handover.epoch))?;
             if handovers.sides.iter().any(|other| other.handover() == side.handover()) {
-                return Err(RecordError::Twice(*record));
+                return Err(RecordError::Twice(record.handover.epoch));
             }
             handovers.add(side);
         }

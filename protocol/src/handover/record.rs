@@ -12,7 +12,7 @@
 //! The check finds torn writes and damaged disks. It is no proof of who wrote: whoever can write a host's journal can
 //! start its guests.
 
-use super::Handover;
+use super::{Epoch, Handover};
 use crate::coding::{Reader, Writer};
 use crate::digest::record_check;
 use crate::error::DecodeError;
@@ -83,11 +83,11 @@ pub enum RecordError {
     #[error("hand-over record is malformed")]
     Malformed(#[from] DecodeError),
     /// A record that this host cannot have written.
-    #[error("record of hand-over {} is not one of this guest and this host", .0.handover.epoch)]
-    Foreign(Record),
+    #[error("the record of hand-over {0} is not one of this guest and this host")]
+    Foreign(Epoch),
     /// Two records of one hand-over.
-    #[error("two records of hand-over {}", .0.handover.epoch)]
-    Twice(Record),
+    #[error("two records of one hand-over {0}")]
+    Twice(Epoch),
 }
 
 impl Record {

@@ -354,10 +354,10 @@ fn refuses_records_that_it_cannot_have_written() {
         record(RecordKind::Gone, binding(OTHER, THIRD, 1)),
         record(RecordKind::Gone, Handover { lineage: LineageId([8; 16]), ..outgoing(1) }),
     ] {
-        assert_eq!(refused(&[bad]), RecordError::Foreign(bad));
+        assert_eq!(refused(&[bad]), RecordError::Foreign(bad.handover.epoch));
     }
     let good = record(RecordKind::Handed, outgoing(1));
-    assert_eq!(refused(&[good, good]), RecordError::Twice(good));
+    assert_eq!(refused(&[good, good]), RecordError::Twice(good.handover.epoch));
 }
 
 // SPEC 11.4, 11.17

@@ -8,7 +8,7 @@
 )]
 
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::frame::{FrameKind, HEADER_BYTES, Pages};
+use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, HEADER_BYTES, Pages};
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::time::Span;
 use pagewire_receiver::OtherPages;
@@ -19,6 +19,7 @@ use pagewire_test_support::memory::{ImageBase, ImageSink, Neighbour};
 use pagewire_test_support::rng::Rng;
 use pagewire_test_support::world::{Outcome, World, WorldConfig};
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 const KEY: [u8; 32] = [5; 32];
 
@@ -34,6 +35,23 @@ fn run(image: &Image, sink: &ImageSink, bases: Vec<ImageBase>, change: impl FnOn
 
 fn frames(outcome: &Outcome, kind: FrameKind) -> usize {
     outcome.frames.iter().filter(|(_, of, _)| *of == kind).count()
+}
+
+/// SPEC 6.11: no frame that states a page of an image at rest again, which is an answer, rests on the base.
+fn check_answers(outcome: &Outcome) {
+    let mut stated = BTreeSet::new();
+    for (_, bytes) in outcome.recording.iter().filter(|(_, bytes)| bytes[4] == FrameKind::PAGES.0) {
+        let pages = Pages::decode(&bytes[HEADER_BYTES..]).unwrap();
+        let (mut answers, mut rests, mut next) = (false, pages.head.codec == Codec::DELTA, pages.head.first);
+        for run in pages.runs() {
+            rests |= matches!(run.kind, EntryKind::BASE | EntryKind::SHIFTED);
+            for page in next..next + u64::from(run.count) {
+                answers |= run.kind != EntryKind::SKIPPED && !stated.insert((pages.head.region, page));
+            }
+            next += u64::from(run.count);
+        }
+        assert!(!(answers && rests), "an answer rests on the base: {:?}", pages.head);
+    }
 }
 
 /// Cuts an image of one region, or adds zeros to it.
@@ -86,8 +104,12 @@ proptest! {
         let mut base = ImageBase::whole(&before, KEY);
         base.bytes = bytes.then(|| rotten(ours));
         base.lost = lost == 0;
-        let outcome = run(&image, &sink, vec![base], |config| config.sender.lanes = lanes);
+        let outcome = run(&image, &sink, vec![base], |config| {
+            config.sender.lanes = lanes;
+            config.record = true;
+        });
         check_success(&outcome, &image, &sink);
+        check_answers(&outcome);
         prop_assert_eq!(frames(&outcome, FrameKind::HAVE), 0);
     }
 
@@ -169,6 +191,33 @@ fn small_changes_travel_as_deltas_and_only_if_the_old_bytes_are_here() {
     let outcome = run(&after, &sink, vec![base], |_| ());
     check_success(&outcome, &after, &sink);
     assert_eq!((outcome.received.delta, outcome.received.inline), (0, 667));
+}
+
+/// SPEC 6.11: pages that could not be had from a damaged base are wanted once, however well deltas serve the rest.
+#[test]
+fn what_failed_as_a_delta_does_not_come_back_as_one() {
+    let mix = Mix { zero: 0, pool: 0, text: 0 };
+    let before = Image::random(2000, mix, &mut Rng::new(1));
+    let mut after = before.clone();
+    for page in 0..2000 {
+        // Half of it is new, or the link would never be what the sender waits for, and no way would be chosen for it.
+        if page % 2 == 0 {
+            after.rewrite(0, page, mix, &mut Rng::new(page));
+        } else {
+            after.page_mut(0, page)[100] ^= 0x55;
+        }
+    }
+    for (stays, lanes) in [(true, 1), (false, 1), (true, 3), (false, 3)] {
+        let sink = ImageSink::claiming(&before, KEY, rot(&before, 2), stays);
+        let outcome = run(&after, &sink, vec![ImageBase::whole(&before, KEY)], |config| {
+            config.sender.lanes = lanes;
+            config.record = true;
+        });
+        check_success(&outcome, &after, &sink);
+        check_answers(&outcome);
+        let wants = outcome.received.wants;
+        assert!((1..=2000).contains(&wants), "{wants} wants of pages of which no two are the same");
+    }
 }
 
 #[test]

@@ -18,6 +18,7 @@ pub mod checkers;
 pub mod follower;
 pub mod fuzz;
 pub mod guest;
+pub mod host;
 pub mod image;
 pub mod link;
 pub mod memory;

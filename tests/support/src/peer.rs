@@ -289,7 +289,7 @@ impl AgainstReceiver {
             session: SESSION,
             name: ImageName::new("vm.img").unwrap(),
             fresh: false,
-            live: false,
+            live: None,
             single_stream: false,
             lanes: self.lanes,
             domain_key: [0; 32],
@@ -305,8 +305,17 @@ impl AgainstReceiver {
             if let Event::Offered(offer) = event {
                 let (lanes, agreed, sink) = (self.lanes, sink.agreed(&offer.open), sink.clone());
                 let (others, challenge) = (self.others.take(), CHALLENGE);
-                let terms =
-                    Terms { sink, lanes, window: WINDOW_BYTES, secret: SECRET, seed: 3, agreed, others, challenge };
+                let terms = Terms {
+                    sink,
+                    lanes,
+                    window: WINDOW_BYTES,
+                    secret: SECRET,
+                    seed: 3,
+                    agreed,
+                    others,
+                    challenge,
+                    host: None,
+                };
                 self.engine.accept(terms, self.now);
             }
         }
@@ -426,6 +435,7 @@ impl AgainstSender {
             agreed: 0,
             base_stays: false,
             challenge: None,
+            host: None,
         }
     }
 

@@ -4,21 +4,25 @@
 //! random but by seed; the number of steps is bounded, so a session that hangs is a failed test.
 
 use crate::guest::Guest;
+use crate::host::{Action, Host};
 use crate::image::Image;
 use crate::link::{Cut, LinkConfig, Pipe};
 use crate::memory::{ImageBase, ImageMemory, ImageSink, SourceFaults};
 use crate::rng::Rng;
 use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::{CloseCode, PeerError, Violation};
 use pagewire_protocol::frame::{Frame, FrameKind, ImageName, LaneId, Role};
 use pagewire_protocol::framing::Framer;
+use pagewire_protocol::handover::{Input, RecordKind, Word};
 use pagewire_protocol::limits::WINDOW_BYTES;
-use pagewire_protocol::session::{Job, Machine, Outgoing, Policy};
+use pagewire_protocol::session::{FEATURE_LIVE, Job, Machine, Outgoing, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_receiver::{Event as ReceiverEvent, Offer, OtherPages, ReceiverEngine, ReceiverError, Terms};
+use pagewire_sender::converge::Limits;
 use pagewire_sender::{
-    Base, ErrorKind as SenderFailure, Event as SenderEvent, GuestMemory, RoundReport, SenderConfig, SenderEngine,
+    Base, ErrorKind as SenderFailure, Event as SenderEvent, GuestMemory, Live, RoundReport, SenderConfig, SenderEngine,
     SenderError,
 };
 use std::collections::VecDeque;
@@ -78,6 +82,12 @@ pub struct WorldConfig {
     pub unchanged: Option<(Digest, [u8; 16], PageBitmap)>,
     /// The guest that is sent while it runs.
     pub guest: Option<Guest>,
+    /// How long that may take.
+    pub live: Option<Limits>,
+    /// The hosts of that guest: the one that it leaves, the one that it comes to.
+    pub hosts: [Host; 2],
+    /// The blobs that go with it.
+    pub blobs: Blobs,
     /// How long it takes until the guest stands still.
     pub pause_span: Span,
     /// Keep every frame that is written.
@@ -110,6 +120,9 @@ impl WorldConfig {
             others: None,
             unchanged: None,
             guest: None,
+            live: None,
+            hosts: [Host::new(1), Host::new(2)],
+            blobs: Blobs::new(),
             pause_span: Span::ZERO,
             record: false,
         }
@@ -135,6 +148,10 @@ pub struct Outcome {
     pub wire: [u64; 2],
     /// When the first PAGES frame arrived at the receiver.
     pub first_pages: Option<Time>,
+    /// The hosts of a guest that ran, as they are now.
+    pub hosts: [Host; 2],
+    /// The blobs that came with it.
+    pub blobs: Option<Blobs>,
     /// When the sender knew.
     pub sender_over: Time,
     /// When the receiver knew.
@@ -209,6 +226,7 @@ pub struct World {
     receiver: Side<ReceiverEngine<ImageSink>>,
     /// When the guest will stand still.
     pausing: Option<Time>,
+    blobs: Option<Blobs>,
     connections: Vec<Connection>,
     first_pages: Option<Time>,
     frames: Vec<(bool, FrameKind, LaneId)>,
@@ -220,7 +238,11 @@ const TO_SENDER: usize = 1;
 
 impl World {
     /// A world in which `image` goes to `sink`.
-    pub fn new(image: &Image, sink: &ImageSink, config: WorldConfig) -> Self {
+    pub fn new(image: &Image, sink: &ImageSink, mut config: WorldConfig) -> Self {
+        if let Some(limits) = config.live {
+            let handover = config.hosts[0].open(config.sender.session);
+            config.sender.live = Some(Live { limits, handover });
+        }
         let mut memory = ImageMemory::new(image.clone(), config.source_faults);
         memory.unchanged = config.unchanged.clone();
         let memory: Box<dyn GuestMemory> = match &config.guest {
@@ -234,13 +256,18 @@ impl World {
         rng.fill(&mut nonce);
         let mut world = Self {
             sender: Side::new(SenderEngine::new(memory, bases, config.sender.clone(), now)),
-            receiver: Side::new(ReceiverEngine::new(&config.receiver_policy, nonce, now)),
+            receiver: Side::new(ReceiverEngine::new(
+                &Policy { features_offered: FEATURE_LIVE, ..config.receiver_policy.clone() },
+                nonce,
+                now,
+            )),
             config,
             sink: sink.clone(),
             rng,
             now,
             steps: 0,
             pausing: None,
+            blobs: None,
             connections: Vec::new(),
             first_pages: None,
             frames: Vec::new(),
@@ -273,7 +300,7 @@ impl World {
         guest.run_until(self.now);
         if self.pausing.take_if(|due| *due <= self.now).is_some() {
             guest.state().pause();
-            self.sender.machine.paused(Ok(()), self.now);
+            self.sender.machine.paused(Ok(self.config.blobs.clone()), self.now);
         }
     }
 
@@ -286,7 +313,40 @@ impl World {
                 guest.state().resume();
             }
             SenderEvent::Throttle(percent) => guest.state().throttled = *percent,
+            SenderEvent::Offer(handover) => self.config.hosts[0].offer(*handover),
+            SenderEvent::Said(message) => {
+                let actions = self.config.hosts[0].hear(self.config.hosts[1].id, *message);
+                self.act_at_sender(actions);
+            }
             _ => {}
+        }
+    }
+
+    fn act_at_sender(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Say(message) => self.sender.machine.say(message),
+                Action::Release => self.sender.machine.release(),
+                Action::Run => {
+                    self.config.guest.iter().for_each(|guest| guest.state().resume());
+                    self.sender.machine.cancel(SenderFailure::Cancelled);
+                }
+            }
+        }
+    }
+
+    fn act_at_receiver(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            if let Action::Say(message) = action {
+                self.receiver.machine.say(message);
+                if message.word == Word::Reject {
+                    self.receiver.machine.cancel();
+                }
+            }
+        }
+        // A hand-over that is settled needs no session.
+        if self.config.hosts[1].records.iter().any(|record| record.kind == RecordKind::Gone) {
+            self.receiver.machine.release();
         }
     }
 
@@ -346,8 +406,18 @@ impl World {
         }
         while let Some(event) = self.receiver.machine.poll_event() {
             moved = true;
-            if let ReceiverEvent::Offered(offer) = event {
-                self.decide(&offer);
+            match event {
+                ReceiverEvent::Offered(offer) => self.decide(&offer),
+                ReceiverEvent::Ready(handover, blobs) => {
+                    self.blobs = Some(blobs);
+                    let actions = self.config.hosts[1].ready(handover);
+                    self.act_at_receiver(actions);
+                }
+                ReceiverEvent::Said(message) => {
+                    let actions = self.config.hosts[1].hear(self.config.hosts[0].id, message);
+                    self.act_at_receiver(actions);
+                }
+                ReceiverEvent::Verified | ReceiverEvent::Finished => {}
             }
         }
         moved
@@ -360,7 +430,9 @@ impl World {
                     (self.config.lanes, self.config.window, self.rng.key(), self.rng.word());
                 let (agreed, others) = (self.sink.agreed(&offer.open), self.config.others.take());
                 let challenge = self.rng.key();
-                let terms = Terms { sink: self.sink.clone(), lanes, window, secret, seed, agreed, others, challenge };
+                let host = Some(self.config.hosts[1].id);
+                let terms =
+                    Terms { sink: self.sink.clone(), lanes, window, secret, seed, agreed, others, challenge, host };
                 self.receiver.machine.accept(terms, self.now);
             }
             Decision::Refuse(code, reason) => self.receiver.machine.refuse(code, &reason),
@@ -444,15 +516,32 @@ impl World {
         }
     }
 
+    /// A session that failed leaves its guest to what the hosts know of its hand-over.
+    fn settle_hosts(&mut self, sender: bool, receiver: bool) {
+        if !sender {
+            self.config.hosts[0].handovers.close(self.config.sender.session);
+            let actions = self.config.hosts[0].handle(Input::Timeout);
+            self.act_at_sender(actions);
+        }
+        if !receiver {
+            self.config.hosts[1].handle(Input::Timeout);
+        }
+    }
+
     fn finish(mut self) -> Outcome {
+        let sender = self.sender.machine.outcome().expect("a session that is over has an outcome");
+        let receiver = self.receiver.machine.outcome().expect("a session that is over has an outcome");
+        self.settle_hosts(sender.is_ok(), receiver.is_ok());
         let wire = [TO_RECEIVER, TO_SENDER]
             .map(|way| self.connections.iter().map(|connection| connection.pipes[way].bytes).sum());
         Outcome {
-            sender: self.sender.machine.outcome().expect("a session that is over has an outcome"),
-            receiver: self.receiver.machine.outcome().expect("a session that is over has an outcome"),
+            sender,
+            receiver,
             sent: self.sender.machine.counts(),
             received: self.receiver.machine.counts(),
             rounds: self.sender.machine.rounds().to_vec(),
+            hosts: self.config.hosts,
+            blobs: self.blobs,
             decisions: self.sender.machine.decisions().iter().map(|decision| decision.what.clone()).collect(),
             wire,
             first_pages: self.first_pages,

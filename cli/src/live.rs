@@ -1,0 +1,184 @@
+//! Guests that run, driven by commands: how a script stops one, lets it run on, and starts it.
+//!
+//! A command runs under `sh -c`; what it prints goes to standard error. It has a time limit and ends with its whole
+//! process group, so one that hangs holds up no hand-over for ever. `PAGEWIRE_NAME`, and where there is one
+//! `PAGEWIRE_STATE` and `PAGEWIRE_EPOCH`, tell it what it is about.
+
+use crate::args::{AtLimit, Live, Take};
+use anyhow::{Context, Result};
+use pagewire::{
+    Arbiter, Blobs, GuestHooks, GuestStarter, ImageName, Journal, Lease, LiveOptions, Started, TakeOptions,
+    device_state_name,
+};
+use rustix::fs::{Mode, OFlags};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+/// The longest a command may take.
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// A start is waited for only as long as its sender surely waits for the answer.
+const START_MAX: Duration = Duration::from_secs(10);
+/// Bytes of a state file: one more than a blob may have tells that it is too long.
+const STATE_MAX: u64 = (16 << 20) + 1;
+
+/// Where hand-overs are recorded.
+fn journal(dir: Option<&Path>) -> Result<Arc<Journal>> {
+    let dir = dir.map_or_else(Journal::default_dir, |dir| Ok(dir.to_path_buf()))?;
+    Ok(Arc::new(Journal::open(&dir).context("--journal")?))
+}
+
+/// Who grants guests, if a lease is named.
+fn arbiter(lease: Option<&Path>) -> Option<Arc<dyn Arbiter>> {
+    lease.map(|path| Arc::new(Lease::new(path)) as Arc<dyn Arbiter>)
+}
+
+/// The options of a live session, and the guest as its commands reach it.
+pub(crate) fn live(args: &Live, name: &ImageName) -> Result<(LiveOptions, Box<dyn GuestHooks>)> {
+    let mut options = LiveOptions::new(journal(args.journal.as_deref())?);
+    options.lease = arbiter(args.lease.as_deref());
+    options.limits.downtime = pagewire::milliseconds(args.downtime);
+    options.limits.rounds = args.rounds;
+    options.limits.at_limit = match args.at_limit {
+        AtLimit::Cancel => pagewire::AtLimit::Cancel,
+        AtLimit::Force => pagewire::AtLimit::Force,
+    };
+    let commands = Commands {
+        name: name.clone(),
+        on_pause: args.on_pause.clone().unwrap_or_default(),
+        on_resume: args.on_resume.clone(),
+        state: args.state.clone(),
+    };
+    Ok((options, Box::new(commands)))
+}
+
+/// How guests are taken over, if they are.
+pub(crate) fn take(args: &Take, images: PathBuf, is_folder: bool) -> Result<Option<TakeOptions>> {
+    if args.on_start.is_none() && !args.leave_paused {
+        return Ok(None);
+    }
+    let starter = Arc::new(Starter { on_start: args.on_start.clone(), images, is_folder });
+    Ok(Some(TakeOptions { journal: journal(args.journal.as_deref())?, lease: arbiter(args.lease.as_deref()), starter }))
+}
+
+/// Runs a command; it must succeed within `limit`.
+fn run(command: &str, about: &[(&str, String)], limit: Duration) -> Result<(), String> {
+    let stderr = std::io::stderr().as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
+    let mut child = Command::new("sh");
+    child.arg("-c").arg(command).stdin(Stdio::null()).stdout(stderr).process_group(0);
+    child.envs(about.iter().map(|(key, value)| (*key, value.as_str())));
+    let mut child = child.spawn().map_err(|error| format!("{command}: {error}"))?;
+    let group = rustix::process::Pid::from_child(&child);
+    let (told, ended) = mpsc::channel();
+    std::thread::spawn(move || told.send(child.wait()));
+    match ended.recv_timeout(limit) {
+        Ok(Ok(status)) if status.success() => Ok(()),
+        Ok(Ok(status)) => Err(format!("{command}: {status}")),
+        Ok(Err(error)) => Err(format!("{command}: {error}")),
+        Err(_) => {
+            // What it started goes with it.
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+            Err(format!("{command}: not done after {} s", limit.as_secs()))
+        }
+    }
+}
+
+/// A guest at the sender.
+struct Commands {
+    name: ImageName,
+    on_pause: String,
+    on_resume: Option<String>,
+    state: Option<PathBuf>,
+}
+
+impl Commands {
+    fn about(&self) -> Vec<(&'static str, String)> {
+        let mut about = vec![("PAGEWIRE_NAME", self.name.to_string())];
+        about.extend(self.state.iter().map(|state| ("PAGEWIRE_STATE", state.display().to_string())));
+        about
+    }
+}
+
+impl GuestHooks for Commands {
+    fn pause(&mut self) -> Result<Blobs, String> {
+        run(&self.on_pause, &self.about(), PAUSE_MAX)?;
+        let mut blobs = Blobs::new();
+        let (Some(path), Some(name)) = (&self.state, device_state_name()) else { return Ok(blobs) };
+        let failed = |error: std::io::Error| format!("--state {}: {error}", path.display());
+        let mut bytes = Vec::new();
+        File::open(path).map_err(failed)?.take(STATE_MAX).read_to_end(&mut bytes).map_err(failed)?;
+        blobs.insert(name, 0, bytes).map_err(|error| format!("--state {}: {error}", path.display()))?;
+        Ok(blobs)
+    }
+
+    fn resume(&mut self) -> Result<(), String> {
+        let Some(command) = &self.on_resume else {
+            return Err("no --on-resume was given: let it run yourself".to_owned());
+        };
+        run(command, &self.about(), PAUSE_MAX)
+    }
+}
+
+/// Guests at the receiver.
+#[derive(Debug)]
+struct Starter {
+    on_start: Option<String>,
+    /// The folder of images, or the one file that is filled.
+    images: PathBuf,
+    is_folder: bool,
+}
+
+impl Starter {
+    fn image(&self, name: &ImageName) -> PathBuf {
+        if self.is_folder { self.images.join(name.as_str()) } else { self.images.clone() }
+    }
+
+    /// Where a blob of the guest is kept: beside its image.
+    fn beside(&self, name: &ImageName, what: &str) -> PathBuf {
+        let mut path = self.image(name).into_os_string();
+        path.push(format!(".{what}"));
+        path.into()
+    }
+
+    fn state(&self, name: &ImageName) -> PathBuf {
+        self.beside(name, "device-state")
+    }
+}
+
+impl GuestStarter for Starter {
+    fn prepare(&self, name: &ImageName, blobs: &Blobs) -> Result<(), String> {
+        for blob in blobs.iter() {
+            let path = self.beside(name, blob.name().as_str());
+            put(&path, blob.bytes()).map_err(|error| format!("{}: {error}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn start(&self, started: &Started<'_>) -> Result<(), String> {
+        let Some(command) = &self.on_start else { return Ok(()) };
+        let about = [
+            ("PAGEWIRE_NAME", started.name.to_string()),
+            ("PAGEWIRE_IMAGE", self.image(started.name).display().to_string()),
+            ("PAGEWIRE_STATE", self.state(started.name).display().to_string()),
+            ("PAGEWIRE_EPOCH", started.handover.epoch.to_string()),
+        ];
+        run(command, &about, START_MAX)
+    }
+}
+
+/// Writes a file that is whole and lasts once it has its name.
+fn put(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".new");
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut file = File::from(rustix::fs::open(aside.as_os_str(), flags, Mode::RUSR | Mode::WUSR)?);
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&aside, path)?;
+    File::open(path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")))?.sync_all()
+}

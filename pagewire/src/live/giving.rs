@@ -1,0 +1,227 @@
+//! The sender's side: the guest's hooks and its journal behind one control, which outlives the session.
+
+use super::{Arbiter, GuestHooks, LiveOptions, lineage_of};
+use crate::entropy::random;
+use crate::error::{Error, ErrorKind};
+use crate::journal::GuestJournal;
+use crate::report::Report;
+use pagewire_protocol::blobs::Blobs;
+use pagewire_protocol::domain::LineageId;
+use pagewire_protocol::error::{GuestAt, chain};
+use pagewire_protocol::frame::{ImageName, LiveOpen};
+use pagewire_protocol::handover::{Handover, HostId, Input, Message, Output, Word};
+use pagewire_sender::driver::{Action, GuestControl, ask};
+use pagewire_sender::{ErrorKind as Failure, Live};
+use pagewire_transport::Address;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often a receiver that does not answer is asked.
+const ASK_EVERY: Duration = Duration::from_millis(500);
+
+/// The guest's side of a live session.
+struct Holding {
+    hooks: Box<dyn GuestHooks>,
+    journal: GuestJournal,
+    host: HostId,
+    lease: Option<Arc<dyn Arbiter>>,
+    handover: Option<Handover>,
+    paused: Option<Instant>,
+    downtime: Option<Duration>,
+    released: bool,
+    /// Why it ends, for what follows from a word or a time.
+    why: Option<Failure>,
+    warnings: Vec<String>,
+}
+
+/// What is shared by the session and by who waits for its end.
+#[derive(Clone)]
+pub(crate) struct Giving(Arc<Mutex<Holding>>);
+
+/// Opens a live session: the hand-over that it will end with.
+pub(crate) fn give(
+    name: &ImageName,
+    lineage: LineageId,
+    session: [u8; 16],
+    options: &LiveOptions,
+    hooks: Box<dyn GuestHooks>,
+) -> Result<(Giving, Live), ErrorKind> {
+    let guest = match lineage_of(&options.journal, name)? {
+        Some(known) => known,
+        None if lineage.0 != [0; 16] => lineage,
+        None => LineageId(random()?),
+    };
+    let mut journal = options.journal.guest(guest, Some(name), true)?;
+    let refused = |refusal: pagewire_protocol::handover::Refusal| {
+        ErrorKind::Sender(Failure::Handover(format!("guest {name}: {refusal}")))
+    };
+    let epoch = journal.open(session).map_err(refused)?;
+    let host = options.journal.host();
+    let handover = LiveOpen { guest, epoch, host, arbiter: options.lease.is_some() };
+    let mut limits = options.limits;
+    limits.throttles = hooks.throttles();
+    let holding = Holding {
+        hooks,
+        journal,
+        host,
+        lease: options.lease.clone(),
+        handover: None,
+        paused: None,
+        downtime: None,
+        released: false,
+        why: None,
+        warnings: Vec::new(),
+    };
+    Ok((Giving(Arc::new(Mutex::new(holding))), Live { limits, handover }))
+}
+
+impl Giving {
+    fn holding(&self) -> MutexGuard<'_, Holding> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The session is over: what became of the guest. A receiver that owes an answer is asked for it.
+    pub(crate) fn end(
+        &self,
+        result: Result<(), Failure>,
+        (to, options): (Option<&Address>, &LiveOptions),
+        session: [u8; 16],
+        report: &mut Report,
+    ) -> Option<Error> {
+        let mut holding = self.holding();
+        holding.journal.close(session);
+        let mut kind = result.err();
+        if kind.is_some() && holding.handover.is_some() && !holding.released {
+            holding.follow_up(Input::Timeout);
+            let until = Instant::now() + options.patience;
+            while holding.guest_at() == GuestAt::InDoubt && !holding.ask_again(to, until) {}
+        }
+        report.downtime_seconds = holding.downtime.map_or(0.0, |downtime| downtime.as_secs_f64());
+        report.warnings.append(&mut holding.warnings);
+        let guest_at = if holding.handover.is_some() { holding.guest_at() } else { GuestAt::Sender };
+        match (guest_at, kind.take()) {
+            (GuestAt::Receiver, Some(lost)) => {
+                report
+                    .warnings
+                    .push(format!("the guest is at the receiver; the session ended early: {}", chain(&lost)));
+                None
+            }
+            (_, None) => None,
+            (GuestAt::InDoubt, Some(_)) => {
+                Some(Error { kind: ErrorKind::Sender(Failure::InDoubt), guest_at: GuestAt::InDoubt })
+            }
+            (guest_at, Some(kind)) => Some(Error { kind: ErrorKind::Sender(kind), guest_at }),
+        }
+    }
+}
+
+impl Holding {
+    fn guest_at(&self) -> GuestAt {
+        let known = self.handover.and_then(|handover| self.journal.handovers().guest_at(&handover));
+        known.unwrap_or(GuestAt::Sender)
+    }
+
+    /// Does what follows from an input when there is no session that could say anything.
+    fn follow_up(&mut self, input: Input) -> Vec<Message> {
+        let actions = self.input(input);
+        let said = actions.into_iter().filter_map(|action| match action {
+            Action::Say(message) => Some(message),
+            Action::Release | Action::Stop(_) => None,
+        });
+        said.collect()
+    }
+
+    /// Asks the receiver once; says whether to give up.
+    fn ask_again(&mut self, to: Option<&Address>, until: Instant) -> bool {
+        let (Some(to), Some(handover)) = (to, self.handover) else { return true };
+        let Ok(nonce) = random() else { return true };
+        let commit = Message { word: Word::Commit, handover };
+        let asked =
+            ask(to, commit, nonce, |message| self.follow_up(Input::Message { from: handover.receiver, message }));
+        if asked.is_err() {
+            std::thread::sleep(ASK_EVERY);
+        }
+        Instant::now() >= until
+    }
+
+    fn input(&mut self, input: Input) -> Vec<Action> {
+        let outputs = self.journal.handle(input);
+        let mut actions = Vec::new();
+        outputs.into_iter().for_each(|output| self.follow(output, &mut actions));
+        actions
+    }
+
+    fn follow(&mut self, output: Output, actions: &mut Vec<Action>) {
+        match output {
+            Output::Send(message) => actions.push(Action::Say(message)),
+            Output::Verified(_) => actions.extend(self.input(Input::Commit)),
+            Output::Resume(_) => {
+                self.resume();
+                actions.push(Action::Stop(self.why.take().unwrap_or(Failure::Rejected)));
+            }
+            Output::Release(_) => {
+                self.released = true;
+                self.downtime = self.paused.map(|since| since.elapsed());
+                actions.push(Action::Release);
+            }
+            Output::AskArbiter(handover) => match self.lease.as_ref().map(|lease| lease.ask(&handover, self.host)) {
+                Some(Ok(grant)) => actions.extend(self.input(Input::Granted(grant))),
+                Some(Err(error)) => self.warnings.push(format!("lease: {}", chain(&error))),
+                None => {}
+            },
+            Output::Refuse(refusal) => self.warnings.push(format!("hand-over: {refusal}")),
+            Output::InDoubt(_) | Output::Run(_) | Output::Persist(_) | Output::Forget(_) => {}
+        }
+    }
+
+    fn resume(&mut self) {
+        if let Err(error) = self.hooks.resume() {
+            self.warnings.push(format!("the guest was not let run: {error}"));
+        }
+        self.downtime = self.paused.take().map(|since| since.elapsed());
+    }
+}
+
+impl GuestControl for Giving {
+    fn pause(&mut self) -> Result<Blobs, String> {
+        let mut holding = self.holding();
+        holding.paused = Some(Instant::now());
+        holding.hooks.pause()
+    }
+
+    fn resume(&mut self) {
+        self.holding().resume();
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        self.holding().hooks.throttle(percent);
+    }
+
+    fn offer(&mut self, handover: Handover) -> Vec<Action> {
+        let mut holding = self.holding();
+        match holding.journal.send(handover) {
+            Ok(()) => {
+                holding.handover = Some(handover);
+                Vec::new()
+            }
+            Err(refusal) => {
+                holding.resume();
+                vec![Action::Stop(Failure::Handover(refusal.to_string()))]
+            }
+        }
+    }
+
+    fn hear(&mut self, message: Message) -> Vec<Action> {
+        // SPEC 11.3: no link proves who speaks yet; the session's own receiver is meant.
+        let mut holding = self.holding();
+        let Some(from) = holding.handover.map(|handover| handover.receiver) else { return Vec::new() };
+        holding.input(Input::Message { from, message })
+    }
+
+    fn cancel(&mut self, why: Failure) -> Vec<Action> {
+        let mut holding = self.holding();
+        let input = if matches!(why, Failure::Cancelled) { Input::Cancel } else { Input::Timeout };
+        holding.why = Some(why);
+        holding.input(input)
+    }
+}

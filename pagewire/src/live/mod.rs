@@ -1,0 +1,107 @@
+//! A guest that runs: sent in rounds, stopped, handed over and started by whoever holds it.
+//!
+//! Both sides keep what they decided in a [`Journal`](crate::Journal) before they act on it, so a crash or a lost
+//! connection leaves the guest at one of them, or in a doubt that both can name.
+
+mod giving;
+mod taking;
+
+pub(crate) use giving::give;
+pub(crate) use taking::Taking;
+pub use taking::{GuestStarter, Started};
+
+use crate::journal::{Journal, JournalError};
+use pagewire_protocol::blobs::Blobs;
+use pagewire_protocol::domain::LineageId;
+use pagewire_protocol::frame::ImageName;
+use pagewire_protocol::handover::{Grant, Handover, HostId, Whereabouts};
+use pagewire_protocol::time::Span;
+use pagewire_sender::converge::Limits;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How a guest that runs is sent.
+#[derive(Clone, Debug)]
+pub struct LiveOptions {
+    /// How long it may take and how long the guest may stand still.
+    pub limits: Limits,
+    /// Where hand-overs are recorded.
+    pub journal: Arc<Journal>,
+    /// Who grants a guest to one host, if anybody does.
+    pub lease: Option<Arc<dyn Arbiter>>,
+    /// How long a receiver that does not answer is asked what became of the guest, before that is left to an operator.
+    pub patience: Duration,
+}
+
+impl LiveOptions {
+    /// The defaults, with the records in `journal`.
+    pub fn new(journal: Arc<Journal>) -> Self {
+        Self { limits: Limits::default(), journal, lease: None, patience: Duration::from_secs(30) }
+    }
+}
+
+/// Grants each epoch of a guest to one host, durably, and tells everybody the same.
+pub trait Arbiter: std::fmt::Debug + Send + Sync + 'static {
+    /// Who may start the guest of this hand-over; `me` if nobody has asked before.
+    ///
+    /// # Errors
+    /// It cannot be told; then nobody may.
+    fn ask(&self, handover: &Handover, me: HostId) -> io::Result<Grant>;
+}
+
+/// How guests that run are taken over.
+#[derive(Clone, Debug)]
+pub struct TakeOptions {
+    /// Where hand-overs are recorded.
+    pub journal: Arc<Journal>,
+    /// Who grants a guest to one host, if anybody does.
+    pub lease: Option<Arc<dyn Arbiter>>,
+    /// Starts them.
+    pub starter: Arc<dyn GuestStarter>,
+}
+
+/// The guest that is sent, as its hypervisor knows it.
+pub trait GuestHooks: Send + 'static {
+    /// Stops it, for as short as can be; what comes back goes with its memory: device state.
+    ///
+    /// # Errors
+    /// It cannot be stopped, or has no state to give. It is let run then.
+    fn pause(&mut self) -> Result<Blobs, String>;
+
+    /// Lets it run on here, at full speed. It was paused, or was to be.
+    ///
+    /// # Errors
+    /// It cannot be; this becomes a warning of the report.
+    fn resume(&mut self) -> Result<(), String>;
+
+    /// Whether it can be slowed down.
+    fn throttles(&self) -> bool {
+        false
+    }
+
+    /// Slows it down to so many per cent less.
+    fn throttle(&mut self, _percent: u8) {}
+}
+
+/// The blob that holds a hypervisor's device state.
+///
+/// # Panics
+/// Never: the name is legal.
+pub fn device_state_name() -> Option<ImageName> {
+    ImageName::new("device-state").ok()
+}
+
+/// The guest that this host calls `name`; of several the one that is here.
+fn lineage_of(journal: &Journal, name: &ImageName) -> Result<Option<LineageId>, JournalError> {
+    let mut known = journal.guests()?;
+    known.retain(|guest| guest.name.as_ref() == Some(name));
+    let is_here = |whereabouts| matches!(whereabouts, Some(Whereabouts::Here | Whereabouts::Unrecorded));
+    let here = known.iter().find(|guest| is_here(guest.whereabouts));
+    Ok(here.or_else(|| known.first()).map(|guest| guest.lineage))
+}
+
+/// A span of so many milliseconds, for [`Limits`].
+pub fn milliseconds(milliseconds: u32) -> Span {
+    Span::from_millis(u64::from(milliseconds))
+}

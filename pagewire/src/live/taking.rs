@@ -1,0 +1,155 @@
+//! The receiver's side: its journal, the blobs, and the start of the guest, for one session.
+
+use super::TakeOptions;
+use crate::journal::GuestJournal;
+use crate::report::Report;
+use pagewire_protocol::blobs::Blobs;
+use pagewire_protocol::error::{CloseCode, GuestAt, chain};
+use pagewire_protocol::frame::{ImageName, Open};
+use pagewire_protocol::handover::{Handover, HostId, Input, Message, Output, ReceiverPhase};
+use pagewire_receiver::ErrorKind as Failure;
+use pagewire_receiver::driver::{Action, GuestTaker, Refusal};
+
+/// A guest that is this host's now.
+#[derive(Debug)]
+pub struct Started<'a> {
+    /// What it is called.
+    pub name: &'a ImageName,
+    /// By which hand-over it came.
+    pub handover: &'a Handover,
+}
+
+/// Starts guests that have come.
+pub trait GuestStarter: std::fmt::Debug + Send + Sync + 'static {
+    /// All of the guest is here, and these are its blobs. It may not be started yet; what starting needs is made to last.
+    ///
+    /// # Errors
+    /// It cannot be; the guest is rejected and stays where it is.
+    fn prepare(&self, name: &ImageName, blobs: &Blobs) -> Result<(), String>;
+
+    /// Starts the guest: it is this host's, and its record says so.
+    ///
+    /// # Errors
+    /// It did not start. It is this host's all the same.
+    fn start(&self, started: &Started<'_>) -> Result<(), String>;
+}
+
+/// The guest's side of one session at the receiver.
+#[derive(Debug)]
+pub(crate) struct Taking<'a> {
+    options: &'a TakeOptions,
+    guest: Option<GuestJournal>,
+    name: Option<ImageName>,
+    handover: Option<Handover>,
+    warnings: Vec<String>,
+}
+
+impl<'a> Taking<'a> {
+    pub(crate) fn new(options: &'a TakeOptions) -> Self {
+        Self { options, guest: None, name: None, handover: None, warnings: Vec::new() }
+    }
+
+    /// The session is over: what became of the guest, if there was one.
+    pub(crate) fn end(&mut self, failed: bool, report: &mut Report) -> Option<GuestAt> {
+        let handover = self.handover;
+        if failed && handover.is_some() {
+            self.input(Input::Timeout);
+        }
+        report.warnings.append(&mut self.warnings);
+        let handovers = self.guest.as_ref()?.handovers();
+        handovers.guest_at(&handover?)
+    }
+
+    fn input(&mut self, input: Input) -> Vec<Action> {
+        let outputs = self.guest.as_mut().map(|guest| guest.handle(input)).unwrap_or_default();
+        self.follow_all(outputs)
+    }
+
+    fn follow_all(&mut self, outputs: Vec<Output>) -> Vec<Action> {
+        let mut actions = Vec::new();
+        outputs.into_iter().for_each(|output| self.follow(output, &mut actions));
+        let settled = self.guest.as_ref().and_then(|guest| guest.handovers().incoming());
+        if self.handover.is_some() && settled.is_some_and(|incoming| incoming.phase() == ReceiverPhase::Settled) {
+            actions.push(Action::Release);
+        }
+        actions
+    }
+
+    fn follow(&mut self, output: Output, actions: &mut Vec<Action>) {
+        match output {
+            Output::Send(message) => actions.push(Action::Say(message)),
+            Output::Run(handover) => {
+                let Some(name) = &self.name else { return };
+                let started = self.options.starter.start(&Started { name, handover: &handover });
+                self.warnings
+                    .extend(started.err().map(|error| format!("the guest is here and was not started: {error}")));
+            }
+            Output::AskArbiter(handover) => {
+                let lease = self.options.lease.as_ref();
+                match lease.map(|lease| lease.ask(&handover, self.options.journal.host())) {
+                    Some(Ok(grant)) => actions.extend(self.input(Input::Granted(grant))),
+                    Some(Err(error)) => {
+                        self.warnings.push(format!("lease: {}", chain(&error)));
+                        actions.extend(self.input(Input::Cancel));
+                    }
+                    None => actions.extend(self.input(Input::Cancel)),
+                }
+            }
+            Output::Refuse(refusal) => self.warnings.push(format!("hand-over: {refusal}")),
+            Output::Verified(_)
+            | Output::Resume(_)
+            | Output::Release(_)
+            | Output::InDoubt(_)
+            | Output::Persist(_)
+            | Output::Forget(_) => {}
+        }
+    }
+}
+
+impl GuestTaker for Taking<'_> {
+    fn open(&mut self, open: &Open) -> Result<HostId, Refusal> {
+        let refuse = |code, reason: String| Refusal { code, reason };
+        let (journal, host) = (&self.options.journal, self.options.journal.host());
+        let Some(live) = open.live else { return Ok(host) };
+        if live.host == host {
+            let reason = "sender and receiver use one journal: give one of them another".to_owned();
+            return Err(refuse(CloseCode::REFUSED, reason));
+        }
+        if live.arbiter && self.options.lease.is_none() {
+            let reason = "the sender wants a lease to be asked, and none is named here".to_owned();
+            return Err(refuse(CloseCode::REFUSED, reason));
+        }
+        let guest = journal.guest(live.guest, Some(&open.name), true);
+        let guest = guest.map_err(|error| refuse(CloseCode::BUSY, chain(&error)))?;
+        guest
+            .may_receive(live.epoch)
+            .map_err(|why| refuse(CloseCode::REFUSED, format!("guest {}: {why}", open.name)))?;
+        (self.guest, self.name) = (Some(guest), Some(open.name.clone()));
+        Ok(host)
+    }
+
+    fn ready(&mut self, handover: Handover, blobs: Blobs) -> Vec<Action> {
+        let (Some(guest), Some(name)) = (self.guest.as_mut(), self.name.as_ref()) else { return Vec::new() };
+        if let Err(error) = self.options.starter.prepare(name, &blobs) {
+            return vec![Action::Stop(Failure::Refused(error))];
+        }
+        self.handover = Some(handover);
+        let outputs = guest.receive(handover.sender, handover);
+        self.follow_all(outputs)
+    }
+
+    fn hear(&mut self, message: Message) -> Vec<Action> {
+        let Message { handover, .. } = message;
+        if self.guest.is_none() {
+            match self.options.journal.guest(handover.lineage, None, true) {
+                Ok(guest) => self.guest = Some(guest),
+                Err(error) => {
+                    self.warnings.push(chain(&error));
+                    return Vec::new();
+                }
+            }
+        }
+        // SPEC 11.3: no link proves who speaks yet; who knows the binding is taken for its sender.
+        self.input(Input::Message { from: handover.sender, message })
+    }
+}

@@ -1,0 +1,132 @@
+//! Two hosts of one guest: what each knows of its hand-overs, and whether it runs it.
+//!
+//! Records are durable as soon as they are asked for, and a host that crashes has nothing but these. What is said goes
+//! where the caller brings it.
+
+use pagewire_protocol::domain::LineageId;
+use pagewire_protocol::frame::LiveOpen;
+use pagewire_protocol::handover::{Handover, Handovers, HostId, Input, Message, Output, Record, Whereabouts};
+
+/// The guest of every world that has one.
+pub const GUEST: LineageId = LineageId([5; 16]);
+
+/// A host.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// Who it is.
+    pub id: HostId,
+    /// What it knows.
+    pub handovers: Handovers,
+    /// Its disk.
+    pub records: Vec<Record>,
+    /// It has been told to run the guest, or to let it run again.
+    pub told_to_run: u64,
+}
+
+/// What an engine has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Says this to the other host.
+    Say(Message),
+    /// Lets the guest run here.
+    Run,
+    /// Ends the session: the guest is gone.
+    Release,
+}
+
+impl Host {
+    /// A host that has never had the guest.
+    pub fn new(number: u8) -> Self {
+        let id = HostId([number; 32]);
+        let (handovers, _) = Handovers::restore(id, GUEST, &[], true).unwrap();
+        Self { id, handovers, records: Vec::new(), told_to_run: 0 }
+    }
+
+    /// The hand-over that the next session is to end with.
+    ///
+    /// # Panics
+    /// The guest may not leave.
+    pub fn open(&mut self, session: [u8; 16]) -> LiveOpen {
+        let epoch = self.handovers.open(session).unwrap();
+        LiveOpen { guest: GUEST, epoch, host: self.id, arbiter: false }
+    }
+
+    /// All of the guest was stated.
+    pub fn offer(&mut self, handover: Handover) {
+        self.handovers.send(handover).unwrap();
+    }
+
+    /// All of the guest is here.
+    pub fn ready(&mut self, handover: Handover) -> Vec<Action> {
+        let outputs = self.handovers.receive(handover.sender, handover);
+        self.carry_out(outputs)
+    }
+
+    /// What follows from an input.
+    pub fn handle(&mut self, input: Input) -> Vec<Action> {
+        let outputs = self.handovers.handle(input);
+        self.carry_out(outputs)
+    }
+
+    /// The other host says something.
+    pub fn hear(&mut self, from: HostId, message: Message) -> Vec<Action> {
+        self.handle(Input::Message { from, message })
+    }
+
+    fn carry_out(&mut self, outputs: Vec<Output>) -> Vec<Action> {
+        let mut actions = Vec::new();
+        for output in outputs {
+            match output {
+                Output::Persist(record) => {
+                    self.records.retain(|known| known.handover != record.handover);
+                    self.records.push(record);
+                    actions.extend(self.handle(Input::Durable(record)));
+                }
+                Output::Forget(handover) => self.records.retain(|known| known.handover != handover),
+                Output::Send(message) => actions.push(Action::Say(message)),
+                Output::Verified(_) => actions.extend(self.handle(Input::Commit)),
+                Output::Run(_) | Output::Resume(_) => {
+                    self.told_to_run += 1;
+                    actions.push(Action::Run);
+                }
+                Output::Release(_) => actions.push(Action::Release),
+                Output::AskArbiter(_) | Output::InDoubt(_) | Output::Refuse(_) => {}
+            }
+        }
+        actions
+    }
+
+    /// Nothing is left but what is on the disk.
+    pub fn crash(&mut self) {
+        let (handovers, forgotten) = Handovers::restore(self.id, GUEST, &self.records, true).unwrap();
+        self.handovers = handovers;
+        self.carry_out(forgotten);
+    }
+
+    /// Whether its records let it run the guest.
+    pub fn has_guest(&self) -> bool {
+        self.handovers.whereabouts() == Whereabouts::Here
+    }
+}
+
+/// A new connection between two hosts: everything that may have been lost is said again, until both are silent.
+pub fn reconnect(one: &mut Host, other: &mut Host) {
+    let mut said: Vec<(bool, Message)> = Vec::new();
+    let note = |to_other: bool, actions: Vec<Action>, said: &mut Vec<(bool, Message)>| {
+        said.extend(actions.into_iter().filter_map(|action| match action {
+            Action::Say(message) => Some((to_other, message)),
+            Action::Run | Action::Release => None,
+        }));
+    };
+    note(true, one.handle(Input::Connected(other.id)), &mut said);
+    note(false, other.handle(Input::Connected(one.id)), &mut said);
+    for _ in 0..100 {
+        let Some((to_other, message)) = said.pop() else { return };
+        if to_other {
+            note(false, other.hear(one.id, message), &mut said);
+        } else {
+            note(true, one.hear(other.id, message), &mut said);
+        }
+    }
+    panic!("two hosts talk for ever");
+}
