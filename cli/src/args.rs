@@ -17,7 +17,8 @@ pub(crate) struct Args {
     pub(crate) verb: Verb,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the guest is at the sender; 2 wrong usage; 130 cancelled.";
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the guest is at the sender; 2 wrong usage; 3 the guest \
+                          is in doubt, see `pagewire status`; 130 cancelled.";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
@@ -264,15 +265,16 @@ pub(crate) struct Live {
     /// What to do when the guest cannot be stopped for as short as it should.
     #[arg(long, value_enum, default_value_t = AtLimit::Cancel, requires = "live")]
     pub(crate) at_limit: AtLimit,
-    /// A file on storage that both hosts reach: it grants each hand-over to one of them, so that a doubt ends by itself.
-    #[arg(long, value_name = "FILE", requires = "live")]
-    pub(crate) lease: Option<PathBuf>,
     /// How long a receiver that does not answer is asked where the guest is, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds, requires = "live")]
     pub(crate) patience: Duration,
     /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
     #[arg(long, value_name = "DIR", requires = "live")]
     pub(crate) journal: Option<PathBuf>,
+    /// Let files FILE.GUEST.EPOCH, on storage that both hosts reach, decide who has the guest when the other host does
+    /// not answer: who asks first. The receiver has to name the same file.
+    #[arg(long, value_name = "FILE", requires = "live")]
+    pub(crate) lease: Option<PathBuf>,
 }
 
 /// What to do when a guest writes too fast.
@@ -298,7 +300,7 @@ pub(crate) struct Take {
     /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
     #[arg(long, value_name = "DIR")]
     pub(crate) journal: Option<PathBuf>,
-    /// A file on storage that both hosts reach: it grants each hand-over to one of them, so that a doubt ends by itself.
+    /// Ask files FILE.GUEST.EPOCH, on storage that both hosts reach, before a guest is started, if its sender wants that.
     #[arg(long, value_name = "FILE")]
     pub(crate) lease: Option<PathBuf>,
 }

@@ -33,18 +33,18 @@ fn journal(dir: Option<&Path>) -> Result<Arc<Journal>> {
     Ok(Arc::new(Journal::open(&dir).context("--journal")?))
 }
 
-/// Who grants guests to hosts, if somebody does.
-fn lease(file: Option<&Path>) -> Option<Arc<dyn Arbiter>> {
-    file.map(|file| Arc::new(Lease::new(file)) as Arc<dyn Arbiter>)
+/// Who grants guests, if a lease is named.
+fn arbiter(lease: Option<&Path>) -> Option<Arc<dyn Arbiter>> {
+    lease.map(|path| Arc::new(Lease::new(path)) as Arc<dyn Arbiter>)
 }
 
 /// The options of a live session, and the guest as its commands reach it.
 pub(crate) fn live(args: &Live, name: &ImageName) -> Result<(LiveOptions, Box<dyn GuestHooks>)> {
     let mut options = LiveOptions::new(journal(args.journal.as_deref())?);
+    options.lease = arbiter(args.lease.as_deref());
     options.limits.downtime = pagewire::milliseconds(args.downtime);
     options.limits.rounds = args.rounds;
     options.patience = args.patience;
-    options.lease = lease(args.lease.as_deref());
     options.limits.at_limit = match args.at_limit {
         AtLimit::Cancel => pagewire::AtLimit::Cancel,
         AtLimit::Force => pagewire::AtLimit::Force,
@@ -64,7 +64,7 @@ pub(crate) fn take(args: &Take, images: PathBuf, is_folder: bool) -> Result<Opti
         return Ok(None);
     }
     let starter = Arc::new(Starter { on_start: args.on_start.clone(), images, is_folder });
-    Ok(Some(TakeOptions { journal: journal(args.journal.as_deref())?, lease: lease(args.lease.as_deref()), starter }))
+    Ok(Some(TakeOptions { journal: journal(args.journal.as_deref())?, lease: arbiter(args.lease.as_deref()), starter }))
 }
 
 /// Runs a command; it must succeed within `limit`.

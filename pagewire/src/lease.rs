@@ -48,24 +48,6 @@ impl Lease {
         Self { path: path.to_owned() }
     }
 
-    // SPEC 11.13
-    /// Who may start the guest of this hand-over: the first who asks, which `me` may be now.
-    ///
-    /// # Errors
-    /// Storage that cannot be written or read, and a lease that is damaged, or is about another hand-over. Nothing is
-    /// granted then; whoever asks later may learn that `me` was granted it.
-    pub fn ask(&self, handover: &Handover, me: HostId) -> io::Result<Grant> {
-        if me != handover.sender && me != handover.receiver {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "this host has no part in the hand-over"));
-        }
-        let (folder, name) = self.place(handover)?;
-        let named = |error: io::Error| {
-            let file = self.path.with_file_name(&name);
-            io::Error::new(error.kind(), format!("lease {}: {error}", file.display()))
-        };
-        decide(&folder, &name, handover, me).map_err(named)
-    }
-
     /// The folder, and what the lease is called in it.
     fn place(&self, handover: &Handover) -> io::Result<(OwnedFd, OsString)> {
         let no_name = || io::Error::new(io::ErrorKind::InvalidInput, "a lease needs the name of a file");
@@ -76,9 +58,29 @@ impl Lease {
         let opened = fs::open(parent, OFlags::CLOEXEC | OFlags::DIRECTORY, Mode::empty());
         let fail = |errno: Errno| {
             let error = io::Error::from(errno);
-            io::Error::new(error.kind(), format!("lease folder {}: {error}", parent.display()))
+            io::Error::new(error.kind(), format!("{}: {error}", parent.display()))
         };
         Ok((opened.map_err(fail)?, name))
+    }
+}
+
+impl Arbiter for Lease {
+    // SPEC 11.13
+    /// Who may start the guest of this hand-over: the first who asks, which `me` may be now.
+    ///
+    /// # Errors
+    /// Storage that cannot be written or read, and a lease that is damaged, or is about another hand-over. Nothing is
+    /// granted then; whoever asks later may learn that `me` was granted it.
+    fn ask(&self, handover: &Handover, me: HostId) -> io::Result<Grant> {
+        if me != handover.sender && me != handover.receiver {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "this host has no part in the hand-over"));
+        }
+        let (folder, name) = self.place(handover)?;
+        let named = |error: io::Error| {
+            let file = self.path.with_file_name(&name);
+            io::Error::new(error.kind(), format!("{}: {error}", file.display()))
+        };
+        decide(&folder, &name, handover, me).map_err(named)
     }
 }
 
@@ -163,12 +165,6 @@ fn judge(bytes: &[u8], handover: &Handover) -> io::Result<HostId> {
 
 fn damaged(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
-}
-
-impl Arbiter for Lease {
-    fn ask(&self, handover: &Handover, me: HostId) -> io::Result<Grant> {
-        Self::ask(self, handover, me)
-    }
 }
 
 #[cfg(test)]
