@@ -121,6 +121,8 @@ pub struct Handovers {
     /// The session that prepares to send the guest.
     sending: Option<[u8; 16]>,
     sides: Vec<Side>,
+    /// The highest epoch that was ever durable. It does not go down while a record is being replaced.
+    floor: Epoch,
 }
 
 impl Handovers {
@@ -135,13 +137,15 @@ impl Handovers {
         records: &[Record],
         kept: bool,
     ) -> Result<(Self, Vec<Output>), RecordError> {
-        let mut handovers = Self { me, lineage, sending: None, sides: Vec::with_capacity(records.len()) };
+        let mut handovers =
+            Self { me, lineage, sending: None, sides: Vec::with_capacity(records.len()), floor: Epoch::ZERO };
         for record in records {
             let side = Side::restored(record, me, kept).filter(|_| record.handover.lineage == lineage);
             let side = side.ok_or(RecordError::Foreign(record.handover.epoch))?;
             if handovers.sides.iter().any(|other| other.handover() == side.handover()) {
                 return Err(RecordError::Twice(record.handover.epoch));
             }
+            handovers.floor = handovers.floor.max(record.handover.epoch);
             handovers.add(side);
         }
         let mut out = Vec::new();
@@ -200,7 +204,7 @@ impl Handovers {
             return Err(Refusal::NotHere);
         }
         self.has_room()?;
-        let floor = self.floor();
+        let floor = self.floor;
         let epoch = floor.next().ok_or(Refusal::EpochOver { epoch: floor, floor })?;
         self.sending = Some(session);
         Ok(epoch)
@@ -237,7 +241,9 @@ impl Handovers {
     /// The records have reached that epoch, the guest is here, or a hand-over is open.
     pub fn may_receive(&self, epoch: Epoch) -> Result<(), Refusal> {
         self.is_new(epoch)?;
-        if let Some(side) = self.sides.iter().find(|side| side.is_live() && !is_ready(side)) {
+        // A failed STARTED that REJECTED has not replaced yet would stand for what is received now, after a crash.
+        let is_open = |side: &&Side| (side.is_live() && !is_ready(side)) || is_rejecting(side);
+        if let Some(side) = self.sides.iter().find(is_open) {
             return Err(Refusal::Busy(side.handover().epoch));
         }
         if self.sending.is_some() {
@@ -279,7 +285,10 @@ impl Handovers {
                 let of_host = self.sides.iter_mut().filter(|side| side.other_host() == host);
                 of_host.for_each(|side| side.handle(Step::Connected, &mut out));
             }
-            Input::Durable(record) => self.of_record(&record, Step::Durable(record.kind), &mut out),
+            Input::Durable(record) => {
+                self.floor = self.floor.max(record.handover.epoch);
+                self.of_record(&record, Step::Durable(record.kind), &mut out);
+            }
             Input::Failed(record) => self.of_record(&record, Step::Failed(record.kind), &mut out),
             Input::Commit => self.live(Step::Commit, &mut out),
             Input::Cancel => self.live(Step::Cancel, &mut out),
@@ -308,7 +317,7 @@ impl Handovers {
 
     /// A message about a hand-over that is not known here: it never was, it went in a crash, or it was forgotten.
     fn handle_unknown(&mut self, word: Word, handover: Handover, out: &mut Vec<Output>) {
-        let is_over = handover.epoch <= self.floor();
+        let is_over = handover.epoch <= self.floor;
         match word {
             // What is forgotten was not started here, or its sender has said GONE and does not ask.
             Word::Commit if is_over => out.push(Output::Send(Message { word: Word::Reject, handover })),
@@ -392,19 +401,13 @@ impl Handovers {
         handover.lineage == self.lineage && here == self.me && there == from
     }
 
-    /// The highest epoch of a durable record.
-    fn floor(&self) -> Epoch {
-        let durable = self.sides.iter().filter(|side| side.durable().is_some());
-        durable.map(|side| side.handover().epoch).max().unwrap_or_default()
-    }
-
     fn is_new(&self, epoch: Epoch) -> Result<(), Refusal> {
-        let floor = self.floor();
+        let floor = self.floor;
         if epoch <= floor { Err(Refusal::EpochOver { epoch, floor }) } else { self.is_near(epoch) }
     }
 
     fn is_near(&self, epoch: Epoch) -> Result<(), Refusal> {
-        let floor = self.floor();
+        let floor = self.floor;
         let step = epoch.number().saturating_sub(floor.number());
         if step > EPOCH_STEP_MAX { Err(Refusal::EpochFar { epoch, floor }) } else { Ok(()) }
     }
@@ -422,4 +425,8 @@ impl Handovers {
 
 fn is_ready(side: &Side) -> bool {
     matches!(side, Side::Receiver(receiver) if receiver.phase() == ReceiverPhase::Ready)
+}
+
+fn is_rejecting(side: &Side) -> bool {
+    matches!(side, Side::Receiver(receiver) if receiver.phase() == ReceiverPhase::Rejecting)
 }

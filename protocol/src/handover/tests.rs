@@ -316,6 +316,30 @@ fn what_was_started_and_lost_is_neither_said_to_run_nor_rejected() {
     assert_eq!(back, [Output::Persist(record(RecordKind::Rejected, handover))]);
 }
 
+#[test]
+fn receives_nothing_while_a_failed_started_may_be_on_the_disk() {
+    let handover = incoming(5);
+    let mut desk = desk(&[]);
+    desk.receive(OTHER, handover);
+    desk.handle(said(Word::Commit, handover));
+    desk.handle(Input::Failed(record(RecordKind::Started, handover)));
+    let other = Handover { session: [9; 16], ..incoming(6) };
+    assert_eq!(desk.receive(OTHER, other), [Output::Refuse(Refusal::Busy(handover.epoch))]);
+    desk.handle(Input::Durable(record(RecordKind::Rejected, handover)));
+    assert_eq!(desk.receive(OTHER, other), [say(Word::Ready, other)]);
+}
+
+// SPEC 11.12
+#[test]
+fn an_epoch_stays_over_while_its_record_is_replaced() {
+    let handover = incoming(6);
+    let records = [record(RecordKind::Started, handover)];
+    let (mut desk, _) = Handovers::restore(ME, LINEAGE, &records, false).unwrap();
+    desk.handle(Input::Resolve(Resolve::There(handover.epoch)));
+    let refused = Refusal::EpochOver { epoch: Epoch::new(5), floor: handover.epoch };
+    assert_eq!(desk.receive(OTHER, incoming(5)), [Output::Refuse(refused), say(Word::Reject, incoming(5))]);
+}
+
 // SPEC 11.15
 #[test]
 fn forgets_what_is_settled_when_a_newer_record_says_as_much() {

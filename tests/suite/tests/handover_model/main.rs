@@ -167,18 +167,34 @@ const WIDER: &[Config] = &[
     Config { name: "file, two crashes and a failing write each, operator", operator: true, ..HARSH },
     Config { name: "memory, two crashes and a failing write each, operator", kept: false, operator: true, ..HARSH },
     Config { name: "file, two hand-overs, two crashes each", offers: 2, crashes: 2, ..CALM },
+    Config { name: "file, two hand-overs, a failing write each", offers: 2, fails: 1, ..CALM },
+    Config { name: "file, two hand-overs, operator", offers: 2, operator: true, ..CALM },
+    Config { name: "memory, two hand-overs, operator", kept: false, offers: 2, operator: true, ..CALM },
 ];
 
 const LONG: &[Config] = &[
-    Config { name: "file, one hand-over, two crashes each, strays", crashes: 2, strays: true, ..CALM },
-    Config { name: "file, two hand-overs, strays", offers: 2, strays: true, ..CALM },
-    Config { name: "file, two hand-overs, arbiter", offers: 2, arbiter: true, ..CALM },
-    Config { name: "memory, two hand-overs, operator", kept: false, offers: 2, operator: true, ..CALM },
+    Config { name: "file, two crashes each, strays", crashes: 2, strays: true, ..CALM },
     Config { name: "file, two hand-overs, two crashes and a failing write each", offers: 2, ..HARSH },
+    Config {
+        name: "file, two hand-overs, two crashes and a failing write each, operator",
+        offers: 2,
+        operator: true,
+        ..HARSH
+    },
+    Config {
+        name: "memory, two hand-overs, two crashes and a failing write each, operator",
+        kept: false,
+        offers: 2,
+        operator: true,
+        ..HARSH
+    },
+    Config { name: "file, arbiter, operator", arbiter: true, operator: true, ..CALM },
+    Config { name: "memory, arbiter, operator", kept: false, arbiter: true, operator: true, ..CALM },
+    Config { name: "file, two hand-overs, arbiter", offers: 2, arbiter: true, ..CALM },
     Config { name: "file, three hand-overs", offers: 3, ..CALM },
+    Config { name: "memory, three hand-overs, operator", kept: false, offers: 3, operator: true, ..CALM },
     Config { name: "file, three hand-overs, two crashes each", offers: 3, crashes: 2, ..CALM },
-    Config { name: "file, four hand-overs", offers: 4, ..CALM },
-    Config { name: "file, two hand-overs, two crashes each, arbiter", offers: 2, crashes: 2, arbiter: true, ..CALM },
+    Config { name: "file, two hand-overs, no crash, strays", offers: 2, crashes: 0, strays: true, ..CALM },
 ];
 
 fn walk(config: Config) {
