@@ -209,6 +209,10 @@ pub(crate) struct Live {
     /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
     #[arg(long, value_name = "DIR", requires = "live")]
     pub(crate) journal: Option<PathBuf>,
+    /// Draw the rounds into FILE, an SVG, also if it fails: pages sent and left, what the guest changes and the link
+    /// carries, and the switchover.
+    #[arg(long, value_name = "FILE", requires = "live")]
+    pub(crate) plot: Option<PathBuf>,
 }
 
 /// What to do when a guest writes too fast.

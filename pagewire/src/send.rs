@@ -222,7 +222,7 @@ pub(crate) fn run<M: GuestMemory>(
         pagewire_sender::driver::send(Cargo { memory, bases, control }, config, route, &stop, |progress| {
             observer.event(&Progress { pages_total, ..progress }.into());
         });
-    fill(&mut report, &summary);
+    fill(&mut report, &summary, live.is_some());
     let error = match (giving, live) {
         (Some(giving), Some(live)) => {
             let result = result.map_err(|error| error.kind);
@@ -237,14 +237,15 @@ pub(crate) fn run<M: GuestMemory>(
     report.close(error)
 }
 
-fn fill(report: &mut Report, summary: &Summary) {
+/// A guest that runs has the rounds that were finished, memory at rest has one.
+fn fill(report: &mut Report, summary: &Summary, runs: bool) {
     let counts = summary.counts;
     report.seconds = summary.spent.as_secs_f64();
     report.pages = Pages::new([counts.zero, counts.base, counts.reference, counts.inline, counts.delta]);
     report.wants = counts.wants;
     report.reuse = ReuseCounts { unread: counts.unread, sampled: counts.sampled, ..ReuseCounts::default() };
     report.wire = summary.wire.into();
-    report.rounds = if summary.rounds.is_empty() {
+    report.rounds = if summary.rounds.is_empty() && !runs {
         let (pages, seconds) = (report.pages.total(), report.seconds);
         vec![Round { pages, bytes: summary.wire.sent_bytes, seconds, ..Round::default() }]
     } else {
