@@ -213,6 +213,9 @@ pub(crate) struct Live {
     /// carries, and the switchover.
     #[arg(long, value_name = "FILE", requires = "live")]
     pub(crate) plot: Option<PathBuf>,
+    /// Keep in FILE which pages the guest was found to write, and when, for simulations. No session fails for it.
+    #[arg(long, value_name = "FILE", requires = "live")]
+    pub(crate) record_trace: Option<PathBuf>,
 }
 
 /// What to do when a guest writes too fast.

@@ -37,6 +37,7 @@ pub(crate) fn live(args: &Live, name: &ImageName) -> Result<(LiveOptions, Box<dy
     let mut options = LiveOptions::new(journal(args.journal.as_deref())?);
     options.limits.downtime = pagewire::milliseconds(args.downtime);
     options.limits.rounds = args.rounds;
+    options.trace.clone_from(&args.record_trace);
     options.limits.at_limit = match args.at_limit {
         AtLimit::Cancel => pagewire::AtLimit::Cancel,
         AtLimit::Force => pagewire::AtLimit::Force,

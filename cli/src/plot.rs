@@ -58,7 +58,7 @@ pub(crate) fn svg(report: &Report) -> String {
 fn headline(report: &Report) -> String {
     let judged = report.rounds.iter().rev().find(|round| !is_last(round));
     let predicted = judged.and_then(|round| round.predicted_downtime_seconds);
-    let predicted = predicted.map_or("unknown".to_owned(), |seconds| milliseconds(seconds));
+    let predicted = predicted.map_or("unknown".to_owned(), milliseconds);
     let real = match finite(report.downtime_seconds) {
         seconds if seconds > 0.0 => milliseconds(seconds),
         _ => "none".to_owned(),
