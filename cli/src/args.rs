@@ -275,6 +275,13 @@ pub(crate) struct Live {
     /// not answer: who asks first. The receiver has to name the same file.
     #[arg(long, value_name = "FILE", requires = "live")]
     pub(crate) lease: Option<PathBuf>,
+    /// Draw the rounds into FILE, an SVG, also if it fails: pages sent and left, what the guest changes and the link
+    /// carries, and the switchover.
+    #[arg(long, value_name = "FILE", requires = "live")]
+    pub(crate) plot: Option<PathBuf>,
+    /// Keep in FILE which pages the guest was found to write, and when, for simulations. No session fails for it.
+    #[arg(long, value_name = "FILE", requires = "live")]
+    pub(crate) record_trace: Option<PathBuf>,
 }
 
 /// What to do when a guest writes too fast.

@@ -45,6 +45,7 @@ pub(crate) fn live(args: &Live, name: &ImageName) -> Result<(LiveOptions, Box<dy
     options.limits.downtime = pagewire::milliseconds(args.downtime);
     options.limits.rounds = args.rounds;
     options.patience = args.patience;
+    options.trace.clone_from(&args.record_trace);
     options.limits.at_limit = match args.at_limit {
         AtLimit::Cancel => pagewire::AtLimit::Cancel,
         AtLimit::Force => pagewire::AtLimit::Force,

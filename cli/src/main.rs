@@ -6,6 +6,7 @@ mod args;
 mod demo;
 mod exit;
 mod live;
+mod plot;
 mod resolve;
 mod show;
 mod signals;

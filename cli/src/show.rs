@@ -1,12 +1,14 @@
 //! What people and programs see: a progress bar on a terminal, JSON lines where they are asked for, a summary.
 
 use crate::args::Output;
+use crate::plot;
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
 use pagewire::{Event, Observer, Outcome, Report, Role};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 
 /// Shows one transfer.
 pub(crate) struct Show {
@@ -86,6 +88,15 @@ pub(crate) fn finish(outcome: &Outcome, output: &Output) -> Result<()> {
         print!("{}", summary(&outcome.report));
     }
     Ok(())
+}
+
+/// Draws the rounds where that was asked for. The guest is where it is: a drawing that fails is no failure of its move.
+pub(crate) fn draw(report: &Report, path: Option<&Path>) {
+    if let Some(path) = path
+        && let Err(error) = std::fs::write(path, plot::svg(report))
+    {
+        eprintln!("pagewire: warning: --plot {}: {error}", path.display());
+    }
 }
 
 /// A report in a few lines.

@@ -1,7 +1,7 @@
 //! What each verb does: options from the command line to the facade, outcomes to exit codes.
 
 use crate::args::{Args, Copy, Inspect, Keep, Keeping, Receive, Send, Transfer, Verb};
-use crate::show::{Show, finish, print_json, size};
+use crate::show::{Show, draw, finish, print_json, size};
 use crate::{demo, exit, live, resolve, signals, status, store};
 use anyhow::{Context, Result, bail};
 use pagewire::store::{Store, StoreError, StoreOptions};
@@ -95,6 +95,7 @@ fn send(args: &Send) -> Result<ExitCode> {
         pagewire::send(&args.source, &args.name, &args.to, &options, &mut show)
     };
     show.end();
+    draw(&outcome.report, args.live.plot.as_deref());
     finish(&outcome, &args.output)?;
     Ok(end(&outcome))
 }

@@ -70,6 +70,7 @@ mod receive;
 mod report;
 mod reuse;
 mod send;
+pub mod trace;
 
 pub use copy::{CopyOptions, copy};
 pub use error::{Error, ErrorKind};

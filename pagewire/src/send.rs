@@ -6,11 +6,12 @@ use crate::live::{GuestHooks, LiveOptions, give};
 use crate::observe::{Event, Observer};
 use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round};
 use crate::reuse::{Departure, Reuse, keep_departed};
+use crate::trace::Recording;
 use pagewire_protocol::frame::ImageName;
-use pagewire_protocol::page::InstallSize;
+use pagewire_protocol::page::{InstallSize, Layout};
 use pagewire_sender::driver::{Cargo, GuestControl, Route, Stop, Summary};
 use pagewire_sender::memory::FileMemory;
-use pagewire_sender::{GuestMemory, SenderConfig};
+use pagewire_sender::{GuestMemory, SenderConfig, Trace};
 use pagewire_transport::{Address, CancellationToken, Progress};
 use std::io;
 use std::path::Path;
@@ -217,12 +218,13 @@ pub(crate) fn run<M: GuestMemory>(
         Some((giving, live)) => (Some(giving), SenderConfig { live: Some(live), ..config }),
         None => (None, config),
     };
+    let (recording, trace) = record(live, memory.layout(), &mut report).unzip();
     let control = giving.clone().map(|giving| Box::new(giving) as Box<dyn GuestControl>);
     let (summary, result) =
-        pagewire_sender::driver::send(Cargo { memory, bases, control }, config, route, &stop, |progress| {
+        pagewire_sender::driver::send(Cargo { memory, bases, control, trace }, config, route, &stop, |progress| {
             observer.event(&Progress { pages_total, ..progress }.into());
         });
-    fill(&mut report, &summary);
+    fill(&mut report, &summary, live.is_some());
     let error = match (giving, live) {
         (Some(giving), Some(live)) => {
             let result = result.map_err(|error| error.kind);
@@ -230,6 +232,7 @@ pub(crate) fn run<M: GuestMemory>(
         }
         _ => result.err().map(Error::from),
     };
+    report.warnings.extend(recording.and_then(Recording::end));
     report.image = summary.manifest.as_ref().map(|manifest| ImageId { root: manifest.root.0, session });
     if let (Some(reuse), Some(manifest)) = (reuse.filter(|_| lineage.key != [0; 32]), &summary.manifest) {
         keep_departed(reuse, lineage, (name, session), manifest, source, &mut report);
@@ -237,14 +240,21 @@ pub(crate) fn run<M: GuestMemory>(
     report.close(error)
 }
 
-fn fill(report: &mut Report, summary: &Summary) {
+/// The trace that a live session was asked for; without one it goes on all the same.
+fn record(live: Option<&LiveOptions>, layout: &Layout, report: &mut Report) -> Option<(Recording, Box<dyn Trace>)> {
+    let begun = Recording::begin(live?.trace.as_deref()?, layout);
+    begun.map_err(|why| report.warnings.push(why)).ok()
+}
+
+/// A guest that runs has the rounds that were finished, memory at rest has one.
+fn fill(report: &mut Report, summary: &Summary, runs: bool) {
     let counts = summary.counts;
     report.seconds = summary.spent.as_secs_f64();
     report.pages = Pages::new([counts.zero, counts.base, counts.reference, counts.inline, counts.delta]);
     report.wants = counts.wants;
     report.reuse = ReuseCounts { unread: counts.unread, sampled: counts.sampled, ..ReuseCounts::default() };
     report.wire = summary.wire.into();
-    report.rounds = if summary.rounds.is_empty() {
+    report.rounds = if summary.rounds.is_empty() && !runs {
         let (pages, seconds) = (report.pages.total(), report.seconds);
         vec![Round { pages, bytes: summary.wire.sent_bytes, seconds, ..Round::default() }]
     } else {

@@ -294,6 +294,14 @@ pub fn record_check(bytes: &[u8]) -> [u8; 32] {
     blake3::derive_key("pagewire 1 hand-over record", bytes)
 }
 
+/// What a part of a trace ends with, over two pieces in a row: damage is found, and nothing is proven.
+pub fn trace_check(first: &[u8], second: &[u8]) -> [u8; 8] {
+    let mut hasher = blake3::Hasher::new_derive_key("pagewire 1 trace");
+    hasher.update(first);
+    hasher.update(second);
+    hasher.finalize().as_bytes().first_chunk().copied().unwrap_or([0; 8])
+}
+
 /// What a joining connection shows to prove that it knows the session's secret.
 pub fn join_proof(secret: &[u8; 32], session: &[u8; 16], lane: u8) -> Digest {
     let mut hasher = blake3::Hasher::new_keyed(secret);

@@ -29,4 +29,5 @@ pub mod page;
 pub mod page_buffer;
 pub mod session;
 pub mod time;
+pub mod trace;
 pub mod tree;

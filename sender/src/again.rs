@@ -61,10 +61,7 @@ impl<M: GuestMemory> Sending<M> {
         self.digests.clear();
         self.hasher.digest_nonzero(buffer.as_chunks().0, &mut self.digests);
         let found = std::mem::take(&mut self.digests);
-        let changed = self.state_changed(range, &parts, &found, Entries::over(buffer), now);
-        if let Some(rounds) = &mut self.rounds {
-            rounds.note_changed(changed);
-        }
+        self.state_changed(range, &parts, &found, Entries::over(buffer), now);
         Ok(Step::Did)
     }
 
@@ -85,10 +82,10 @@ impl<M: GuestMemory> Sending<M> {
         found: &[Digest],
         mut entries: Entries,
         now: Time,
-    ) -> u64 {
+    ) {
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         self.flush_cover();
-        let (mut next, mut changed) = (range.first.0, 0u64);
+        let mut next = range.first.0;
         let mut stated = Vec::new();
         for (slot, (page, &digest)) in parts.iter().cloned().flatten().zip(found).enumerate() {
             if !self.restate(range.region, page, digest) {
@@ -98,6 +95,9 @@ impl<M: GuestMemory> Sending<M> {
             entries.push_many(EntryKind::SKIPPED, skipped);
             stated.extend((0..skipped).map(|_| SKIPPED_DIGEST));
             let place = self.layout.place(range.region, page);
+            if let Some(rounds) = &mut self.rounds {
+                rounds.note_changed(u64::from(place.0));
+            }
             let kind = if digest == self.hasher.zero() {
                 EntryKind::ZERO
             } else if self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes)) {
@@ -107,18 +107,17 @@ impl<M: GuestMemory> Sending<M> {
             };
             entries.push(kind, slot, digest);
             stated.push(digest);
-            (next, changed) = (page.saturating_add(1), changed.saturating_add(1));
+            next = page.saturating_add(1);
         }
-        if changed == 0 {
+        if stated.is_empty() {
             self.lanes.recycle(entries.payload.buffer);
-            return 0;
+            return;
         }
         let skipped = range.numbers().end.saturating_sub(next);
         entries.push_many(EntryKind::SKIPPED, skipped);
         stated.extend((0..skipped).map(|_| SKIPPED_DIGEST));
         self.digests = stated;
         self.send(range, lane, entries, Sent::default(), now);
-        changed
     }
 
     /// A page has `digest` now: whether that is news. What it was before is not believed to be at the receiver any more.

@@ -6,6 +6,7 @@ use crate::engine::{Event, SenderConfig, SenderEngine};
 use crate::error::{ErrorKind, SenderError};
 use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision, RoundReport};
+use crate::trace::Trace;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::error::{GuestAt, PeerError};
 use pagewire_protocol::frame::LaneId;
@@ -86,6 +87,8 @@ pub struct Cargo<M> {
     pub bases: Vec<Box<dyn Base>>,
     /// Who holds the guest, if the config says that it is live.
     pub control: Option<Box<dyn GuestControl>>,
+    /// Who is shown what the guest writes.
+    pub trace: Option<Box<dyn Trace>>,
 }
 
 /// Sends an image. Blocks until the receiver has all of it, verified and lasting, or the session failed.
@@ -110,7 +113,7 @@ fn local(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
 }
 
 async fn drive<M: GuestMemory>(
-    Cargo { memory, bases, control: guest }: Cargo<M>,
+    Cargo { memory, bases, control: guest, trace }: Cargo<M>,
     config: SenderConfig,
     route: Route,
     stop: &Stop,
@@ -123,7 +126,10 @@ async fn drive<M: GuestMemory>(
         Route::Over(socket) => (None, socket),
     };
     let stream = control.into_stream().map_err(local("control connection"))?;
-    let engine = SenderEngine::new(memory, bases, config, pagewire_protocol::time::Time::ZERO);
+    let mut engine = SenderEngine::new(memory, bases, config, pagewire_protocol::time::Time::ZERO);
+    if let Some(trace) = trace {
+        engine.trace(trace);
+    }
     let mut pump = Pump::new(engine, stream, Framer::new(), start);
     if address.is_none() {
         pump.carry_all_lanes();

@@ -13,6 +13,7 @@ use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision, RoundReport};
 use crate::rounds::Rounds;
 use crate::sending::{AgreedBase, Sending, Step};
+use crate::trace::Trace;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::PageHasher;
@@ -143,6 +144,7 @@ pub struct SenderEngine<M> {
     pausing: bool,
     /// The receiver's host, in a live session.
     host: Option<HostId>,
+    trace: Option<Box<dyn Trace>>,
     rounds: Vec<RoundReport>,
     hot: Option<PageBitmap>,
     finished: bool,
@@ -171,12 +173,18 @@ impl<M: GuestMemory> SenderEngine<M> {
             root: None,
             pausing: false,
             host: None,
+            trace: None,
             rounds: Vec::new(),
             hot: None,
             finished: false,
             events: VecDeque::new(),
             outcome: None,
         }
+    }
+
+    /// Shows `trace` what the guest of a live session writes. Called before the receiver has accepted.
+    pub fn trace(&mut self, trace: Box<dyn Trace>) {
+        self.trace = Some(trace);
     }
 
     /// The first frame of the connection that is to carry `lane`; `None` before [`Event::Accepted`].
@@ -358,7 +366,10 @@ impl<M: GuestMemory> SenderEngine<M> {
         self.bases.clear();
         let terms = (hasher, greeted.agreement.codecs);
         let rounds = self.config.live.map(|live| Rounds::begin(&mut memory, live.limits, now));
-        let rounds = rounds.transpose().map_err(ErrorKind::Source)?;
+        let mut rounds = rounds.transpose().map_err(ErrorKind::Source)?;
+        if let Some(rounds) = &mut rounds {
+            rounds.show(self.trace.take());
+        }
         let mut sending = Box::new(Sending::new((memory, rounds), accept, agreed, &self.config, terms));
         sending.explain_start(now);
         self.sending = Some(sending);

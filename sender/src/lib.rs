@@ -26,6 +26,7 @@ mod rounds;
 mod sending;
 mod switch;
 mod tally;
+mod trace;
 
 pub use ask::{AskEngine, NoJob};
 pub use base::Base;
@@ -34,3 +35,4 @@ pub use error::{ErrorKind, SenderError};
 pub use lanes::{EncodeJob, EncodeOutput};
 pub use memory::{GuestMemory, Tracking};
 pub use report::{Counts, Decision, RoundReport};
+pub use trace::Trace;

@@ -9,8 +9,10 @@ use crate::history::History;
 use crate::lanes::Lanes;
 use crate::memory::{GuestMemory, Tracking};
 use crate::report::{Decision, RoundReport};
+use crate::trace::Trace;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::time::{Span, Time};
+use pagewire_protocol::trace::{Seen, TraceRecord};
 use std::io;
 
 /// How often writes are looked at while a round lasts, so that history tells pages that are written all the time from
@@ -72,6 +74,9 @@ pub(crate) struct Rounds {
     stuck: u32,
     throttled: u8,
     reports: Vec<RoundReport>,
+    trace: Option<Box<dyn Trace>>,
+    /// For the trace of memory of which nobody knows: what this round found changed.
+    compared: Option<PageBitmap>,
 }
 
 impl Rounds {
@@ -103,7 +108,32 @@ impl Rounds {
             stuck: 0,
             throttled: 0,
             reports: Vec::new(),
+            trace: None,
+            compared: None,
         })
+    }
+
+    /// Shows `trace` what is found to be written from here on.
+    pub(crate) fn show(&mut self, trace: Option<Box<dyn Trace>>) {
+        self.compared =
+            (trace.is_some() && self.tracking == Tracking::Unknown).then(|| PageBitmap::new(self.dirty.len()));
+        self.trace = trace;
+    }
+
+    fn record(&mut self, seen: Seen, pages: PageBitmap, now: Time) {
+        if let Some(trace) = &mut self.trace {
+            trace.seen(TraceRecord { at: now.since(self.began), seen, pages });
+        }
+    }
+
+    /// A round ends: what it found changed by reading. Round 0 has nothing to compare with.
+    fn record_compared(&mut self, now: Time) {
+        let empty = PageBitmap::new(self.dirty.len());
+        if let Some(pages) =
+            self.compared.as_mut().filter(|_| self.number > 0).map(|found| std::mem::replace(found, empty))
+        {
+            self.record(Seen::Compare, pages, now);
+        }
     }
 
     /// Whether the guest stands still, so that nothing may change any more.
@@ -121,9 +151,12 @@ impl Rounds {
         self.next = place;
     }
 
-    /// So many pages were found to have changed.
-    pub(crate) fn note_changed(&mut self, pages: u64) {
-        self.round.changed = self.round.changed.saturating_add(pages);
+    /// A page was found to have changed.
+    pub(crate) fn note_changed(&mut self, place: u64) {
+        self.round.changed = self.round.changed.saturating_add(1);
+        if let Some(compared) = &mut self.compared {
+            compared.insert(place);
+        }
     }
 
     /// The pages that do not matter, in round 0.
@@ -150,6 +183,9 @@ impl Rounds {
         self.sampled = now;
         self.dirty.insert_all(&found);
         self.ever.insert_all(&found);
+        if result.is_ok() {
+            self.record(Seen::Harvest, found, now);
+        }
         result
     }
 
@@ -204,6 +240,7 @@ impl Rounds {
         };
         let predicted = if left == 0 { 0.0 } else { scan + over_rate(expected, rate) } + under_way;
         self.note_stuck(left);
+        self.record_compared(now);
         let facts = Facts {
             round: self.number,
             elapsed: now.since(self.began),
@@ -304,6 +341,7 @@ impl Rounds {
 
     /// What the last round did.
     pub(crate) fn end_last(&mut self, lanes: &Lanes, now: Time) {
+        self.record_compared(now);
         let bytes = lanes.delivered().saturating_add(lanes.under_way()).saturating_sub(self.round.delivered);
         self.reports.push(RoundReport {
             number: self.number,

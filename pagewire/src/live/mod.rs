@@ -18,6 +18,7 @@ use pagewire_protocol::handover::{Grant, Handover, HostId, Whereabouts};
 use pagewire_protocol::time::Span;
 use pagewire_sender::converge::Limits;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,12 +33,14 @@ pub struct LiveOptions {
     pub lease: Option<Arc<dyn Arbiter>>,
     /// How long a receiver that does not answer is asked what became of the guest, before that is left to an operator.
     pub patience: Duration,
+    /// Keep what the guest is found to write in this file, for simulations: see [`trace`](crate::trace).
+    pub trace: Option<PathBuf>,
 }
 
 impl LiveOptions {
     /// The defaults, with the records in `journal`.
     pub fn new(journal: Arc<Journal>) -> Self {
-        Self { limits: Limits::default(), journal, lease: None, patience: Duration::from_secs(30) }
+        Self { limits: Limits::default(), journal, lease: None, patience: Duration::from_secs(30), trace: None }
     }
 }
 

@@ -11,6 +11,7 @@
 
 use pagewire_protocol::frame::{FrameKind, HEADER_BYTES};
 use pagewire_protocol::handover::{Handover, Record, RecordKind};
+use pagewire_protocol::trace::TraceParser;
 use pagewire_test_support::fuzz::TARGETS;
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::memory::ImageSink;
@@ -133,6 +134,44 @@ fn record_records() {
     }
 }
 
+/// The golden trace as it is and with parts that are checked here, and ones with a byte wrong in each field.
+fn record_traces() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../pagewire/vectors/trace.txt");
+    let whole = hex(&fs::read_to_string(path).unwrap());
+    keep("trace", "vector", &[&[0], whole.as_slice()].concat());
+    keep("trace", "cut", &[&[0], &whole[..whole.len() - 1]].concat());
+    let (mut parser, mut rest, mut bare) = (TraceParser::default(), whole.as_slice(), vec![1]);
+    for at in 0.. {
+        let (part, behind) = rest.split_at(parser.wants());
+        bare.extend(&part[..part.len() - if at % 2 == 1 { 8 } else { 0 }]);
+        parser.part(part).unwrap();
+        rest = behind;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    keep("trace", "checked", &bare);
+    // Its header is 32 bytes without the check; the first record is by one run.
+    for (name, at) in [
+        ("magic", 0),
+        ("version", 8),
+        ("regions", 10),
+        ("page-size", 12),
+        ("region", 21),
+        ("install-size", 25),
+        ("time", 39),
+        ("kind", 40),
+        ("form", 41),
+        ("length", 44),
+        ("gap", 48),
+        ("run", 52),
+    ] {
+        let mut wrong = bare.clone();
+        wrong[1 + at] ^= 0x40;
+        keep("trace", name, &wrong);
+    }
+}
+
 fn record_operations() {
     let mut compressed = Vec::new();
     let text = [7u8; 8192];
@@ -167,6 +206,7 @@ fn made_seeds_can_be_made_again() {
         record_sessions();
         record_manifests();
         record_records();
+        record_traces();
         record_operations();
     }
 }

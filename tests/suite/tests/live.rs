@@ -13,6 +13,7 @@ use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::frame::{ImageName, LaneId, Role};
 use pagewire_protocol::handover::Whereabouts;
 use pagewire_protocol::time::Span;
+use pagewire_protocol::trace::Seen;
 use pagewire_sender::converge::{AtLimit, Limits, Reason};
 use pagewire_sender::{ErrorKind, Tracking};
 use pagewire_test_support::guest::{Guest, Pattern};
@@ -180,6 +181,36 @@ fn free_pages_never_travel_until_they_are_written() {
     for page in 0..PAGES {
         let expected: &[u8] = if free.contains(page) { &[0; 4096] } else { state.image.page(0, page) };
         assert_eq!(sink.image.page(0, page), expected, "page {page}");
+    }
+}
+
+#[test]
+fn a_trace_has_every_page_that_was_written_while_somebody_watched() {
+    for (tracking, seen) in [(Tracking::Dirty, Seen::Harvest), (Tracking::Unknown, Seen::Compare)] {
+        let guest = guest(Pattern::Uniform, 200, tracking, 6);
+        let before = guest.state().image.clone();
+        let sink = ImageSink::empty(&before);
+        let config = config(&guest, 5, limits(1000));
+        let trace = config.trace.clone();
+        let outcome = run(&guest, &sink, config);
+        moved(&guest, &sink, &outcome);
+        let (records, state) = (trace.records(), guest.state());
+        assert!(records.iter().all(|record| record.seen == seen));
+        assert!(records.windows(2).all(|pair| pair[0].at < pair[1].at));
+        let mut traced = PageBitmap::new(PAGES);
+        records.iter().for_each(|record| traced.insert_all(&record.pages));
+        let changed = |page: u64| before.page(0, page) != state.image.page(0, page);
+        assert!(traced.count() > 50 && traced.runs(0..PAGES).flatten().all(changed), "{tracking:?}");
+        if seen == Seen::Harvest {
+            assert!(records.len() >= outcome.rounds.len(), "one at the end of each round, and more");
+            // The hosts greet each other for some milliseconds before it is watched.
+            let missed = (0..PAGES).filter(|&page| changed(page) && !traced.contains(page)).count();
+            assert!(missed <= 3, "{missed}");
+        } else {
+            let found: Vec<u64> = records.iter().map(|record| record.pages.count()).collect();
+            let stated: Vec<u64> = outcome.rounds.iter().skip(1).map(|round| round.stated).collect();
+            assert_eq!(found, stated, "one for each round that had another in front of it");
+        }
     }
 }
 

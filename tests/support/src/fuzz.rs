@@ -9,7 +9,7 @@ use crate::peer::{AgainstReceiver, AgainstSender, CHALLENGE, SECRET, SESSION, Sc
 use crate::rng::Rng;
 use pagewire_protocol::challenge::{Challenge, PageProof};
 use pagewire_protocol::compress::{Decompressor, compress_delta};
-use pagewire_protocol::digest::{Digest, join_proof, page_digest, record_check};
+use pagewire_protocol::digest::{Digest, join_proof, page_digest, record_check, trace_check};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::PeerError;
 use pagewire_protocol::frame::{
@@ -17,10 +17,11 @@ use pagewire_protocol::frame::{
 };
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::handover::{Handover, Handovers, Record, RecordKind};
-use pagewire_protocol::limits::PAGE_BYTES;
+use pagewire_protocol::limits::{PAGE_BYTES, REGIONS_MAX};
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::session::{Job, Machine, Phase};
 use pagewire_protocol::time::Span;
+use pagewire_protocol::trace::{TraceParser, encode_header};
 use pagewire_receiver::OtherPages;
 use pagewire_sender::{Base, SenderConfig};
 use pagewire_store::manifest::{self, BLOCK, Manifest, ManifestError};
@@ -36,6 +37,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("decompress", decompress),
     ("manifest", manifest),
     ("record", record),
+    ("trace", trace),
     ("sender_session", sender_session),
     ("receiver_session", receiver_session),
 ];
@@ -160,6 +162,38 @@ pub fn record(data: &[u8]) {
     let known = [sender, receiver].map(|me| Handovers::restore(me, lineage, &[record], kind & 2 == 0).is_ok());
     assert_eq!(known == [true; 2], record.kind == RecordKind::Gone, "GONE alone is a record of both sides");
     assert_ne!(known, [false; 2], "every record is somebody's");
+}
+
+/// A trace: as it is (first byte even), or its parts without their checks, which are made here, for the fuzzer cannot.
+/// What is read has one encoding, and no more is asked for than a bitmap of the image.
+pub fn trace(data: &[u8]) {
+    let Some((&kind, mut rest)) = data.split_first() else { return };
+    let (mut parser, mut head, mut is_checked) = (TraceParser::default(), Vec::new(), false);
+    loop {
+        let wanted = parser.wants();
+        let bitmap = parser.layout().map_or(0, |layout| layout.pages().div_ceil(8));
+        assert!(wanted as u64 <= bitmap.max(REGIONS_MAX as u64 * 16) + 8, "{wanted} bytes of a part");
+        // Parts with a check follow those without.
+        let is_sealed_here = kind & 1 == 1 && is_checked;
+        let Some((part, behind)) = rest.split_at_checked(if is_sealed_here { wanted - 8 } else { wanted }) else {
+            return;
+        };
+        rest = behind;
+        let mut part = part.to_vec();
+        if is_sealed_here {
+            part.extend(trace_check(&head, &part));
+        }
+        match (parser.part(&part), is_checked) {
+            (Err(_), _) => return,
+            (Ok(record), true) => {
+                let again = record.map(|record| record.encode());
+                let again = again.or_else(|| encode_header(parser.layout()?).ok());
+                assert_eq!(again, Some([head.as_slice(), &part].concat()), "two encodings");
+            }
+            (Ok(_), false) => head = part,
+        }
+        is_checked = !is_checked;
+    }
 }
 
 /// Numbers out of the input; zeros behind its end.

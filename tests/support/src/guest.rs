@@ -9,7 +9,8 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, Place, RegionId};
 use pagewire_protocol::time::Time;
-use pagewire_sender::{GuestMemory, Tracking};
+use pagewire_protocol::trace::TraceRecord;
+use pagewire_sender::{GuestMemory, Trace, Tracking};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -60,6 +61,23 @@ pub struct GuestState {
     cursor: u64,
     harvests: u64,
     rng: Rng,
+}
+
+/// What a session showed of a guest's writes.
+#[derive(Clone, Debug, Default)]
+pub struct TraceLog(Arc<Mutex<Vec<TraceRecord>>>);
+
+impl TraceLog {
+    /// The records so far.
+    pub fn records(&self) -> Vec<TraceRecord> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Trace for TraceLog {
+    fn seen(&mut self, record: TraceRecord) {
+        self.0.lock().unwrap().push(record);
+    }
 }
 
 /// A guest, shared by the world and the session that sends it.

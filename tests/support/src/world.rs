@@ -3,7 +3,7 @@
 //! [`World::run`] moves bytes, runs jobs and passes time until both sides are over. Nothing here sleeps and nothing is
 //! random but by seed; the number of steps is bounded, so a session that hangs is a failed test.
 
-use crate::guest::Guest;
+use crate::guest::{Guest, TraceLog};
 use crate::host::{Action, Host};
 use crate::image::Image;
 use crate::link::{Cut, LinkConfig, Pipe};
@@ -84,6 +84,8 @@ pub struct WorldConfig {
     pub guest: Option<Guest>,
     /// How long that may take.
     pub live: Option<Limits>,
+    /// Sees what the guest writes.
+    pub trace: TraceLog,
     /// The hosts of that guest: the one that it leaves, the one that it comes to.
     pub hosts: [Host; 2],
     /// The blobs that go with it.
@@ -121,6 +123,7 @@ impl WorldConfig {
             unchanged: None,
             guest: None,
             live: None,
+            trace: TraceLog::default(),
             hosts: [Host::new(1), Host::new(2)],
             blobs: Blobs::new(),
             pause_span: Span::ZERO,
@@ -254,8 +257,10 @@ impl World {
         let mut rng = Rng::new(config.seed);
         let mut nonce = [0; 16];
         rng.fill(&mut nonce);
+        let mut sender = SenderEngine::new(memory, bases, config.sender.clone(), now);
+        sender.trace(Box::new(config.trace.clone()));
         let mut world = Self {
-            sender: Side::new(SenderEngine::new(memory, bases, config.sender.clone(), now)),
+            sender: Side::new(sender),
             receiver: Side::new(ReceiverEngine::new(
                 &Policy { features_offered: FEATURE_LIVE, ..config.receiver_policy.clone() },
                 nonce,
