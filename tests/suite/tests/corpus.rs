@@ -72,6 +72,37 @@ fn sessions_of_guests_that_run_reach_their_end() {
     }
 }
 
+/// Inputs of the session targets with bytes changed, cut out, repeated and taken from others, by seed: what a fuzzer
+/// without coverage would find. The long run has more.
+#[test]
+fn mutated_sessions_keep_the_invariants() {
+    let seeds: u64 = std::env::var("PAGEWIRE_SEEDS").map_or(300, |seeds| seeds.parse().unwrap());
+    for (name, target) in TARGETS.iter().filter(|(name, _)| name.ends_with("_session")) {
+        let known: Vec<Vec<u8>> = inputs(name).iter().map(|path| fs::read(path).unwrap()).collect();
+        for seed in 0..seeds {
+            let mut rng = Rng::new(seed ^ 0xf022);
+            let mut input = known[rng.below(known.len() as u64) as usize].clone();
+            for _ in 0..rng.between(1, 6) {
+                let at = rng.below(input.len() as u64 + 1) as usize;
+                let end = (at + rng.below(12) as usize).min(input.len());
+                match rng.below(4) {
+                    0 => input[at..end].iter_mut().for_each(|byte| *byte = rng.word() as u8),
+                    1 => drop(input.drain(at..end)),
+                    2 => drop(input.splice(at..at, input[at..end].to_vec())),
+                    _ => {
+                        let other = &known[rng.below(known.len() as u64) as usize];
+                        let from = rng.below(other.len() as u64) as usize;
+                        input.splice(at..end, other[from..].iter().copied());
+                    }
+                }
+            }
+            if std::panic::catch_unwind(|| target(&input)).is_err() {
+                panic!("{name}, seed {seed}: {input:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn every_target_has_its_entry_for_libfuzzer() {
     for (name, _) in TARGETS {
