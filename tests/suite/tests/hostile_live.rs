@@ -112,23 +112,27 @@ fn words_and_blobs_in_a_session_at_rest_are_violations() {
             let mut config = pagewire_sender::SenderConfig::new(ImageName::new("vm.img").unwrap());
             (config.session, config.policy) = ([5; 16], policy.clone());
             let mut script = AgainstSender::sender_with(&image, Vec::new(), config);
+            script.features = features_offered;
             script.enter(Phase::Finishing, &image);
             script.word(word, handover(&image));
             assert_eq!(script.failure().0, CloseCode::VIOLATION, "{word:?} {agreed}");
             for phase in [Phase::Deciding, Phase::Receiving] {
                 let mut script = AgainstReceiver::receiver_with(&policy, 1);
+                script.features = features_offered;
                 script.enter(phase, &image, &ImageSink::empty(&image));
                 script.word(word, handover(&image));
                 assert_eq!(script.failure().0, CloseCode::VIOLATION, "{word:?} {agreed}");
             }
             // What lasts stays the receiver's, whatever comes instead of the acknowledgement.
             let mut script = AgainstReceiver::receiver_with(&policy, 1);
+            script.features = features_offered;
             script.enter(Phase::Parting, &image, &ImageSink::empty(&image));
             script.word(word, handover(&image));
             assert!(matches!(script.outcome(), Some(Ok(()))));
             assert!(said(&script.events()).is_empty(), "nobody is told");
         }
         let mut script = AgainstReceiver::receiver_with(&policy, 1);
+        script.features = features_offered;
         script.enter(Phase::Receiving, &image, &ImageSink::empty(&image));
         script.bring(&blobs());
         assert_eq!(script.failure().0, CloseCode::VIOLATION, "{agreed}");

@@ -52,7 +52,7 @@ impl<M: Machine> Script<M> {
 pub fn live_receiver() -> AgainstReceiver {
     let policy = Policy { features_offered: FEATURE_LIVE, ..Policy::default() };
     let mut script = AgainstReceiver::receiver_with(&policy, 1);
-    (script.live, script.host) = (Some(LIVE), Some(TO));
+    (script.features, script.live, script.host) = (FEATURE_LIVE, Some(LIVE), Some(TO));
     script
 }
 
@@ -96,7 +96,7 @@ pub fn live_sender(image: &Image) -> AgainstSender {
     (config.session, config.nonce) = (SESSION, [8; 16]);
     config.live = Some(Live { limits: Limits::default(), handover: LIVE });
     let mut script = AgainstSender::sender_with(image, Vec::new(), config);
-    script.host = Some(TO);
+    (script.features, script.host) = (FEATURE_LIVE, Some(TO));
     script
 }
 

@@ -18,7 +18,7 @@ use pagewire_protocol::frame::{
 };
 use pagewire_protocol::handover::HostId;
 use pagewire_protocol::limits::WINDOW_BYTES;
-use pagewire_protocol::session::{FEATURE_LIVE, Job, Machine, Phase, Policy};
+use pagewire_protocol::session::{Job, Machine, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_receiver::{Event, OtherPages, ReceiverEngine, ReceiverError, Terms};
 use pagewire_sender::{Base, SenderConfig, SenderEngine, SenderError};
@@ -60,6 +60,8 @@ pub struct Script<M> {
     pub known: Vec<Digest>,
     /// Pages of other guests that a receiver has.
     pub others: Option<Box<dyn OtherPages>>,
+    /// The features that the script offers.
+    pub features: u64,
     /// The hand-over that an honest sender opens.
     pub live: Option<LiveOpen>,
     /// The host that an honest receiver is, for guests that are handed over.
@@ -68,8 +70,9 @@ pub struct Script<M> {
 
 impl<M: Machine> Script<M> {
     fn new(engine: M, now: Time, lanes: u8) -> Self {
-        let (said, hello, known, others, live, host) = Default::default();
-        let mut script = Self { engine, now, said, hello, transcript: [0; 32], lanes, known, others, live, host };
+        let (said, hello, known, others, features, live, host) = Default::default();
+        let mut script =
+            Self { engine, now, said, hello, transcript: [0; 32], lanes, known, others, features, live, host };
         script.listen();
         script.hello = script.said.first().map(|said| said.body.clone()).unwrap_or_default();
         script
@@ -151,8 +154,7 @@ impl<M: Machine> Script<M> {
 
     /// Says the HELLO of an honest peer of `role`.
     pub fn greet(&mut self, role: Role) {
-        // What both offer is agreed: that the script always does leaves it to the engine.
-        let policy = Policy { features_offered: FEATURE_LIVE, ..Policy::default() };
+        let policy = Policy { features_offered: self.features, ..Policy::default() };
         let hello: Hello = policy.hello(role, [9; 16]);
         let mut body = Vec::new();
         hello.encode(&mut body);
