@@ -264,13 +264,13 @@ impl World {
         let mut rng = Rng::new(config.seed);
         let mut nonce = [0; 16];
         rng.fill(&mut nonce);
+        let mut receiver_policy = config.receiver_policy.clone();
+        if config.live.is_some() {
+            receiver_policy.features_offered |= FEATURE_LIVE;
+        }
         let mut world = Self {
             sender: Side::new(SenderEngine::new(memory, bases, config.sender.clone(), now)),
-            receiver: Side::new(ReceiverEngine::new(
-                &Policy { features_offered: FEATURE_LIVE, ..config.receiver_policy.clone() },
-                nonce,
-                now,
-            )),
+            receiver: Side::new(ReceiverEngine::new(&receiver_policy, nonce, now)),
             config,
             sink: sink.clone(),
             rng,
