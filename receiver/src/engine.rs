@@ -267,10 +267,16 @@ impl<S: GuestSink> ReceiverEngine<S> {
         }
     }
 
-    /// When the sender has stated nothing for too long; never while the image is made to last.
+    /// When the sender has stated nothing, or has left READY unanswered, for too long; never while the image is made to
+    /// last.
     fn stalled_at(&self) -> Option<Time> {
         let receiving = self.receiving.as_ref().filter(|receiving| receiving.sink.is_some())?;
-        Some(receiving.moved + STALL_SPAN_MAX).filter(|_| self.endpoint.phase() == Phase::Receiving)
+        let waits = match self.endpoint.phase() {
+            Phase::Receiving => true,
+            Phase::Parting => receiving.open.live.is_some(),
+            _ => false,
+        };
+        waits.then(|| receiving.moved + STALL_SPAN_MAX)
     }
 
     /// Until when lanes may join, if some have not.
@@ -317,7 +323,8 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
 
     fn handle_progress(&mut self, lane: LaneId, now: Time) {
         self.endpoint.note_progress(lane, now);
-        if let Some(receiving) = self.receiving.as_mut() {
+        // What moves after READY brings the hand-over no further.
+        if let Some(receiving) = self.receiving.as_mut().filter(|receiving| !receiving.lasts) {
             receiving.moved = now;
         }
     }
@@ -331,7 +338,10 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
         let late = if passed(self.joining_until()) {
             Err(PeerError::Timeout("a granted lane was not joined within 10 s"))
         } else if passed(self.stalled_at()) {
-            Err(PeerError::Timeout("no page was stated for 120 s"))
+            Err(PeerError::Timeout(match self.endpoint.phase() {
+                Phase::Parting => "READY came to nothing for 120 s",
+                _ => "no page was stated for 120 s",
+            }))
         } else {
             self.endpoint.handle_timeout(now)
         };
@@ -340,7 +350,7 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
         }
     }
 
-    fn handle_job(&mut self, output: FinishOutput<S>, _spent: Span, _now: Time) {
+    fn handle_job(&mut self, output: FinishOutput<S>, _spent: Span, now: Time) {
         let Some(receiving) = self.receiving.as_mut() else { return };
         let FinishOutput { sink, result } = output;
         receiving.sink = Some(sink);
@@ -350,6 +360,7 @@ impl<S: GuestSink> Machine for ReceiverEngine<S> {
                 receiving.lasts = true;
                 self.endpoint.enter(Phase::Parting);
                 if let Some(handover) = receiving.handover() {
+                    receiving.moved = now;
                     let blobs = std::mem::take(&mut receiving.blobs);
                     self.events.push_back(Event::Ready(handover, blobs));
                     return;

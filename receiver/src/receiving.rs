@@ -47,6 +47,20 @@ pub(crate) struct Lane {
     pub(crate) ack_due: Option<Time>,
 }
 
+impl Lane {
+    /// The round that is due ends here; the last that there is a number for never does, as none could be due after it.
+    // SPEC 6.20
+    fn end(&mut self, end: RoundEnd) -> Result<(), Violation> {
+        let next = self.ended.checked_add(1).filter(|_| end.round == self.ended);
+        let Some(next) = next else { return Err(Violation::Round { got: end.round, expected: self.ended }) };
+        if end.frames != self.frames {
+            return Err(Violation::Ack { got: end.frames, sent: self.frames });
+        }
+        self.ended = next;
+        Ok(())
+    }
+}
+
 /// What is true while an image is received.
 #[derive(Debug)]
 pub(crate) struct Receiving<S> {
@@ -353,13 +367,7 @@ impl<S: GuestSink> Receiving<S> {
 
     pub(crate) fn handle_round(&mut self, lane: LaneId, end: RoundEnd, now: Time) -> Result<(), ErrorKind> {
         let Some(state) = self.lanes.get_mut(lane.index()) else { return Ok(()) };
-        if end.round != state.ended {
-            return Err(Violation::Round { got: end.round, expected: state.ended }.into());
-        }
-        if end.frames != state.frames {
-            return Err(Violation::Ack { got: end.frames, sent: state.frames }.into());
-        }
-        state.ended = state.ended.saturating_add(1);
+        state.end(end)?;
         state.ack_due = Some(now);
         Ok(())
     }
@@ -434,4 +442,20 @@ fn stated(range: PageRange, pages: &Pages<'_>) -> impl Iterator<Item = PageRange
         (run.kind, PageRange { first, count: u32::from(run.count), ..range })
     });
     runs.filter(|(kind, _)| *kind != EntryKind::SKIPPED).map(|(_, range)| range)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SPEC 6.20
+    #[test]
+    fn the_last_number_of_a_round_is_refused_and_never_wraps() {
+        let mut lane = Lane { ended: u32::MAX - 1, frames: 3, ..Lane::default() };
+        lane.end(RoundEnd { round: u32::MAX - 1, frames: 3 }).unwrap();
+        for round in [u32::MAX, u32::MAX - 1, 0] {
+            assert!(lane.end(RoundEnd { round, frames: 3 }).is_err(), "round {round}");
+            assert_eq!(lane.ended, u32::MAX);
+        }
+    }
 }

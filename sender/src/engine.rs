@@ -20,9 +20,11 @@ use pagewire_protocol::digest::PageHasher;
 use pagewire_protocol::digest::join_proof;
 use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::{GuestAt, Incompatible, PeerError, Violation, chain};
-use pagewire_protocol::frame::{Accept, Done, Frame, FrameKind, ImageName, Join, LaneId, LiveOpen, Open, Role, Root};
+use pagewire_protocol::frame::{
+    Accept, Ack, Done, Frame, FrameKind, ImageName, Join, LaneId, LiveOpen, Open, Role, Root,
+};
 use pagewire_protocol::handover::{Handover, HostId, Message};
-use pagewire_protocol::limits::ROOTS_MAX;
+use pagewire_protocol::limits::{ROOTS_MAX, STALL_SPAN_MAX};
 use pagewire_protocol::page::{Layout, common_pages};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, FEATURE_LIVE, Machine, Outgoing, Phase, Policy};
@@ -142,6 +144,8 @@ pub struct SenderEngine<M> {
     root: Option<Root>,
     /// The guest stands still, or was asked to.
     pausing: bool,
+    /// When the receiver last took pages of a guest that stands still, or it was paused.
+    moved: Option<Time>,
     /// The receiver's host, in a live session.
     host: Option<HostId>,
     trace: Option<Box<dyn Trace>>,
@@ -172,6 +176,7 @@ impl<M: GuestMemory> SenderEngine<M> {
             sending: None,
             root: None,
             pausing: false,
+            moved: None,
             host: None,
             trace: None,
             rounds: Vec::new(),
@@ -202,9 +207,25 @@ impl<M: GuestMemory> SenderEngine<M> {
     pub fn paused(&mut self, result: Result<Blobs, String>, now: Time) {
         let Some(sending) = self.sending.as_mut().filter(|_| self.pausing) else { return };
         let begun = result.map_err(ErrorKind::Pause).and_then(|blobs| sending.begin_last_round(blobs, now));
+        self.moved = Some(now);
         if let Err(kind) = begun {
             self.fail(kind);
         }
+    }
+
+    /// When a receiver has left a guest that stands still standing for too long, whatever signs of life it gives.
+    fn stalled_at(&self) -> Option<Time> {
+        self.moved.filter(|_| self.is_sending()).map(|moved| moved + STALL_SPAN_MAX)
+    }
+
+    fn handle_ack(&mut self, lane: LaneId, ack: &Ack, now: Time) -> Result<(), ErrorKind> {
+        let Some(sending) = self.sending.as_mut() else { return Ok(()) };
+        let before = sending.lanes.delivered();
+        sending.handle_ack(lane, ack, now)?;
+        if sending.lanes.delivered() > before {
+            self.moved = self.moved.map(|_| now);
+        }
+        Ok(())
     }
 
     /// Says this of a hand-over, if there is anybody to hear it.
@@ -301,9 +322,7 @@ impl<M: GuestMemory> SenderEngine<M> {
             }
             Some(Frame::Done(done)) => self.handle_done(done),
             Some(Frame::Have(have)) => self.sending.as_mut().map_or(Ok(()), |sending| sending.handle_have(&have)),
-            Some(Frame::Ack(ack)) => {
-                self.sending.as_mut().map_or(Ok(()), |sending| sending.handle_ack(lane, &ack, now))
-            }
+            Some(Frame::Ack(ack)) => self.handle_ack(lane, &ack, now),
             _ => Ok(()),
         }
     }
@@ -463,7 +482,12 @@ impl<M: GuestMemory> Machine for SenderEngine<M> {
     }
 
     fn handle_timeout(&mut self, now: Time) {
-        if let Err(error) = self.endpoint.handle_timeout(now) {
+        let late = if self.stalled_at().is_some_and(|until| now >= until) {
+            Err(PeerError::Timeout("a guest that stands still was not taken on for 120 s"))
+        } else {
+            self.endpoint.handle_timeout(now)
+        };
+        if let Err(error) = late {
             self.fail(error.into());
         }
     }
@@ -532,7 +556,7 @@ impl<M: GuestMemory> Machine for SenderEngine<M> {
 
     fn poll_timeout(&self) -> Option<Time> {
         let pace = self.sending.as_ref().filter(|_| self.is_sending()).and_then(|sending| sending.lanes.poll_timeout());
-        pace.into_iter().chain(self.endpoint.poll_timeout()).min()
+        pace.into_iter().chain(self.endpoint.poll_timeout()).chain(self.stalled_at()).min()
     }
 
     fn recycle(&mut self, buffer: PageBuffer) {

@@ -6,13 +6,15 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::cast_possible_truncation,
     reason = "test code: a failed expectation is a failed test"
 )]
 
 use pagewire_protocol::frame::{FrameKind, HEADER_BYTES};
 use pagewire_protocol::handover::{Handover, Record, RecordKind};
 use pagewire_protocol::trace::TraceParser;
-use pagewire_test_support::fuzz::TARGETS;
+use pagewire_test_support::fuzz::{TARGETS, hand_over, take_over};
+use pagewire_test_support::host::Host;
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::memory::ImageSink;
 use pagewire_test_support::rng::Rng;
@@ -39,6 +41,66 @@ fn every_input_of_every_target_keeps_the_invariants() {
         for path in inputs {
             eprintln!("{}", path.display());
             target(&fs::read(&path).unwrap());
+        }
+    }
+}
+
+/// The made sessions of guests that run get as far as they were made to.
+#[test]
+fn sessions_of_guests_that_run_reach_their_end() {
+    let read = |target: &str, name: &str| fs::read(corpus(target).join(name)).unwrap();
+    let kinds = |host: &Host| host.records.iter().map(|record| record.kind).collect::<Vec<_>>();
+    for (name, told_to_run, records) in [
+        ("whole", 1, &[RecordKind::Gone][..]),
+        ("twice", 1, &[RecordKind::Gone]),
+        ("gone-first", 1, &[RecordKind::Started]),
+        ("silent", 0, &[]),
+        ("asked", 0, &[RecordKind::Rejected]),
+        ("image-root", 0, &[]),
+    ] {
+        let host = take_over(&read("live_receiver_session", name));
+        assert_eq!((host.told_to_run, kinds(&host).as_slice()), (told_to_run, records), "{name}");
+    }
+    for (name, told_to_run, records) in [
+        ("whole", 0, &[RecordKind::Gone][..]),
+        ("twice", 0, &[RecordKind::Gone]),
+        ("rejected", 1, &[RecordKind::Returned]),
+        ("reject-first", 1, &[RecordKind::Returned]),
+        ("started-first", 0, &[RecordKind::Gone]),
+        ("done", 1, &[RecordKind::Returned]),
+    ] {
+        let host = hand_over(&read("live_sender_session", name));
+        assert_eq!((host.told_to_run, kinds(&host).as_slice()), (told_to_run, records), "{name}");
+    }
+}
+
+/// Inputs of the session targets with bytes changed, cut out, repeated and taken from others, by seed: what a fuzzer
+/// without coverage would find. The long run has more.
+#[test]
+fn mutated_sessions_keep_the_invariants() {
+    let seeds: u64 = std::env::var("PAGEWIRE_SEEDS").map_or(300, |seeds| seeds.parse().unwrap());
+    for (name, target) in TARGETS.iter().filter(|(name, _)| name.ends_with("_session")) {
+        let known: Vec<Vec<u8>> = inputs(name).iter().map(|path| fs::read(path).unwrap()).collect();
+        for seed in 0..seeds {
+            let mut rng = Rng::new(seed ^ 0xf022);
+            let mut input = known[rng.below(known.len() as u64) as usize].clone();
+            for _ in 0..rng.between(1, 6) {
+                let at = rng.below(input.len() as u64 + 1) as usize;
+                let end = (at + rng.below(12) as usize).min(input.len());
+                match rng.below(4) {
+                    0 => input[at..end].iter_mut().for_each(|byte| *byte = rng.word() as u8),
+                    1 => drop(input.drain(at..end)),
+                    2 => drop(input.splice(at..at, input[at..end].to_vec())),
+                    _ => {
+                        let other = &known[rng.below(known.len() as u64) as usize];
+                        let from = rng.below(other.len() as u64) as usize;
+                        input.splice(at..end, other[from..].iter().copied());
+                    }
+                }
+            }
+            if std::panic::catch_unwind(|| target(&input)).is_err() {
+                panic!("{name}, seed {seed}: {input:?}");
+            }
         }
     }
 }
@@ -199,6 +261,41 @@ fn record_operations() {
     );
 }
 
+/// Sessions of guests that run, as operations: to the end, with words that come too early, twice or are about something
+/// else, a receiver that rejects, and a guest that cannot be paused.
+fn record_live_operations() {
+    // Of each region all pages in one frame, every byte zero: pages that are what they are.
+    let pages = |region: u8, count: u8| [vec![14, region, 0, count - 1], vec![0; usize::from(count) + 1]].concat();
+    let bring = [pages(0, 10), pages(1, 18), vec![10, 0, 0], vec![12, 0, 12, 0, 12, 0], vec![11, 0, 5, 0]].concat();
+    let (commit, gone) = ([13, 1, 0], [13, 4, 0]);
+    let receiver = |name: &str, tail: &[u8]| {
+        keep("live_receiver_session", name, &[&[0], bring.as_slice(), tail, &[5, 0]].concat());
+    };
+    receiver("whole", &[commit, gone].concat());
+    receiver("twice", &[commit, commit, gone, gone].concat());
+    receiver("gone-first", &[gone, commit].concat());
+    receiver("other-root", &[13, 1, 205, 9, 13, 1, 0]);
+    receiver("silent", &[1, 0, 255, 1, 0, 255]);
+    keep("live_receiver_session", "asked", &[0x20, 13, 1, 0, 5, 0, 13, 1, 0, 13, 4, 0]);
+    keep("live_receiver_session", "image-root", &[&[0], &bring[..bring.len() - 3], &[1, 5, 0]].concat());
+    keep("live_receiver_session", "blob-cut", &[0, 12, 250, 12, 0, 11, 0]);
+    // Stated, acknowledged, paused, stated, acknowledged.
+    let (step, ack) = ([5, 0], [13, 0, 0]);
+    let state = [&step[..], &ack, &step, &[11, 0], &step, &ack, &step].concat();
+    let sender = |name: &str, tail: &[u8]| {
+        keep("live_sender_session", name, &[&[0], state.as_slice(), tail, &step].concat());
+    };
+    sender("whole", &[10, 0, 0, 10, 2, 0]);
+    sender("twice", &[10, 0, 0, 10, 0, 0, 10, 2, 0, 10, 2, 0]);
+    sender("rejected", &[10, 0, 0, 10, 3, 0]);
+    sender("reject-first", &[10, 3, 0, 10, 0, 0]);
+    sender("started-first", &[10, 2, 0, 10, 0, 0, 10, 2, 0, 10, 3, 0]);
+    sender("other-root", &[10, 0, 205, 9]);
+    sender("done", &[9, 0]);
+    keep("live_sender_session", "not-paused", &[&[0], &step[..], &ack, &step, &[11, 250]].concat());
+    keep("live_sender_session", "lost", &[&[0], &step[..], &ack, &step, &[6, 0]].concat());
+}
+
 #[test]
 fn made_seeds_can_be_made_again() {
     if std::env::var_os("PAGEWIRE_RECORD").is_some() {
@@ -208,5 +305,6 @@ fn made_seeds_can_be_made_again() {
         record_records();
         record_traces();
         record_operations();
+        record_live_operations();
     }
 }

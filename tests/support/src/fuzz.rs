@@ -3,6 +3,10 @@
 //! `fuzz/` calls them under libFuzzer, `tests/suite/tests/corpus.rs` over the committed corpora. The session targets
 //! read their input as operations: frames that are nearly right reach further than noise.
 
+mod live;
+
+pub use live::{hand_over, live_receiver_session, live_sender_session, take_over};
+
 use crate::image::{Image, Mix};
 use crate::memory::{ImageBase, ImageSink, Neighbour};
 use crate::peer::{AgainstReceiver, AgainstSender, CHALLENGE, SECRET, SESSION, Script, Statement, digests};
@@ -40,6 +44,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("trace", trace),
     ("sender_session", sender_session),
     ("receiver_session", receiver_session),
+    ("live_sender_session", live_sender_session),
+    ("live_receiver_session", live_receiver_session),
 ];
 
 /// However a stream is cut, the same frames and the same error come out, and no more than a frame is held.
@@ -349,6 +355,7 @@ fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
                 let page = base.page(usize::from(region), from).first_chunk().unwrap();
                 statement.shifted(page_digest(&DedupDomain::public(), page))
             }
+            230..235 => statement.skipped(),
             flaw => {
                 bytes[usize::from(input.byte()) * 16] ^= flaw;
                 statement.inline(&bytes)

@@ -5,7 +5,9 @@
 
 use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::frame::LiveOpen;
-use pagewire_protocol::handover::{Handover, Handovers, HostId, Input, Message, Output, Record, Whereabouts};
+use pagewire_protocol::handover::{
+    Handover, Handovers, HostId, Input, Message, Output, Record, RecordKind, Whereabouts, Word,
+};
 
 /// The guest of every world that has one.
 pub const GUEST: LineageId = LineageId([5; 16]);
@@ -21,6 +23,21 @@ pub struct Host {
     pub records: Vec<Record>,
     /// It has been told to run the guest, or to let it run again.
     pub told_to_run: u64,
+    /// Where it crashes, if it gets there.
+    pub dies_at: Option<Point>,
+    /// It has crashed, and was not restarted.
+    pub dead: bool,
+}
+
+/// A point at which a host can crash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Point {
+    /// This record is to be written, and is not.
+    Writing(RecordKind),
+    /// This record is durable, and nothing has followed from it.
+    Written(RecordKind),
+    /// This word is to be said, and is not.
+    Saying(Word),
 }
 
 /// What an engine has to do.
@@ -39,7 +56,7 @@ impl Host {
     pub fn new(number: u8) -> Self {
         let id = HostId([number; 32]);
         let (handovers, _) = Handovers::restore(id, GUEST, &[], true).unwrap();
-        Self { id, handovers, records: Vec::new(), told_to_run: 0 }
+        Self { id, handovers, records: Vec::new(), told_to_run: 0, dies_at: None, dead: false }
     }
 
     /// The hand-over that the next session is to end with.
@@ -58,12 +75,18 @@ impl Host {
 
     /// All of the guest is here.
     pub fn ready(&mut self, handover: Handover) -> Vec<Action> {
+        if self.dead {
+            return Vec::new();
+        }
         let outputs = self.handovers.receive(handover.sender, handover);
         self.carry_out(outputs)
     }
 
     /// What follows from an input.
     pub fn handle(&mut self, input: Input) -> Vec<Action> {
+        if self.dead {
+            return Vec::new();
+        }
         let outputs = self.handovers.handle(input);
         self.carry_out(outputs)
     }
@@ -77,12 +100,20 @@ impl Host {
         let mut actions = Vec::new();
         for output in outputs {
             match output {
+                _ if self.dead => return actions,
                 Output::Persist(record) => {
+                    if self.dies(Point::Writing(record.kind)) {
+                        return actions;
+                    }
                     self.records.retain(|known| known.handover != record.handover);
                     self.records.push(record);
+                    if self.dies(Point::Written(record.kind)) {
+                        return actions;
+                    }
                     actions.extend(self.handle(Input::Durable(record)));
                 }
                 Output::Forget(handover) => self.records.retain(|known| known.handover != handover),
+                Output::Send(message) if self.dies(Point::Saying(message.word)) => return actions,
                 Output::Send(message) => actions.push(Action::Say(message)),
                 Output::Verified(_) => actions.extend(self.handle(Input::Commit)),
                 Output::Run(_) | Output::Resume(_) => {
@@ -96,10 +127,15 @@ impl Host {
         actions
     }
 
-    /// Nothing is left but what is on the disk.
-    pub fn crash(&mut self) {
-        let (handovers, forgotten) = Handovers::restore(self.id, GUEST, &self.records, true).unwrap();
-        self.handovers = handovers;
+    fn dies(&mut self, point: Point) -> bool {
+        self.dead |= self.dies_at.take_if(|at| *at == point).is_some();
+        self.dead
+    }
+
+    /// Starts again with nothing but what is on the disk; `kept` says that a guest which was started here is among that.
+    pub fn restart(&mut self, kept: bool) {
+        let (handovers, forgotten) = Handovers::restore(self.id, GUEST, &self.records, kept).unwrap();
+        (self.handovers, self.dead) = (handovers, false);
         self.carry_out(forgotten);
     }
 

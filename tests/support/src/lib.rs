@@ -21,6 +21,7 @@ pub mod guest;
 pub mod host;
 pub mod image;
 pub mod link;
+pub mod live_peer;
 pub mod memory;
 pub mod peer;
 pub mod rng;

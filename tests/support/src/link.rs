@@ -112,6 +112,11 @@ impl Pipe {
         }
     }
 
+    /// Breaks now; both sides are told.
+    pub fn reset(&mut self, now: Time) {
+        self.broken.get_or_insert(now);
+    }
+
     /// No more bytes will come.
     pub fn end(&mut self, now: Time) {
         let last = self.arriving.back().map_or(now, |(last, _)| *last);

@@ -155,7 +155,7 @@ impl OtherPages for Neighbour {
     fn fetch(&mut self, digest: &Digest, page: &mut PageBytes) -> bool {
         let domain = DedupDomain::new(&self.key);
         let whole = |at: &u64| page_digest(&domain, self.image.page(0, *at).first_chunk().unwrap()) == *digest;
-        let Some(at) = (0..self.image.pages()).find(whole) else { return false };
+        let Some(at) = (0..self.image.regions[0].pages()).find(whole) else { return false };
         page.copy_from_slice(self.image.page(0, at));
         page[5] ^= u8::from(self.rotten);
         true

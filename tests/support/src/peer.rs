@@ -14,8 +14,9 @@ use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::{CloseCode, Violation, chain};
 use pagewire_protocol::frame::{
     Accept, Close, Codec, Done, EntryKind, Frame, FrameHeader, FrameKind, HEADER_BYTES, Hello, ImageName, Join, LaneId,
-    Open, PagesHead, Role, Root, RoundEnd, Run, SKIPPED_DIGEST,
+    LiveOpen, Open, PagesHead, Role, Root, RoundEnd, Run, SKIPPED_DIGEST,
 };
+use pagewire_protocol::handover::HostId;
 use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::{Job, Machine, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
@@ -59,12 +60,19 @@ pub struct Script<M> {
     pub known: Vec<Digest>,
     /// Pages of other guests that a receiver has.
     pub others: Option<Box<dyn OtherPages>>,
+    /// The features that the script offers.
+    pub features: u64,
+    /// The hand-over that an honest sender opens.
+    pub live: Option<LiveOpen>,
+    /// The host that an honest receiver is, for guests that are handed over.
+    pub host: Option<HostId>,
 }
 
 impl<M: Machine> Script<M> {
     fn new(engine: M, now: Time, lanes: u8) -> Self {
-        let (said, hello, known, others) = Default::default();
-        let mut script = Self { engine, now, said, hello, transcript: [0; 32], lanes, known, others };
+        let (said, hello, known, others, features, live, host) = Default::default();
+        let mut script =
+            Self { engine, now, said, hello, transcript: [0; 32], lanes, known, others, features, live, host };
         script.listen();
         script.hello = script.said.first().map(|said| said.body.clone()).unwrap_or_default();
         script
@@ -144,8 +152,10 @@ impl<M: Machine> Script<M> {
         }
     }
 
-    fn greet(&mut self, role: Role) {
-        let hello: Hello = Policy::default().hello(role, [9; 16]);
+    /// Says the HELLO of an honest peer of `role`.
+    pub fn greet(&mut self, role: Role) {
+        let policy = Policy { features_offered: self.features, ..Policy::default() };
+        let hello: Hello = policy.hello(role, [9; 16]);
         let mut body = Vec::new();
         hello.encode(&mut body);
         let (sender, receiver) = if role == Role::Sender { (&body, &self.hello) } else { (&self.hello, &body) };
@@ -278,8 +288,13 @@ pub type AgainstReceiver = Script<ReceiverEngine<ImageSink>>;
 impl AgainstReceiver {
     /// A receiver that greets and would grant `lanes`.
     pub fn receiver(lanes: u8) -> Self {
+        Self::receiver_with(&Policy::default(), lanes)
+    }
+
+    /// A receiver that speaks what `policy` says.
+    pub fn receiver_with(policy: &Policy, lanes: u8) -> Self {
         let now = Time::ZERO + Span::from_secs(1);
-        Self::new(ReceiverEngine::new(&Policy::default(), [8; 16], now), now, lanes)
+        Self::new(ReceiverEngine::new(policy, [8; 16], now), now, lanes)
     }
 
     /// The OPEN of an honest sender of `image`.
@@ -289,7 +304,7 @@ impl AgainstReceiver {
             session: SESSION,
             name: ImageName::new("vm.img").unwrap(),
             fresh: false,
-            live: None,
+            live: self.live,
             single_stream: false,
             lanes: self.lanes,
             domain_key: [0; 32],
@@ -304,7 +319,7 @@ impl AgainstReceiver {
         while let Some(event) = self.engine.poll_event() {
             if let Event::Offered(offer) = event {
                 let (lanes, agreed, sink) = (self.lanes, sink.agreed(&offer.open), sink.clone());
-                let (others, challenge) = (self.others.take(), CHALLENGE);
+                let (others, challenge, host) = (self.others.take(), CHALLENGE, self.host);
                 let terms = Terms {
                     sink,
                     lanes,
@@ -314,7 +329,7 @@ impl AgainstReceiver {
                     agreed,
                     others,
                     challenge,
-                    host: None,
+                    host,
                 };
                 self.engine.accept(terms, self.now);
             }
@@ -435,7 +450,7 @@ impl AgainstSender {
             agreed: 0,
             base_stays: false,
             challenge: None,
-            host: None,
+            host: self.host.map(|host| host.0),
         }
     }
 

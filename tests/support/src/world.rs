@@ -3,8 +3,12 @@
 //! [`World::run`] moves bytes, runs jobs and passes time until both sides are over. Nothing here sleeps and nothing is
 //! random but by seed; the number of steps is bounded, so a session that hangs is a failed test.
 
+mod hosts;
+
+pub use hosts::Fate;
+
 use crate::guest::{Guest, TraceLog};
-use crate::host::{Action, Host};
+use crate::host::Host;
 use crate::image::Image;
 use crate::link::{Cut, LinkConfig, Pipe};
 use crate::memory::{ImageBase, ImageMemory, ImageSink, SourceFaults};
@@ -15,7 +19,7 @@ use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::{CloseCode, PeerError, Violation};
 use pagewire_protocol::frame::{Frame, FrameKind, ImageName, LaneId, Role};
 use pagewire_protocol::framing::Framer;
-use pagewire_protocol::handover::{Input, RecordKind, Word};
+use pagewire_protocol::handover::{Message, Word};
 use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::{FEATURE_LIVE, Job, Machine, Outgoing, Policy};
 use pagewire_protocol::time::{Span, Time};
@@ -88,6 +92,8 @@ pub struct WorldConfig {
     pub trace: TraceLog,
     /// The hosts of that guest: the one that it leaves, the one that it comes to.
     pub hosts: [Host; 2],
+    /// What becomes of the first saying of a word.
+    pub fates: Vec<(Word, Fate)>,
     /// The blobs that go with it.
     pub blobs: Blobs,
     /// How long it takes until the guest stands still.
@@ -125,6 +131,7 @@ impl WorldConfig {
             live: None,
             trace: TraceLog::default(),
             hosts: [Host::new(1), Host::new(2)],
+            fates: Vec::new(),
             blobs: Blobs::new(),
             pause_span: Span::ZERO,
             record: false,
@@ -153,6 +160,8 @@ pub struct Outcome {
     pub first_pages: Option<Time>,
     /// The hosts of a guest that ran, as they are now.
     pub hosts: [Host; 2],
+    /// Every word that a host has said, by whether it went to the receiver.
+    pub words: Vec<(bool, Message)>,
     /// The blobs that came with it.
     pub blobs: Option<Blobs>,
     /// When the sender knew.
@@ -230,6 +239,7 @@ pub struct World {
     /// When the guest will stand still.
     pausing: Option<Time>,
     blobs: Option<Blobs>,
+    words: Vec<(bool, Message)>,
     connections: Vec<Connection>,
     first_pages: Option<Time>,
     frames: Vec<(bool, FrameKind, LaneId)>,
@@ -257,15 +267,15 @@ impl World {
         let mut rng = Rng::new(config.seed);
         let mut nonce = [0; 16];
         rng.fill(&mut nonce);
+        let mut receiver_policy = config.receiver_policy.clone();
+        if config.live.is_some() {
+            receiver_policy.features_offered |= FEATURE_LIVE;
+        }
         let mut sender = SenderEngine::new(memory, bases, config.sender.clone(), now);
         sender.trace(Box::new(config.trace.clone()));
         let mut world = Self {
             sender: Side::new(sender),
-            receiver: Side::new(ReceiverEngine::new(
-                &Policy { features_offered: FEATURE_LIVE, ..config.receiver_policy.clone() },
-                nonce,
-                now,
-            )),
+            receiver: Side::new(ReceiverEngine::new(&receiver_policy, nonce, now)),
             config,
             sink: sink.clone(),
             rng,
@@ -273,6 +283,7 @@ impl World {
             steps: 0,
             pausing: None,
             blobs: None,
+            words: Vec::new(),
             connections: Vec::new(),
             first_pages: None,
             frames: Vec::new(),
@@ -300,61 +311,6 @@ impl World {
         }
     }
 
-    fn run_guest(&mut self) {
-        let Some(guest) = &self.config.guest else { return };
-        guest.run_until(self.now);
-        if self.pausing.take_if(|due| *due <= self.now).is_some() {
-            guest.state().pause();
-            self.sender.machine.paused(Ok(self.config.blobs.clone()), self.now);
-        }
-    }
-
-    fn handle_guest(&mut self, event: &SenderEvent) {
-        let Some(guest) = &self.config.guest else { return };
-        match event {
-            SenderEvent::Pause => self.pausing = Some(self.now + self.config.pause_span),
-            SenderEvent::Resume => {
-                self.pausing = None;
-                guest.state().resume();
-            }
-            SenderEvent::Throttle(percent) => guest.state().throttled = *percent,
-            SenderEvent::Offer(handover) => self.config.hosts[0].offer(*handover),
-            SenderEvent::Said(message) => {
-                let actions = self.config.hosts[0].hear(self.config.hosts[1].id, *message);
-                self.act_at_sender(actions);
-            }
-            _ => {}
-        }
-    }
-
-    fn act_at_sender(&mut self, actions: Vec<Action>) {
-        for action in actions {
-            match action {
-                Action::Say(message) => self.sender.machine.say(message),
-                Action::Release => self.sender.machine.release(),
-                Action::Run => {
-                    self.config.guest.iter().for_each(|guest| guest.state().resume());
-                    self.sender.machine.cancel(SenderFailure::Cancelled);
-                }
-            }
-        }
-    }
-
-    fn act_at_receiver(&mut self, actions: Vec<Action>) {
-        for action in actions {
-            if let Action::Say(message) = action {
-                self.receiver.machine.say(message);
-                if message.word == Word::Reject {
-                    self.receiver.machine.cancel();
-                }
-            }
-        }
-        // A hand-over that is settled needs no session.
-        if self.config.hosts[1].records.iter().any(|record| record.kind == RecordKind::Gone) {
-            self.receiver.machine.release();
-        }
-    }
-
     fn connect(&mut self, lane: LaneId) {
         let cut = |to_receiver| {
             let mut cuts = self.config.cuts.iter();
@@ -379,6 +335,7 @@ impl World {
             moved |= self.sender.run_jobs(self.now, self.config.job_span_max, &mut self.rng);
             moved |= self.receiver.run_jobs(self.now, self.config.job_span_max, &mut self.rng);
             moved |= self.sender.machine.work(self.now) | self.receiver.machine.work(self.now);
+            self.bury();
             self.sender.note_over(self.now);
             self.receiver.note_over(self.now);
             if !moved {
@@ -521,18 +478,6 @@ impl World {
         }
     }
 
-    /// A session that failed leaves its guest to what the hosts know of its hand-over.
-    fn settle_hosts(&mut self, sender: bool, receiver: bool) {
-        if !sender {
-            self.config.hosts[0].handovers.close(self.config.sender.session);
-            let actions = self.config.hosts[0].handle(Input::Timeout);
-            self.act_at_sender(actions);
-        }
-        if !receiver {
-            self.config.hosts[1].handle(Input::Timeout);
-        }
-    }
-
     fn finish(mut self) -> Outcome {
         let sender = self.sender.machine.outcome().expect("a session that is over has an outcome");
         let receiver = self.receiver.machine.outcome().expect("a session that is over has an outcome");
@@ -546,6 +491,7 @@ impl World {
             received: self.receiver.machine.counts(),
             rounds: self.sender.machine.rounds().to_vec(),
             hosts: self.config.hosts,
+            words: self.words,
             blobs: self.blobs,
             decisions: self.sender.machine.decisions().iter().map(|decision| decision.what.clone()).collect(),
             wire,

@@ -1,0 +1,130 @@
+//! The hosts of a world: what engines and hosts tell each other, and what becomes of their words.
+
+use super::{TO_RECEIVER, TO_SENDER, World};
+use crate::host::Action;
+use pagewire_protocol::error::PeerError;
+use pagewire_protocol::handover::{Input, Message, RecordKind, Word};
+use pagewire_protocol::session::Machine;
+use pagewire_sender::{ErrorKind as SenderFailure, Event as SenderEvent};
+
+/// What becomes of a word on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It never arrives, and the connection stays.
+    Lost,
+    /// It arrives twice.
+    Twice,
+    /// It never arrives, and the connection breaks.
+    Broken,
+}
+
+impl World {
+    pub(super) fn run_guest(&mut self) {
+        let Some(guest) = &self.config.guest else { return };
+        guest.run_until(self.now);
+        if self.pausing.take_if(|due| *due <= self.now).is_some() {
+            guest.state().pause();
+            self.sender.machine.paused(Ok(self.config.blobs.clone()), self.now);
+        }
+    }
+
+    pub(super) fn handle_guest(&mut self, event: &SenderEvent) {
+        let Some(guest) = &self.config.guest else { return };
+        match event {
+            SenderEvent::Pause => self.pausing = Some(self.now + self.config.pause_span),
+            SenderEvent::Resume => {
+                self.pausing = None;
+                guest.state().resume();
+            }
+            SenderEvent::Throttle(percent) => guest.state().throttled = *percent,
+            SenderEvent::Offer(handover) => self.config.hosts[0].offer(*handover),
+            SenderEvent::Said(message) => {
+                let actions = self.config.hosts[0].hear(self.config.hosts[1].id, *message);
+                self.act_at_sender(actions);
+            }
+            _ => {}
+        }
+    }
+
+    fn act_at_sender(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Say(message) => self.say(TO_RECEIVER, message),
+                Action::Release => self.sender.machine.release(),
+                Action::Run => {
+                    self.config.guest.iter().for_each(|guest| guest.state().resume());
+                    self.sender.machine.cancel(SenderFailure::Cancelled);
+                }
+            }
+        }
+    }
+
+    pub(super) fn act_at_receiver(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            if let Action::Say(message) = action {
+                self.say(TO_SENDER, message);
+                if message.word == Word::Reject {
+                    self.receiver.machine.cancel();
+                }
+            }
+        }
+        // A hand-over that is settled needs no session.
+        if self.config.hosts[1].records.iter().any(|record| record.kind == RecordKind::Gone) {
+            self.receiver.machine.release();
+        }
+    }
+
+    /// A host says a word, on the way `way`.
+    fn say(&mut self, way: usize, message: Message) {
+        self.words.push((way == TO_RECEIVER, message));
+        let at = self.config.fates.iter().position(|(word, _)| *word == message.word);
+        let fate = at.map(|at| self.config.fates.swap_remove(at).1);
+        let times = match fate {
+            None => 1,
+            Some(Fate::Twice) => 2,
+            Some(Fate::Lost) => 0,
+            Some(Fate::Broken) => {
+                self.break_connections();
+                0
+            }
+        };
+        for _ in 0..times {
+            if way == TO_RECEIVER {
+                self.sender.machine.say(message);
+            } else {
+                self.receiver.machine.say(message);
+            }
+        }
+    }
+
+    fn break_connections(&mut self) {
+        let now = self.now;
+        self.connections.iter_mut().flat_map(|connection| &mut connection.pipes).for_each(|pipe| pipe.reset(now));
+    }
+
+    /// A host that has crashed has no session any more, and its connections break.
+    pub(super) fn bury(&mut self) {
+        let crashed = || PeerError::Broken { lane: 0, reason: "the host has crashed".to_owned() };
+        let [one, other] = [0, 1].map(|at| self.config.hosts[at].dead);
+        if one && !self.sender.machine.is_over() {
+            self.break_connections();
+            self.sender.machine.handle_peer_error(crashed(), self.now);
+        }
+        if other && !self.receiver.machine.is_over() {
+            self.break_connections();
+            self.receiver.machine.handle_peer_error(crashed(), self.now);
+        }
+    }
+
+    /// A session that failed leaves its guest to what the hosts know of its hand-over.
+    pub(super) fn settle_hosts(&mut self, sender: bool, receiver: bool) {
+        if !sender {
+            self.config.hosts[0].handovers.close(self.config.sender.session);
+            let actions = self.config.hosts[0].handle(Input::Timeout);
+            self.act_at_sender(actions);
+        }
+        if !receiver {
+            self.config.hosts[1].handle(Input::Timeout);
+        }
+    }
+}
