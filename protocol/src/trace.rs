@@ -7,11 +7,20 @@ use crate::bitmap::PageBitmap;
 use crate::coding::{Reader, Writer};
 use crate::digest::trace_check;
 use crate::error::DecodeError;
-use crate::limits::{PAGE_BYTES, REGIONS_MAX, TRACE_PAGES_MAX};
+use crate::limits::{PAGE_BYTES, REGIONS_MAX};
 use crate::page::{InstallSize, Layout, Region};
 use crate::time::Span;
 use alloc::vec::Vec;
 use core::ops::Range;
+
+// Bounds of traces are no peer's concern: they stand here and in docs/TRACE.md, not with those of SPEC 9.1.
+/// Pages of an image whose writes are traced (1 TiB): a record takes at most 32 MiB.
+pub const TRACE_PAGES_MAX: u64 = 1 << 28;
+/// Bytes of a trace that is written: what comes then is not kept. The bitmap of 64 GiB (2 MiB) each second fits for
+/// half an hour.
+pub const TRACE_BYTES_MAX: u64 = 1 << 32;
+/// Records of a trace that may wait for the disk; with more of them the trace ends, for no guest waits for it.
+pub const TRACE_RECORDS_WAITING_MAX: usize = 16;
 
 const MAGIC: [u8; 8] = *b"pwtrace\0";
 const VERSION: u16 = 1;
