@@ -363,8 +363,8 @@ mod tests {
     #[test]
     fn rejects_a_trace_cut_at_any_byte_but_between_records_and_one_changed_at_any() {
         let header = encode_header(&layout()).unwrap();
-        let first = record(7, Seen::Harvest, &[1..4]).encode();
-        let whole = [header.clone(), first.clone(), record(9, Seen::Compare, &[9..10]).encode()].concat();
+        let first = record(7, Seen::Harvest, &[1..4, 6..7]).encode();
+        let whole = [header.clone(), first.clone(), record(9, Seen::Compare, &[9..10, 12..13]).encode()].concat();
         let ends = [header.len(), header.len() + first.len(), whole.len()];
         for cut in 0..whole.len() {
             assert_eq!(parse(&whole[..cut]).is_ok(), ends.contains(&cut), "{cut}");
