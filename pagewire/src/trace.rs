@@ -5,10 +5,9 @@
 //! becomes too long, or writing fails, the trace ends there and the report has a warning.
 
 use pagewire_protocol::error::DecodeError;
-use pagewire_protocol::limits::{TRACE_BYTES_MAX, TRACE_RECORDS_WAITING_MAX};
 use pagewire_protocol::page::Layout;
 pub use pagewire_protocol::trace::{Seen, TraceRecord};
-use pagewire_protocol::trace::{TraceParser, encode_header};
+use pagewire_protocol::trace::{TRACE_BYTES_MAX, TRACE_RECORDS_WAITING_MAX, TraceParser, encode_header};
 use pagewire_sender::Trace;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};

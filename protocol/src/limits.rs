@@ -82,10 +82,3 @@ pub const BLOBS_MAX: usize = 16;
 pub const BLOB_BYTES_MAX: u32 = 16 << 20;
 /// Bytes of a blob in one BLOB frame.
 pub const BLOB_PART_BYTES_MAX: u32 = 32 * 1024;
-/// Pages of an image whose writes are traced (1 TiB): a record takes at most 32 MiB.
-pub const TRACE_PAGES_MAX: u64 = 1 << 28;
-/// Bytes of a trace that is written: what comes then is not kept. The bitmap of 64 GiB (2 MiB) each second fits for
-/// half an hour.
-pub const TRACE_BYTES_MAX: u64 = 1 << 32;
-/// Records of a trace that may wait for the disk; with more of them the trace ends, for no guest waits for it.
-pub const TRACE_RECORDS_WAITING_MAX: usize = 16;

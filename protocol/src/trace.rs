@@ -7,11 +7,20 @@ use crate::bitmap::PageBitmap;
 use crate::coding::{Reader, Writer};
 use crate::digest::trace_check;
 use crate::error::DecodeError;
-use crate::limits::{PAGE_BYTES, REGIONS_MAX, TRACE_PAGES_MAX};
+use crate::limits::{PAGE_BYTES, REGIONS_MAX};
 use crate::page::{InstallSize, Layout, Region};
 use crate::time::Span;
 use alloc::vec::Vec;
 use core::ops::Range;
+
+// Bounds of traces are no peer's concern: they stand here and in docs/TRACE.md, not with those of SPEC 9.1.
+/// Pages of an image whose writes are traced (1 TiB): a record takes at most 32 MiB.
+pub const TRACE_PAGES_MAX: u64 = 1 << 28;
+/// Bytes of a trace that is written: what comes then is not kept. The bitmap of 64 GiB (2 MiB) each second fits for
+/// half an hour.
+pub const TRACE_BYTES_MAX: u64 = 1 << 32;
+/// Records of a trace that may wait for the disk; with more of them the trace ends, for no guest waits for it.
+pub const TRACE_RECORDS_WAITING_MAX: usize = 16;
 
 const MAGIC: [u8; 8] = *b"pwtrace\0";
 const VERSION: u16 = 1;
@@ -354,8 +363,8 @@ mod tests {
     #[test]
     fn rejects_a_trace_cut_at_any_byte_but_between_records_and_one_changed_at_any() {
         let header = encode_header(&layout()).unwrap();
-        let first = record(7, Seen::Harvest, &[1..4]).encode();
-        let whole = [header.clone(), first.clone(), record(9, Seen::Compare, &[9..10]).encode()].concat();
+        let first = record(7, Seen::Harvest, &[1..4, 6..7]).encode();
+        let whole = [header.clone(), first.clone(), record(9, Seen::Compare, &[9..10, 12..13]).encode()].concat();
         let ends = [header.len(), header.len() + first.len(), whole.len()];
         for cut in 0..whole.len() {
             assert_eq!(parse(&whole[..cut]).is_ok(), ends.contains(&cut), "{cut}");

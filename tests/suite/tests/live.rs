@@ -12,7 +12,7 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::frame::{ImageName, LaneId, Role};
 use pagewire_protocol::handover::Whereabouts;
-use pagewire_protocol::time::Span;
+use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::trace::Seen;
 use pagewire_sender::converge::{AtLimit, Limits, Reason};
 use pagewire_sender::{ErrorKind, Tracking};
@@ -187,20 +187,28 @@ fn free_pages_never_travel_until_they_are_written() {
 #[test]
 fn a_trace_has_every_page_that_was_written_while_somebody_watched() {
     for (tracking, seen) in [(Tracking::Dirty, Seen::Harvest), (Tracking::Unknown, Seen::Compare)] {
-        let guest = guest(Pattern::Uniform, 200, tracking, 6);
+        let guest = guest(Pattern::Uniform, 400, tracking, 6);
+        // Worlds begin after a second.
+        guest.run_until(Time::ZERO + Span::from_secs(1));
         let before = guest.state().image.clone();
         let sink = ImageSink::empty(&before);
-        let config = config(&guest, 5, limits(1000));
+        let config = config(&guest, 5, limits(100));
         let trace = config.trace.clone();
         let outcome = run(&guest, &sink, config);
         moved(&guest, &sink, &outcome);
         let (records, state) = (trace.records(), guest.state());
         assert!(records.iter().all(|record| record.seen == seen));
-        assert!(records.windows(2).all(|pair| pair[0].at < pair[1].at));
+        assert!(records.windows(2).all(|pair| pair[0].at <= pair[1].at));
         let mut traced = PageBitmap::new(PAGES);
         records.iter().for_each(|record| traced.insert_all(&record.pages));
         let changed = |page: u64| before.page(0, page) != state.image.page(0, page);
-        assert!(traced.count() > 50 && traced.runs(0..PAGES).flatten().all(changed), "{tracking:?}");
+        let unchanged = traced.runs(0..PAGES).flatten().filter(|&page| !changed(page)).count() as u64;
+        // A page may be written with what it had: zeros, or what others have.
+        assert!(
+            traced.count() > 50 && unchanged * 4 < traced.count(),
+            "{tracking:?}: {unchanged} of {}",
+            traced.count()
+        );
         if seen == Seen::Harvest {
             assert!(records.len() >= outcome.rounds.len(), "one at the end of each round, and more");
             // The hosts greet each other for some milliseconds before it is watched.
