@@ -14,6 +14,7 @@ use rustix::fs::{Mode, OFlags};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -24,6 +25,9 @@ use std::time::Duration;
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// A start is waited for only as long as its sender surely waits for the answer.
 const START_MAX: Duration = Duration::from_secs(10);
+/// The folder of device states, in the folder of images. No image is called so: a name that begins with a dot can be, but
+/// a folder is never replaced by one.
+const STATES: &str = ".device-states";
 /// Bytes of a state file: one more than a blob may have tells that it is too long.
 const STATE_MAX: u64 = (16 << 20) + 1;
 
@@ -140,35 +144,50 @@ impl Starter {
         if self.is_folder { self.images.join(name.as_str()) } else { self.images.clone() }
     }
 
-    /// Where a blob of the guest is kept: beside its image.
-    fn beside(&self, name: &ImageName, what: &str) -> PathBuf {
-        let mut path = self.image(name).into_os_string();
-        path.push(format!(".{what}"));
-        path.into()
-    }
-
+    /// Where a guest's device state is kept: beside the one file, or in a folder where no image can land.
     fn state(&self, name: &ImageName) -> PathBuf {
-        self.beside(name, "device-state")
+        if self.is_folder {
+            return self.images.join(STATES).join(name.as_str());
+        }
+        let mut path = self.images.clone().into_os_string();
+        path.push(".device-state");
+        path.into()
     }
 }
 
 impl GuestStarter for Starter {
     fn prepare(&self, name: &ImageName, blobs: &Blobs) -> Result<(), String> {
-        for blob in blobs.iter() {
-            let path = self.beside(name, blob.name().as_str());
-            put(&path, blob.bytes()).map_err(|error| format!("{}: {error}", path.display()))?;
+        let path = self.state(name);
+        let failed = |error: std::io::Error| format!("{}: {error}", path.display());
+        if let Some(unknown) = blobs.iter().find(|blob| Some(blob.name()) != device_state_name().as_ref()) {
+            return Err(format!("nobody here knows what blob {} is for", unknown.name()));
         }
-        Ok(())
+        if let Some(folder) = path.parent().filter(|_| self.is_folder) {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
+        }
+        match blobs.iter().next() {
+            Some(state) => put(&path, state.bytes()).map_err(failed),
+            // That of an earlier visit is of no use.
+            None => std::fs::remove_file(&path).or_else(|error| match error.kind() {
+                std::io::ErrorKind::NotFound => Ok(()),
+                _ => Err(failed(error)),
+            }),
+        }
+    }
+
+    fn has(&self, name: &ImageName) -> bool {
+        self.image(name).exists()
     }
 
     fn start(&self, started: &Started<'_>) -> Result<(), String> {
         let Some(command) = &self.on_start else { return Ok(()) };
-        let about = [
+        let mut about = vec![
             ("PAGEWIRE_NAME", started.name.to_string()),
             ("PAGEWIRE_IMAGE", self.image(started.name).display().to_string()),
-            ("PAGEWIRE_STATE", self.state(started.name).display().to_string()),
             ("PAGEWIRE_EPOCH", started.handover.epoch.to_string()),
         ];
+        let state = self.state(started.name);
+        about.extend(state.exists().then(|| ("PAGEWIRE_STATE", state.display().to_string())));
         run(command, &about, START_MAX)
     }
 }

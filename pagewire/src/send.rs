@@ -212,7 +212,7 @@ pub(crate) fn run<M: GuestMemory>(
     let live = guest.as_ref().map(|(live, _)| *live);
     let giving = match guest.map(|(live, hooks)| give(name, lineage.id, session, live, hooks)).transpose() {
         Ok(giving) => giving,
-        Err(kind) => return report.close(Some(kind.at_sender())),
+        Err(error) => return report.close(Some(error)),
     };
     let (giving, config) = match giving {
         Some((giving, live)) => (Some(giving), SenderConfig { live: Some(live), ..config }),

@@ -3,13 +3,13 @@
 use super::{Arbiter, GuestHooks, LiveOptions, lineage_of};
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
-use crate::journal::GuestJournal;
+use crate::journal::{GuestJournal, Journal};
 use crate::report::Report;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::error::{GuestAt, chain};
 use pagewire_protocol::frame::{ImageName, LiveOpen};
-use pagewire_protocol::handover::{Handover, HostId, Input, Message, Output, Word};
+use pagewire_protocol::handover::{Handover, HostId, Input, Message, Output, Whereabouts, Word};
 use pagewire_sender::driver::{Action, GuestControl, ask};
 use pagewire_sender::{ErrorKind as Failure, Live};
 use pagewire_transport::Address;
@@ -45,17 +45,16 @@ pub(crate) fn give(
     session: [u8; 16],
     options: &LiveOptions,
     hooks: Box<dyn GuestHooks>,
-) -> Result<(Giving, Live), ErrorKind> {
-    let guest = match lineage_of(&options.journal, name)? {
-        Some(known) => known,
-        None if lineage.0 != [0; 16] => lineage,
-        None => LineageId(random()?),
-    };
-    let mut journal = options.journal.guest(guest, Some(name), true)?;
-    let refused = |refusal: pagewire_protocol::handover::Refusal| {
-        ErrorKind::Sender(Failure::Handover(format!("guest {name}: {refusal}")))
-    };
-    let epoch = journal.open(session).map_err(refused)?;
+) -> Result<(Giving, Live), Error> {
+    let (guest, mut journal) = restore(name, lineage, &options.journal).map_err(ErrorKind::at_sender)?;
+    let epoch = journal.open(session).map_err(|refusal| {
+        let guest_at = match journal.handovers().whereabouts() {
+            Whereabouts::There => GuestAt::Receiver,
+            Whereabouts::InDoubt => GuestAt::InDoubt,
+            Whereabouts::Here | Whereabouts::Lost | Whereabouts::Unrecorded => GuestAt::Sender,
+        };
+        Error { kind: ErrorKind::Sender(Failure::Handover(format!("guest {name}: {refusal}"))), guest_at }
+    })?;
     let host = options.journal.host();
     let handover = LiveOpen { guest, epoch, host, arbiter: options.lease.is_some() };
     let mut limits = options.limits;
@@ -73,6 +72,16 @@ pub(crate) fn give(
         warnings: Vec::new(),
     };
     Ok((Giving(Arc::new(Mutex::new(holding))), Live { limits, handover }))
+}
+
+/// The guest that is called `name` here, and what is recorded of it.
+fn restore(name: &ImageName, lineage: LineageId, journal: &Journal) -> Result<(LineageId, GuestJournal), ErrorKind> {
+    let guest = match lineage_of(journal, name)? {
+        Some(known) => known,
+        None if lineage.0 != [0; 16] => lineage,
+        None => LineageId(random()?),
+    };
+    Ok((guest, journal.guest(guest, Some(name), true)?))
 }
 
 impl Giving {

@@ -95,6 +95,11 @@ pub fn device_state_name() -> Option<ImageName> {
     ImageName::new("device-state").ok()
 }
 
+/// What this host calls a guest.
+fn name_of(journal: &Journal, lineage: LineageId) -> Option<ImageName> {
+    journal.guests().ok()?.into_iter().find(|guest| guest.lineage == lineage)?.name
+}
+
 /// The guest that this host calls `name`; of several the one that is here.
 fn lineage_of(journal: &Journal, name: &ImageName) -> Result<Option<LineageId>, JournalError> {
     let mut known = journal.guests()?;

@@ -1,6 +1,6 @@
 //! The receiver's side: its journal, the blobs, and the start of the guest, for one session.
 
-use super::TakeOptions;
+use super::{TakeOptions, name_of};
 use crate::journal::GuestJournal;
 use crate::report::Report;
 use pagewire_protocol::blobs::Blobs;
@@ -26,6 +26,11 @@ pub trait GuestStarter: std::fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// It cannot be; the guest is rejected and stays where it is.
     fn prepare(&self, name: &ImageName, blobs: &Blobs) -> Result<(), String>;
+
+    /// Whether the memory of a guest that was started here is still here: a crash of the host takes what is in memory.
+    fn has(&self, _name: &ImageName) -> bool {
+        true
+    }
 
     /// Starts the guest: it is this host's, and its record says so.
     ///
@@ -141,7 +146,10 @@ impl GuestTaker for Taking<'_> {
     fn hear(&mut self, message: Message) -> Vec<Action> {
         let Message { handover, .. } = message;
         if self.guest.is_none() {
-            match self.options.journal.guest(handover.lineage, None, true) {
+            // SPEC 11.16
+            let name = name_of(&self.options.journal, handover.lineage);
+            let kept = name.is_none_or(|name| self.options.starter.has(&name));
+            match self.options.journal.guest(handover.lineage, None, kept) {
                 Ok(guest) => self.guest = Some(guest),
                 Err(error) => {
                     self.warnings.push(chain(&error));
