@@ -1,6 +1,6 @@
 //! A guest that runs: sent in rounds, stopped, handed over and started by whoever holds it.
 //!
-//! Both sides keep what they decided in a [`Journal`](crate::Journal) before they act on it, so a crash or a lost
+//! Both sides keep what they decided in a [`Journal`] before they act on it, so a crash or a lost
 //! connection leaves the guest at one of them, or in a doubt that both can name.
 
 mod giving;

@@ -1,4 +1,4 @@
-//! Scripted peers of live sessions: what [`Script`](crate::peer::Script) says, with a hand-over in the end.
+//! Scripted peers of live sessions: what [`Script`] says, with a hand-over in the end.
 
 use crate::host::GUEST;
 use crate::image::Image;
