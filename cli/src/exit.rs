@@ -30,6 +30,8 @@ pub(crate) fn explain_transfer(error: &Error) -> ExitCode {
             "pagewire: the guest is in doubt: keep it paused here; `pagewire status` shows the hand-over, and `pagewire \
              resolve` ends the doubt when you know where it is"
         );
+    } else if error.guest_at == GuestAt::Receiver {
+        eprintln!("pagewire: the guest is at the receiver and must not run here");
     } else if !error.kind.is_usage() {
         eprintln!(
             "pagewire: the guest is at the {}; what has arrived is kept and resumed by the next attempt",

@@ -65,13 +65,14 @@ impl<M: GuestMemory> Sending<M> {
         Ok(Step::Did)
     }
 
-    /// The pages of a range that this round has to look at.
-    fn parts_to_look_at(&self, range: PageRange) -> Vec<Range<u64>> {
-        let Some((todo, end)) = self.rounds.as_ref().map(|rounds| rounds.todo()) else { return Vec::new() };
+    /// Takes the pages of a range that this round has to look at: a frame of whole install pages may begin before where
+    /// the last one ended, and each page is looked at once.
+    fn parts_to_look_at(&mut self, range: PageRange) -> Vec<Range<u64>> {
         let first = u64::from(self.layout.place(range.region, range.first.0).0);
-        let places = first..first.saturating_add(u64::from(range.count)).min(end);
+        let places = first..first.saturating_add(u64::from(range.count));
         let page = |place: u64| place.saturating_sub(first).saturating_add(range.first.0);
-        todo.runs(places).map(|run| page(run.start)..page(run.end)).collect()
+        let taken = self.rounds.as_mut().map(|rounds| rounds.take(places)).unwrap_or_default();
+        taken.into_iter().map(|run| page(run.start)..page(run.end)).collect()
     }
 
     /// States those of the looked-at pages that are not what they were stated as before.

@@ -14,6 +14,7 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::trace::{Seen, TraceRecord};
 use std::io;
+use std::ops::Range;
 
 /// How often writes are looked at while a round lasts, so that history tells pages that are written all the time from
 /// those that were written once.
@@ -144,6 +145,14 @@ impl Rounds {
     /// The pages of this round that are still to be stated, from the second round on.
     pub(crate) fn todo(&self) -> (&PageBitmap, u64) {
         (&self.todo, self.next)
+    }
+
+    /// Takes those of these places that are still to be looked at and lie before where the round has advanced to.
+    pub(crate) fn take(&mut self, places: Range<u64>) -> Vec<Range<u64>> {
+        let places = places.start..places.end.min(self.next);
+        let taken = self.todo.runs(places.clone()).collect();
+        self.todo.remove_range(places);
+        taken
     }
 
     /// Those before `place` are stated.

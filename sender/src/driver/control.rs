@@ -156,8 +156,12 @@ impl Controlled {
                 control.offer(handover)
             }
             Event::Said(message) => {
-                self.ready_until = None;
-                control.hear(message)
+                let actions = control.hear(message);
+                if !actions.is_empty() {
+                    // It was about this hand-over: the receiver is ready, or never will be.
+                    self.ready_until = None;
+                }
+                actions
             }
             _ => return,
         };

@@ -12,6 +12,7 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::frame::{ImageName, LaneId, Role};
 use pagewire_protocol::handover::Whereabouts;
+use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::trace::Seen;
 use pagewire_sender::converge::{AtLimit, Limits, Reason};
@@ -276,6 +277,37 @@ fn a_dirty_log_that_fails_ends_the_attempt_and_counts_all_as_dirty() {
     }
 }
 
+/// One region or several, of every install size, the last page short or not.
+fn any_image(rng: &mut Rng) -> Image {
+    let region = |rng: &mut Rng| Region {
+        bytes: rng.between(1, 300 * 4096),
+        install_size: rng.pick(&[InstallSize::KIB_4, InstallSize::KIB_4, InstallSize::KIB_64, InstallSize::MIB_2]),
+    };
+    let regions = (0..rng.between(1, 3)).map(|_| region(rng)).collect();
+    Image::filled(regions, Mix::MEMORY, rng)
+}
+
+/// Frames cover whole install pages, and yet no page is looked at twice in a round.
+#[test]
+fn regions_of_large_pages_arrive_whole_by_frames_of_every_size() {
+    for install_size in [InstallSize::KIB_64, InstallSize::MIB_2] {
+        for batch_pages in [16, 512] {
+            let region = Region { bytes: 1500 * 4096 - 5, install_size };
+            let image = Image::filled(vec![region, region], Mix::NOISE, &mut Rng::new(1));
+            let guest = Guest::new(image, Pattern::Uniform, 1500, Tracking::Dirty, 2);
+            let sink = ImageSink::empty(&guest.state().image);
+            let mut config = config(&guest, 1, limits(10));
+            (config.sender.batch_pages, config.sender.compress) = (batch_pages, false);
+            config.link.rate = Some(4 * RATE);
+            let outcome = run(&guest, &sink, config);
+            moved(&guest, &sink, &outcome);
+            let looked_at: u64 = outcome.rounds.iter().map(|round| round.pages).sum();
+            assert_eq!((guest.state().reads, outcome.sent.wants), (looked_at, 0), "{install_size:?} {batch_pages}");
+            assert!(outcome.rounds.len() > 2, "{:?}", outcome.rounds);
+        }
+    }
+}
+
 /// I2, I5: 500 worlds by seed; the long run has more.
 #[test]
 fn guests_of_every_kind_arrive_whole_or_run_on() {
@@ -284,7 +316,7 @@ fn guests_of_every_kind_arrive_whole_or_run_on() {
     for seed in 0..seeds {
         let mut rng = Rng::new(seed ^ 0x11fe);
         let tracking = rng.pick(&[Tracking::Dirty, Tracking::Dirty, Tracking::Unknown]);
-        let image = Image::random(rng.between(1, 300), Mix::MEMORY, &mut rng);
+        let image = any_image(&mut rng);
         let guest = Guest::new(image, rng.pick(&Pattern::ALL), rng.below(600), tracking, seed);
         let sink = ImageSink::holding(guest.state().image.clone());
         let at_limit = rng.pick(&[AtLimit::Cancel, AtLimit::Force]);

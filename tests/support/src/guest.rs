@@ -49,6 +49,8 @@ pub struct GuestState {
     pub throttled: u8,
     /// Pages whose content does not matter until they are written.
     pub free: Option<PageBitmap>,
+    /// Pages that were read.
+    pub reads: u64,
     /// Harvests before the first that fails.
     pub fail_harvest_after: Option<u64>,
     pattern: Pattern,
@@ -97,6 +99,7 @@ impl Guest {
             turns: (0, 0),
             throttled: 0,
             free: None,
+            reads: 0,
             fail_harvest_after: None,
             pattern,
             tracking,
@@ -187,6 +190,7 @@ impl GuestMemory for Guest {
 
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
         let start = first as usize * PAGE_BYTES;
+        self.state().reads += (bytes.len() / PAGE_BYTES) as u64;
         bytes.copy_from_slice(&self.state().image.bytes[usize::from(region.0)][start..start + bytes.len()]);
         Ok(())
     }
