@@ -335,6 +335,11 @@ pub(crate) fn try_lock(file: &File, shared: bool) -> bool {
     fs::flock(file, operation).is_ok()
 }
 
+/// Lets go of a lock, also for those who share the open file.
+pub(crate) fn unlock(file: &File) {
+    let _ = fs::flock(file, FlockOperation::Unlock);
+}
+
 /// A new file under a temporary name.
 #[derive(Debug)]
 pub(crate) struct Draft {
@@ -346,7 +351,7 @@ pub(crate) struct Draft {
 impl Draft {
     /// Lets go of the lock, also for those who share the open file.
     pub(crate) fn unlock(&self) {
-        let _ = fs::flock(&self.file, FlockOperation::Unlock);
+        unlock(&self.file);
     }
 
     /// What is in it, to be read.

@@ -3,7 +3,7 @@
 //! An open visit holds a shared lock on its manifest, so nobody evicts it. Digests are read as they are asked for. What
 //! a manifest says is a claim: [`Visit::trees`] proves the digests against the root, pages are for whoever uses them.
 
-use crate::dir::{Folder, Found, allocated, try_lock};
+use crate::dir::{Folder, Found, allocated, try_lock, unlock};
 use crate::error::StoreError;
 use crate::manifest::{BLOCK, DIGEST_BYTES, Manifest, ManifestError, VisitId, VisitKind};
 use pagewire_protocol::bitmap::PageBitmap;
@@ -150,7 +150,7 @@ impl Visit {
     pub(crate) fn new(root: Arc<Folder>, folder: Folder, opened: Opened) -> Option<Self> {
         let Opened { manifest, head, file, image } = opened;
         let zero = page_digest(&manifest.domain(), &[0; PAGE_BYTES]);
-        try_lock(&file, true).then_some(Self { root, folder, manifest, head, zero, file, image })
+        try_lock(&file, true).then(|| Self { root, folder, manifest, head, zero, file, image })
     }
 
     /// What is known of it.
@@ -363,6 +363,13 @@ impl Visit {
 
     pub(crate) fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        // A process that forks right now has the file open, too: closing alone would leave it locked until that is gone.
+        unlock(&self.file);
     }
 }
 

@@ -275,6 +275,13 @@ impl Folder {
     }
 }
 
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // A process that forks right now has the folder open, too: closing alone would leave it locked until that is gone.
+        self.unlock();
+    }
+}
+
 /// What keeps a file from counting.
 fn planted(info: &Stat) -> Option<&'static str> {
     match FileType::from_raw_mode(info.st_mode) {
@@ -291,5 +298,25 @@ fn planted(info: &Stat) -> Option<&'static str> {
         Some("is a file that others can write to")
     } else {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_ends_with_its_folder_even_if_a_child_has_it_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("guest");
+        Folder::make(&path, &None).unwrap();
+        let open = || Folder::open(&path, None).unwrap().unwrap();
+        let folder = open();
+        assert!(folder.try_lock().unwrap());
+        assert!(!open().try_lock().unwrap());
+        let childs = folder.fd.try_clone().unwrap();
+        drop(folder);
+        assert!(open().try_lock().unwrap());
+        drop(childs);
     }
 }

@@ -97,3 +97,15 @@ fn pruning_leaves_the_newest_visit_of_each_guest_and_no_empty_folder() {
     assert_eq!(tight.remove(lonely.id).unwrap(), Removed::Yes);
     assert_eq!(std::fs::read_dir(home.store.path().join("domains")).unwrap().count(), 0);
 }
+
+#[test]
+fn a_visit_that_only_a_child_still_has_open_is_not_in_use() {
+    let home = home(1);
+    let first = Guest::new(1, 1, 60).keep(&home.store);
+    let reader = home.visit(&first).unwrap();
+    let childs = reader.file().try_clone().unwrap();
+    drop(reader);
+    let second = Guest::new(1, 2, 60).keep(&home.store);
+    assert_eq!(ids(&home, 1), [second.id]);
+    drop(childs);
+}
