@@ -88,7 +88,9 @@ fn show(guest: &GuestStatus, me: HostId) {
         Some(Whereabouts::Unrecorded) => "no hand-over of it has ended here: whoever runs guests here knows",
         Some(Whereabouts::Here) => "is on this host",
         Some(Whereabouts::Lost) => "was on this host, and is lost",
+        Some(Whereabouts::Filling) => "is on this host while whoever took it over lives: pages of it may be absent",
         Some(Whereabouts::There) => "is on another host",
+        Some(Whereabouts::Serving) => "is on another host, which lacks pages of it: its memory here must be kept",
         Some(Whereabouts::InDoubt) => "IN DOUBT: it was handed over, and no answer came; it must not run here",
     };
     say(&format!("{}  {}  {at}", guest.name.as_ref().map_or("(no name)", |name| name.as_str()), hex(&guest.lineage.0)));
@@ -129,7 +131,9 @@ pub(crate) fn name_of(whereabouts: Whereabouts) -> &'static str {
         Whereabouts::Unrecorded => "unrecorded",
         Whereabouts::Here => "here",
         Whereabouts::Lost => "lost",
+        Whereabouts::Filling => "filling",
         Whereabouts::There => "there",
+        Whereabouts::Serving => "serving",
         Whereabouts::InDoubt => "in_doubt",
     }
 }

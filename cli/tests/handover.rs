@@ -36,7 +36,7 @@ impl Host {
     fn handover(&self, who: u8, out: bool) -> Handover {
         let (sender, receiver) = if out { (self.journal.host(), OTHER) } else { (OTHER, self.journal.host()) };
         let (lineage, epoch, root) = (lineage(who), Epoch::new(1), Digest([9; 32]));
-        Handover { lineage, session: [who; 16], epoch, root, sender, receiver, arbiter: false }
+        Handover { lineage, session: [who; 16], epoch, root, sender, receiver, arbiter: false, post_copy: false }
     }
 
     /// A guest that was handed over, without an answer.

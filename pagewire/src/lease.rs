@@ -188,6 +188,7 @@ mod tests {
             sender: SENDER,
             receiver: RECEIVER,
             arbiter: true,
+            post_copy: false,
         }
     }
 

@@ -394,7 +394,9 @@ impl<S: GuestSink> Receiving<S> {
     pub(crate) fn handover(&self) -> Option<Handover> {
         let LiveOpen { guest: lineage, epoch, host: sender, arbiter } = self.open.live?;
         let (root, receiver, session) = (self.root?.digest, self.host?, self.open.session);
-        Some(Handover { lineage, session, epoch, root, sender, receiver, arbiter })
+        // All of the guest has come.
+        let post_copy = false;
+        Some(Handover { lineage, session, epoch, root, sender, receiver, arbiter, post_copy })
     }
 
     /// Whether everything has come; if so the finish job is ready.

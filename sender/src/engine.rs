@@ -430,7 +430,10 @@ impl<M: GuestMemory> SenderEngine<M> {
             let LiveOpen { guest: lineage, epoch, host: sender, arbiter } = live.handover;
             let session = self.config.session;
             self.pausing = false;
-            let handover = Handover { lineage, session, epoch, root: root.digest, sender, receiver, arbiter };
+            // All of the guest has been sent.
+            let post_copy = false;
+            let handover =
+                Handover { lineage, session, epoch, root: root.digest, sender, receiver, arbiter, post_copy };
             self.events.push_back(Event::Offer(handover));
         }
     }

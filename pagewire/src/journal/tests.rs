@@ -12,7 +12,8 @@ pub(super) const OTHER: HostId = HostId([2; 32]);
 pub(super) fn handover(me: HostId, out: bool, epoch: u64) -> Handover {
     let (sender, receiver) = if out { (me, OTHER) } else { (OTHER, me) };
     let (session, root) = ([epoch as u8; 16], Digest([9; 32]));
-    Handover { lineage: LINEAGE, session, epoch: Epoch::new(epoch), root, sender, receiver, arbiter: false }
+    let epoch = Epoch::new(epoch);
+    Handover { lineage: LINEAGE, session, epoch, root, sender, receiver, arbiter: false, post_copy: false }
 }
 
 pub(super) fn says(word: Word, handover: Handover) -> Input {

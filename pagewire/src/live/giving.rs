@@ -49,9 +49,9 @@ pub(crate) fn give(
     let (guest, mut journal) = restore(name, lineage, &options.journal).map_err(ErrorKind::at_sender)?;
     let epoch = journal.open(session).map_err(|refusal| {
         let guest_at = match journal.handovers().whereabouts() {
-            Whereabouts::There => GuestAt::Receiver,
+            Whereabouts::There | Whereabouts::Serving => GuestAt::Receiver,
             Whereabouts::InDoubt => GuestAt::InDoubt,
-            Whereabouts::Here | Whereabouts::Lost | Whereabouts::Unrecorded => GuestAt::Sender,
+            Whereabouts::Here | Whereabouts::Filling | Whereabouts::Lost | Whereabouts::Unrecorded => GuestAt::Sender,
         };
         Error { kind: ErrorKind::Sender(Failure::Handover(format!("guest {name}: {refusal}"))), guest_at }
     })?;
@@ -135,7 +135,7 @@ impl Holding {
         let actions = self.input(input);
         let said = actions.into_iter().filter_map(|action| match action {
             Action::Say(message) => Some(message),
-            Action::Release | Action::Stop(_) => None,
+            Action::Release | Action::Fill(_) | Action::Stop(_) => None,
         });
         said.collect()
     }
@@ -168,9 +168,13 @@ impl Holding {
                 self.resume();
                 actions.push(Action::Stop(self.why.take().unwrap_or(Failure::Rejected)));
             }
+            Output::Fill(handover) => {
+                self.started();
+                actions.push(Action::Fill(handover));
+            }
             Output::Release(_) => {
+                self.started();
                 self.released = true;
-                self.downtime = self.paused.map(|since| since.elapsed());
                 actions.push(Action::Release);
             }
             Output::AskArbiter(handover) => match self.lease.as_ref().map(|lease| lease.ask(&handover, self.host)) {
@@ -181,6 +185,11 @@ impl Holding {
             Output::Refuse(refusal) => self.warnings.push(format!("hand-over: {refusal}")),
             Output::InDoubt(_) | Output::Run(_) | Output::Persist(_) | Output::Forget(_) => {}
         }
+    }
+
+    /// The guest runs at the receiver; what it has stood still is known when that is heard first.
+    fn started(&mut self) {
+        self.downtime = self.downtime.or_else(|| self.paused.map(|since| since.elapsed()));
     }
 
     fn resume(&mut self) {

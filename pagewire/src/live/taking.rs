@@ -104,6 +104,7 @@ impl<'a> Taking<'a> {
             Output::Verified(_)
             | Output::Resume(_)
             | Output::Release(_)
+            | Output::Fill(_)
             | Output::InDoubt(_)
             | Output::Persist(_)
             | Output::Forget(_) => {}

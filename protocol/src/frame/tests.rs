@@ -79,6 +79,7 @@ fn handover() -> Handover {
         sender: HostId([8; 32]),
         receiver: HostId([9; 32]),
         arbiter: true,
+        post_copy: false,
     }
 }
 
@@ -106,7 +107,7 @@ fn samples(pages: &[u8]) -> Vec<Frame<'_>> {
         Frame::Blob(blob()),
         Frame::Handover(Message { word: Word::Ready, handover: handover() }),
         Frame::Handover(Message { word: Word::Commit, handover: handover() }),
-        Frame::Handover(Message { word: Word::Started, handover: handover() }),
+        Frame::Handover(Message { word: Word::Started, handover: Handover { post_copy: true, ..handover() } }),
         Frame::Handover(Message { word: Word::Reject, handover: handover() }),
         Frame::Handover(Message { word: Word::Gone, handover: handover() }),
     ]

@@ -12,7 +12,8 @@
 //! | 72..104 | sender | identity of the sender's host |
 //! | 104..136 | receiver | identity of the receiver's host, another one |
 //! | 136 | arbiter | 1 if an arbiter has to be asked before anybody starts the guest, else 0 |
-//! | 137..144 | reserved | zero |
+//! | 137 | post_copy | 1 if pages of the guest are absent at the receiver when it starts, else 0 |
+//! | 138..144 | reserved | zero |
 
 use crate::coding::{Reader, Writer};
 use crate::digest::Digest;
@@ -76,6 +77,8 @@ pub struct Handover {
     pub receiver: HostId,
     /// An arbiter grants the guest to one of them before it starts anywhere.
     pub arbiter: bool,
+    /// Pages of the guest are absent when it starts: the sender keeps its memory and serves them until there are none.
+    pub post_copy: bool,
 }
 
 impl Handover {
@@ -85,7 +88,7 @@ impl Handover {
     /// Judges a binding.
     ///
     /// # Errors
-    /// Another length, no guest, no epoch, one host on both sides, or reserved bytes.
+    /// Another length, no guest, no epoch, one host on both sides, a bit that is none, or reserved bytes.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(bytes);
         let binding = Self {
@@ -95,12 +98,10 @@ impl Handover {
             root: Digest(reader.array("root")?),
             sender: HostId(reader.array("sender")?),
             receiver: HostId(reader.array("receiver")?),
-            arbiter: reader.u8("arbiter").and_then(|value| match value {
-                0 | 1 => Ok(value == 1),
-                _ => Err(DecodeError::Unknown { field: "arbiter", value: u64::from(value) }),
-            })?,
+            arbiter: bit(&mut reader, "arbiter")?,
+            post_copy: bit(&mut reader, "post_copy")?,
         };
-        let reserved: [u8; 7] = reader.array("reserved")?;
+        let reserved: [u8; 6] = reader.array("reserved")?;
         reader.end()?;
         // SPEC 11.4
         if binding.lineage == LineageId([0; 16]) || binding.epoch == Epoch::ZERO {
@@ -109,7 +110,7 @@ impl Handover {
         if binding.sender == binding.receiver {
             return Err(DecodeError::Unknown { field: "receiver, which is the sender", value: 0 });
         }
-        if reserved != [0; 7] {
+        if reserved != [0; 6] {
             return Err(DecodeError::Unknown { field: "reserved bytes of a hand-over", value: 1 });
         }
         Ok(binding)
@@ -119,7 +120,16 @@ impl Handover {
     pub fn encode(&self, out: &mut Vec<u8>) {
         let mut writer = Writer(out);
         writer.bytes(&self.lineage.0).bytes(&self.session).u64(self.epoch.0).bytes(&self.root.0);
-        writer.bytes(&self.sender.0).bytes(&self.receiver.0).u8(u8::from(self.arbiter)).bytes(&[0; 7]);
+        writer.bytes(&self.sender.0).bytes(&self.receiver.0);
+        writer.u8(u8::from(self.arbiter)).u8(u8::from(self.post_copy)).bytes(&[0; 6]);
+    }
+}
+
+// SPEC 11.4
+fn bit(reader: &mut Reader<'_>, field: &'static str) -> Result<bool, DecodeError> {
+    match reader.u8(field)? {
+        value @ (0 | 1) => Ok(value == 1),
+        value => Err(DecodeError::Unknown { field, value: u64::from(value) }),
     }
 }
 
@@ -134,7 +144,7 @@ pub enum Word {
     Started,
     /// Receiver: I will never start it.
     Reject,
-    /// Sender: my copy is gone; you may forget that I ask.
+    /// Sender: my copy is gone, as you lack nothing; you may forget that I ask.
     Gone,
 }
 

@@ -23,8 +23,12 @@ pub enum Whereabouts {
     Here,
     /// On this host, but a crash has taken its memory.
     Lost,
+    /// On this host, and pages of it may be absent: it is lost with the process that runs it.
+    Filling,
     /// On another host.
     There,
+    /// On another host, which still lacks pages of it: the memory here must be kept, and must not run.
+    Serving,
     /// Handed over from here without an answer.
     InDoubt,
 }
@@ -101,9 +105,11 @@ impl Side {
                 (SenderPhase::Offered | SenderPhase::Ready, _) => None,
                 (_, GuestAt::Sender) => Some(Whereabouts::Here),
                 (SenderPhase::Gone, _) => Some(Whereabouts::There),
+                (SenderPhase::Serving, _) => Some(Whereabouts::Serving),
                 _ => Some(Whereabouts::InDoubt),
             },
             Self::Receiver(receiver) => match receiver.phase() {
+                P::Started | P::Settling if receiver.handover().post_copy => Some(Whereabouts::Filling),
                 P::Started | P::Settling | P::Settled => Some(Whereabouts::Here),
                 P::Lost => Some(Whereabouts::Lost),
                 P::Starting => Some(Whereabouts::InDoubt),
@@ -127,7 +133,8 @@ pub struct Handovers {
 
 impl Handovers {
     /// The hand-overs of guest `lineage` at host `me` as its `records` left them, and the records that are no longer
-    /// needed. `kept` says that the memory of a guest that was started here has outlived the restart.
+    /// needed. `kept` says that the memory of a guest that was started here has outlived the restart; of one that was
+    /// started with pages absent nothing has, unless [`keep`](Self::keep) says so.
     ///
     /// # Errors
     /// Records that this host cannot have written. Nothing may be decided on them.
@@ -153,7 +160,20 @@ impl Handovers {
         Ok((handovers, out))
     }
 
-    /// Where the guest is, as far as the records know. It may run on this host only if they say
+    // SPEC 11.16
+    /// The process that started the guest here by `handover`, with pages absent, still lives and serves them: what
+    /// [`restore`](Self::restore) has taken for lost is not. Changes nothing for any other hand-over.
+    pub fn keep(&mut self, handover: &Handover) {
+        for side in &mut self.sides {
+            if let Side::Receiver(receiver) = side
+                && receiver.handover() == handover
+            {
+                receiver.keep();
+            }
+        }
+    }
+
+    /// Where the guest is, as far as the records know. After a restart it may run on this host only if they say
     /// [`Here`](Whereabouts::Here), or nothing.
     pub fn whereabouts(&self) -> Whereabouts {
         self.sides.iter().rev().find_map(Side::whereabouts).unwrap_or(Whereabouts::Unrecorded)
@@ -200,8 +220,11 @@ impl Handovers {
         if let Some(side) = self.sides.iter().find(|side| side.is_live()) {
             return Err(Refusal::Busy(side.handover().epoch));
         }
-        if !matches!(self.whereabouts(), Whereabouts::Unrecorded | Whereabouts::Here) {
-            return Err(Refusal::NotHere);
+        match self.whereabouts() {
+            Whereabouts::Unrecorded | Whereabouts::Here => {}
+            // SPEC 11.21
+            Whereabouts::Filling => return Err(Refusal::Lacking),
+            _ => return Err(Refusal::NotHere),
         }
         self.has_room()?;
         let floor = self.floor;
@@ -251,7 +274,7 @@ impl Handovers {
         }
         match self.whereabouts() {
             Whereabouts::Unrecorded | Whereabouts::There => self.has_room(),
-            Whereabouts::Here | Whereabouts::Lost | Whereabouts::InDoubt => Err(Refusal::IsHere),
+            _ => Err(Refusal::IsHere),
         }
     }
 
@@ -298,6 +321,7 @@ impl Handovers {
             }
             Input::Resolve(resolve) => self.handle_resolve(resolve, &mut out),
             Input::Granted(grant) => self.handle_grant(&grant, &mut out),
+            Input::Filled(handover) => self.handle_filled(&handover, &mut out),
         }
         self.forget(&mut out);
         out
@@ -359,6 +383,15 @@ impl Handovers {
         match side.filter(|side| grant.host == self.me || grant.host == side.other_host()) {
             Some(side) => side.handle(step, out),
             None => out.push(Output::Refuse(Refusal::Unknown(grant.epoch))),
+        }
+    }
+
+    // SPEC 11.20
+    fn handle_filled(&mut self, handover: &Handover, out: &mut Vec<Output>) {
+        let sent = |side: &&mut Side| matches!(side, Side::Sender(_)) && side.handover() == handover;
+        match self.sides.iter_mut().find(sent) {
+            Some(side) => side.handle(Step::Filled, out),
+            None => out.push(Output::Refuse(Refusal::Unknown(handover.epoch))),
         }
     }
 

@@ -17,6 +17,9 @@
 //! frozen and says so. STARTED, REJECT, an arbiter, or an operator who has fenced the other host off end that, and
 //! nothing else does: no time that passes, no connection that breaks, no restart.
 //!
+//! With *post-copy* the guest starts while pages of it are absent. STARTED then says whose it is, and not yet that the
+//! sender's memory can go: that is served from until the receiver lacks nothing ([`Output::Fill`], [`Input::Filled`]).
+//!
 //! This module is pure. [`Handovers`] holds all hand-overs of one guest at one host, a [`Sender`] or [`Receiver`]
 //! machine for each; inputs go in, outputs come out, in the order in which they have to be carried out. What depends on
 //! a record comes out only after [`Input::Durable`] has said that the record will survive a crash. A restart rebuilds
@@ -67,6 +70,9 @@ pub enum Input {
     Resolve(Resolve),
     /// The arbiter has granted an epoch of the guest, perhaps to the other host.
     Granted(Grant),
+    /// Sender: the receiver has said, in a session that served the absent pages of this hand-over's guest, that it has
+    /// all of them, with the root that they should have.
+    Filled(Handover),
 }
 
 /// How an operator ends the doubt.
@@ -117,6 +123,9 @@ pub enum Output {
     Run(Handover),
     /// Sender: let the guest run on; it stays this host's.
     Resume(Handover),
+    /// Sender: the guest is the receiver's for good, which lacks pages: keep the memory and serve them, in as many
+    /// sessions as it takes, until [`Input::Filled`]. Comes again each time that STARTED does.
+    Fill(Handover),
     /// Sender: the guest is the receiver's for good, and the memory here can be given up.
     Release(Handover),
     /// Ask the arbiter for this epoch of the guest, in this host's name; its answer is [`Input::Granted`].
@@ -145,6 +154,9 @@ pub enum Refusal {
     /// A guest to be sent that is not here.
     #[error("the records say that the guest is not on this host")]
     NotHere,
+    /// A guest to be sent of which not all has come.
+    #[error("pages of the guest are still absent on this host: it can be sent on when they have come")]
+    Lacking,
     /// A guest to be received that is here.
     #[error("the records say that the guest is on this host already")]
     IsHere,
@@ -176,6 +188,9 @@ pub enum Refusal {
     /// A receiver that says it has started what was taken back.
     #[error("hand-over {0} was taken back, and the receiver says that it runs the guest: the fence did not hold")]
     Conflict(Epoch),
+    /// Pages that are said to have come before the receiver has said that it runs the guest.
+    #[error("hand-over {0}: the receiver has not said that it started the guest, so its memory is kept")]
+    NotStarted(Epoch),
     /// The guest had started here, and its memory went in a crash.
     #[error("hand-over {0}: the guest was started here and was lost in a crash")]
     Lost(Epoch),

@@ -11,7 +11,8 @@
 //!
 //! *Ready* is in no record: after a crash the receiver has promised nothing, and a COMMIT is rejected. *Lost* stands for
 //! *Started* after a crash that took the guest's memory: the sender is then told neither STARTED, upon which it would
-//! give up its copy, nor REJECT, as the guest may have run.
+//! give up its copy, nor REJECT, as the guest may have run. A guest with absent pages has lost them with the process that
+//! asked for them, wherever the others are kept, so after a restart it is lost.
 
 use super::sender::Step;
 use super::{Handover, Message, Output, Record, RecordKind, Refusal, Word};
@@ -29,7 +30,7 @@ pub enum ReceiverPhase {
     Starting,
     /// STARTED is durable, and the guest runs here.
     Started,
-    /// STARTED is durable, and a crash has taken the guest's memory.
+    /// STARTED is durable, and a crash has taken the guest's memory, or what was to fill it.
     Lost,
     /// The sender's copy is gone, and GONE is being written.
     Settling,
@@ -69,13 +70,21 @@ impl Receiver {
     /// memory has outlived the restart.
     pub(super) fn restored(record: &Record, kept: bool) -> Option<Self> {
         let phase = match record.kind {
-            RecordKind::Started if kept => ReceiverPhase::Started,
+            // SPEC 11.16
+            RecordKind::Started if kept && !record.handover.post_copy => ReceiverPhase::Started,
             RecordKind::Started => ReceiverPhase::Lost,
             RecordKind::Rejected => ReceiverPhase::Rejected,
             RecordKind::Gone => ReceiverPhase::Settled,
             RecordKind::Handed | RecordKind::Returned => return None,
         };
         Some(Self { handover: record.handover, phase })
+    }
+
+    /// The process that started a guest with absent pages lives: nothing is lost.
+    pub(super) fn keep(&mut self) {
+        if self.phase == ReceiverPhase::Lost && self.handover.post_copy {
+            self.phase = ReceiverPhase::Started;
+        }
     }
 
     /// The hand-over.
@@ -151,9 +160,9 @@ impl Receiver {
 
     fn while_started(&mut self, step: Step, out: &mut Vec<Output>) {
         match (self.phase, step) {
-            (ReceiverPhase::Lost, Step::Said(Word::Commit) | Step::Connected) => {
-                out.push(Output::Refuse(Refusal::Lost(self.handover.epoch)));
-            }
+            (ReceiverPhase::Lost, Step::Said(Word::Commit) | Step::Connected | Step::Here) => self.is_lost(out),
+            // SPEC 11.21: an operator of the sender may have given its memory up, so this says nothing about pages.
+            (ReceiverPhase::Lost, Step::Said(Word::Gone)) if self.handover.post_copy => self.is_lost(out),
             (ReceiverPhase::Started, Step::Connected) => self.say(Word::Started, out),
             (_, Step::Said(Word::Commit)) => self.say(Word::Started, out),
             (ReceiverPhase::Started | ReceiverPhase::Lost, Step::Said(Word::Gone))
@@ -187,6 +196,10 @@ impl Receiver {
         if matches!(step, Step::Cancel | Step::Here | Step::There | Step::Commit) {
             out.push(Output::Refuse(Refusal::TooLate(self.handover.epoch)));
         }
+    }
+
+    fn is_lost(&self, out: &mut Vec<Output>) {
+        out.push(Output::Refuse(Refusal::Lost(self.handover.epoch)));
     }
 
     fn start(&mut self, out: &mut Vec<Output>) {

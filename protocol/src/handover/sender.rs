@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! Offered ─READY→ Ready ─commit→ Handing ─HANDED durable, COMMIT→ Handed ─STARTED→ Releasing ─GONE durable→ Gone
-//!    │              │                │ REJECT came, or            │ REJECT, grant,
-//!    │              │                │ it cannot be written       │ operator's fence
+//!    │              │                │ REJECT came, or            │ ╰─STARTED, post-copy→ Serving ─filled→ Releasing
+//!    │              │                │ it cannot be written       │ REJECT, grant, operator's fence
 //!    └──REJECT, cancel, timeout:     ▼                            ▼
 //!       the guest runs on ─────► Returning ◄──────────────────────┘
 //!                                    └─RETURNED durable; the guest runs on, if it does not yet→ Returned
@@ -12,6 +12,8 @@
 //! Up to *Ready* the guest can run on at any time, as no receiver may start it without COMMIT. RETURNED is written then,
 //! too: it uses the epoch up, so that no later hand-over can be taken for this one. From *Handing* on a record that is on
 //! the disk, or may be, says that the guest has left; it runs here again only when another record says otherwise.
+//!
+//! *Serving* is in no record of its own: after a crash it is *Handed* again, and STARTED, asked for again, leads back.
 
 use super::{Handover, Message, Output, RecordKind, Refusal, Word};
 use crate::error::GuestAt;
@@ -32,6 +34,8 @@ pub enum SenderPhase {
     },
     /// HANDED is durable: in doubt until something ends it.
     Handed,
+    /// The receiver runs it and lacks pages, which only the memory here has.
+    Serving,
     /// The receiver has it, and GONE is being written.
     Releasing,
     /// GONE is durable.
@@ -62,6 +66,7 @@ pub(super) enum Step {
     Commit,
     Cancel,
     Timeout,
+    Filled,
     Here,
     There,
     Granted,
@@ -98,7 +103,7 @@ impl Sender {
     /// The record that is known to be durable.
     pub fn durable(&self) -> Option<RecordKind> {
         match self.phase {
-            SenderPhase::Handed | SenderPhase::Releasing => Some(RecordKind::Handed),
+            SenderPhase::Handed | SenderPhase::Serving | SenderPhase::Releasing => Some(RecordKind::Handed),
             SenderPhase::Gone => Some(RecordKind::Gone),
             SenderPhase::Returned => Some(RecordKind::Returned),
             _ => None,
@@ -111,18 +116,29 @@ impl Sender {
             SenderPhase::Offered | SenderPhase::Ready | SenderPhase::Returned => GuestAt::Sender,
             SenderPhase::Returning { resumed: true } => GuestAt::Sender,
             SenderPhase::Handing { .. } | SenderPhase::Handed | SenderPhase::Returning { .. } => GuestAt::InDoubt,
-            SenderPhase::Releasing | SenderPhase::Gone => GuestAt::Receiver,
+            SenderPhase::Serving | SenderPhase::Releasing | SenderPhase::Gone => GuestAt::Receiver,
         }
     }
 
     pub(super) fn handle(&mut self, step: Step, out: &mut Vec<Output>) {
+        // SPEC 11.20
+        if step == Step::Filled && !self.is_decided() {
+            return out.push(Output::Refuse(Refusal::NotStarted(self.handover.epoch)));
+        }
         match self.phase {
             SenderPhase::Offered | SenderPhase::Ready => self.while_here(step, out),
             SenderPhase::Handing { .. } => self.while_handing(step, out),
             SenderPhase::Handed => self.while_in_doubt(step, out),
+            SenderPhase::Serving => self.while_serving(step, out),
             SenderPhase::Releasing | SenderPhase::Gone => self.while_there(step, out),
             SenderPhase::Returning { .. } | SenderPhase::Returned => self.while_returned(step, out),
         }
+    }
+
+    /// Whether it is known who has the guest.
+    fn is_decided(&self) -> bool {
+        use SenderPhase as P;
+        !matches!(self.phase, P::Offered | P::Ready | P::Handing { .. } | P::Handed)
     }
 
     // SPEC 11.10
@@ -169,10 +185,12 @@ impl Sender {
         match step {
             // A receiver that says READY again has not seen COMMIT.
             Step::Connected | Step::Said(Word::Ready) => self.say(Word::Commit, out),
-            Step::Said(Word::Started) | Step::There => {
-                self.phase = SenderPhase::Releasing;
-                self.persist(RecordKind::Gone, out);
+            // SPEC 11.18
+            Step::Said(Word::Started) if self.handover.post_copy => {
+                self.phase = SenderPhase::Serving;
+                out.push(Output::Fill(self.handover));
             }
+            Step::Said(Word::Started) | Step::There => self.give_up(out),
             Step::Said(Word::Reject) | Step::Here | Step::Granted => self.give_back(false, out),
             Step::Timeout => {
                 out.push(Output::InDoubt(self.handover));
@@ -182,6 +200,16 @@ impl Sender {
             }
             // Granted to the receiver, which may still reject.
             Step::Denied => out.push(Output::InDoubt(self.handover)),
+            _ => self.too_late(step, out),
+        }
+    }
+
+    // SPEC 11.18
+    fn while_serving(&mut self, step: Step, out: &mut Vec<Output>) {
+        match step {
+            Step::Said(Word::Started) => out.push(Output::Fill(self.handover)),
+            // SPEC 11.20
+            Step::Filled | Step::There => self.give_up(out),
             _ => self.too_late(step, out),
         }
     }
@@ -211,7 +239,9 @@ impl Sender {
             (SenderPhase::Returning { .. }, Step::Failed(RecordKind::Returned)) => {
                 self.persist(RecordKind::Returned, out);
             }
-            (_, Step::Said(Word::Started)) => out.push(Output::Refuse(Refusal::Conflict(self.handover.epoch))),
+            (_, Step::Said(Word::Started) | Step::Filled) => {
+                out.push(Output::Refuse(Refusal::Conflict(self.handover.epoch)));
+            }
             _ => {}
         }
     }
@@ -221,6 +251,11 @@ impl Sender {
         if matches!(step, Step::Cancel | Step::Here | Step::There | Step::Commit) {
             out.push(Output::Refuse(Refusal::TooLate(self.handover.epoch)));
         }
+    }
+
+    fn give_up(&mut self, out: &mut Vec<Output>) {
+        self.phase = SenderPhase::Releasing;
+        self.persist(RecordKind::Gone, out);
     }
 
     fn give_back(&mut self, resumed: bool, out: &mut Vec<Output>) {

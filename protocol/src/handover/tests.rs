@@ -17,7 +17,8 @@ const THIRD: HostId = HostId([3; 32]);
 
 fn binding(sender: HostId, receiver: HostId, epoch: u64) -> Handover {
     let (session, root) = ([4; 16], Digest([5; 32]));
-    Handover { lineage: LINEAGE, session, epoch: Epoch::new(epoch), root, sender, receiver, arbiter: false }
+    let epoch = Epoch::new(epoch);
+    Handover { lineage: LINEAGE, session, epoch, root, sender, receiver, arbiter: false, post_copy: false }
 }
 
 fn outgoing(epoch: u64) -> Handover {

@@ -20,6 +20,8 @@ pub enum Action {
     Say(Message),
     /// End: the guest is the receiver's for good.
     Release,
+    /// End: it is, and lacks pages that only the memory here has. What fills them is a session of its own.
+    Fill(Handover),
     /// End: it is not, or nobody knows.
     Stop(ErrorKind),
 }
@@ -173,6 +175,7 @@ impl Controlled {
             match action {
                 Action::Say(message) => pump.machine().say(message),
                 Action::Release => pump.machine().release(),
+                Action::Fill(_) => fill(pump),
                 Action::Stop(kind) => pump.machine().cancel(kind),
             }
         }
@@ -188,6 +191,11 @@ impl Controlled {
             }
         }
     }
+}
+
+/// The guest runs at the receiver, and pages of it are here alone: this session ends well, and its memory stays.
+fn fill<M: GuestMemory>(pump: &mut Pump<SenderEngine<M>>) {
+    pump.machine().release();
 }
 
 /// What was waited for.

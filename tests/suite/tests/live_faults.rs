@@ -313,6 +313,7 @@ fn offered(hosts: &mut [Host; 2]) -> Handover {
         sender: hosts[0].id,
         receiver: hosts[1].id,
         arbiter: false,
+        post_copy: false,
     };
     hosts[0].offer(handover);
     handover
@@ -321,7 +322,7 @@ fn offered(hosts: &mut [Host; 2]) -> Handover {
 fn word_of(actions: &[Action]) -> Message {
     let said = actions.iter().find_map(|action| match action {
         Action::Say(message) => Some(*message),
-        Action::Run | Action::Release => None,
+        Action::Run | Action::Release | Action::Fill(_) => None,
     });
     said.expect("something is said")
 }
@@ -430,7 +431,7 @@ fn c24_words_of_an_older_hand_over_change_nothing() {
             if forward { (to.hear(from.id, message), false) } else { (from.hear(to.id, message), true) };
         said.extend(actions.iter().filter_map(|action| match action {
             Action::Say(message) => Some((forth, *message)),
-            Action::Run | Action::Release => None,
+            Action::Run | Action::Release | Action::Fill(_) => None,
         }));
         replay(to, from, &words);
     }

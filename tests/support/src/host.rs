@@ -49,6 +49,8 @@ pub enum Action {
     Run,
     /// Ends the session: the guest is gone.
     Release,
+    /// The guest is gone, and its memory is kept for the pages that the other host lacks.
+    Fill(Handover),
 }
 
 impl Host {
@@ -121,6 +123,7 @@ impl Host {
                     actions.push(Action::Run);
                 }
                 Output::Release(_) => actions.push(Action::Release),
+                Output::Fill(handover) => actions.push(Action::Fill(handover)),
                 Output::AskArbiter(_) | Output::InDoubt(_) | Output::Refuse(_) => {}
             }
         }
@@ -151,7 +154,7 @@ pub fn reconnect(one: &mut Host, other: &mut Host) {
     let note = |to_other: bool, actions: Vec<Action>, said: &mut Vec<(bool, Message)>| {
         said.extend(actions.into_iter().filter_map(|action| match action {
             Action::Say(message) => Some((to_other, message)),
-            Action::Run | Action::Release => None,
+            Action::Run | Action::Release | Action::Fill(_) => None,
         }));
     };
     note(true, one.handle(Input::Connected(other.id)), &mut said);

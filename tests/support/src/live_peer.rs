@@ -38,7 +38,8 @@ pub fn root(image: &Image, blobs: &Blobs) -> Digest {
 /// The hand-over of an honest session that brings `image` and [`blobs`].
 pub fn handover(image: &Image) -> Handover {
     let LiveOpen { guest: lineage, epoch, host: sender, arbiter } = LIVE;
-    Handover { lineage, session: SESSION, epoch, root: root(image, &blobs()), sender, receiver: TO, arbiter }
+    let root = root(image, &blobs());
+    Handover { lineage, session: SESSION, epoch, root, sender, receiver: TO, arbiter, post_copy: false }
 }
 
 impl<M: Machine> Script<M> {

@@ -32,6 +32,8 @@ pub(crate) struct Config {
     /// Hand-overs that begin.
     pub(crate) offers: u8,
     pub(crate) arbiter: bool,
+    /// The guest starts with pages absent.
+    pub(crate) post_copy: bool,
     pub(crate) operator: bool,
     /// Messages that differ in one field from what they should be.
     pub(crate) strays: bool,
@@ -44,6 +46,7 @@ pub(crate) const CALM: Config = Config {
     fails: 0,
     offers: 1,
     arbiter: false,
+    post_copy: false,
     operator: false,
     strays: false,
 };
@@ -179,7 +182,8 @@ impl World {
     fn binding(&self, at: usize, session: u8, epoch: Epoch, guest: u8) -> Handover {
         let (sender, receiver) = (IDS[at], IDS[1 - at]);
         let session = [session; 16];
-        Handover { lineage: LINEAGE, session, epoch, root: root(guest), sender, receiver, arbiter: self.config.arbiter }
+        let Config { arbiter, post_copy, .. } = self.config;
+        Handover { lineage: LINEAGE, session, epoch, root: root(guest), sender, receiver, arbiter, post_copy }
     }
 
     /// A session freezes the guest and states all of it.
@@ -247,7 +251,7 @@ impl World {
                 state.asked.insert((at, handover));
             }
             Output::InDoubt(_) => state.told_doubt = true,
-            Output::Verified(_) | Output::Refuse(_) => {}
+            Output::Fill(_) | Output::Verified(_) | Output::Refuse(_) => {}
         }
     }
 

@@ -224,7 +224,7 @@ fn tell_sender(script: &mut AgainstSender, host: &mut Host, guest: &mut Guest) {
         for action in actions {
             match action {
                 Action::Say(message) => script.engine.say(message),
-                Action::Release => script.engine.release(),
+                Action::Release | Action::Fill(_) => script.engine.release(),
                 Action::Run => script.engine.cancel(pagewire_sender::ErrorKind::Rejected),
             }
         }

@@ -50,7 +50,7 @@ impl World {
         for action in actions {
             match action {
                 Action::Say(message) => self.say(TO_RECEIVER, message),
-                Action::Release => self.sender.machine.release(),
+                Action::Release | Action::Fill(_) => self.sender.machine.release(),
                 Action::Run => {
                     self.config.guest.iter().for_each(|guest| guest.state().resume());
                     self.sender.machine.cancel(SenderFailure::Cancelled);
