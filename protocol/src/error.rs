@@ -205,6 +205,22 @@ pub enum Violation {
         /// Pages of the image.
         pages: u64,
     },
+    /// What a guest lacks is not what its sender has left behind.
+    #[error("{what} {place}")]
+    Lacking {
+        /// What is wrong, up to the number.
+        what: &'static str,
+        /// The page's place in the image, or the count.
+        place: u64,
+    },
+    /// The same pages asked for again and again.
+    #[error("{faults} pages named in faults, of {pages}: the peer asks for what it has been sent")]
+    FaultFlood {
+        /// Pages named so far.
+        faults: u64,
+        /// Pages of the image.
+        pages: u64,
+    },
     /// A page's proof that is not that of the page: the peer knows its digest alone.
     #[error("the proof of page {page} of region {region} is wrong: the sender does not have its bytes")]
     Proof {

@@ -82,3 +82,7 @@ pub const BLOBS_MAX: usize = 16;
 pub const BLOB_BYTES_MAX: u32 = 16 << 20;
 /// Bytes of a blob in one BLOB frame.
 pub const BLOB_PART_BYTES_MAX: u32 = 32 * 1024;
+/// Bytes of the bitmap in one LACKING: 1 GiB of pages.
+pub const LACKING_BYTES_MAX: u32 = 32 * 1024;
+/// Pages named in FAULT frames, a page on average over the image, in a fill session.
+pub const FAULTS_A_PAGE_MAX: u64 = 4;

@@ -189,6 +189,15 @@ impl<M: GuestMemory> Sending<M> {
         }
     }
 
+    /// Nothing is sent before the guest leaves.
+    pub(crate) fn pause_at_once(&mut self) -> Step {
+        if let Some(rounds) = self.rounds.as_mut().filter(|rounds| rounds.stage == Stage::Running) {
+            rounds.leave();
+            return Step::Pause;
+        }
+        Step::Waits
+    }
+
     fn judge_round(&mut self, now: Time) -> Result<Step, ErrorKind> {
         let counts = self.counts;
         let ratio = counts.payload_bytes as f64 / counts.inline_bytes.max(1) as f64;
@@ -204,6 +213,10 @@ impl<M: GuestMemory> Sending<M> {
                 return Ok(Step::Throttle(percent));
             }
             Verdict::SwitchOver | Verdict::Force(_) => return Ok(Step::Pause),
+            Verdict::PostCopy(_) if self.post_copy => {
+                rounds.leave();
+                return Ok(Step::Pause);
+            }
             Verdict::GiveUp(reason) | Verdict::PostCopy(reason) => return Err(ErrorKind::NotConverging(reason)),
         }
         Ok(Step::Did)
@@ -215,6 +228,11 @@ impl<M: GuestMemory> Sending<M> {
         let Some(rounds) = self.rounds.as_mut() else { return Ok(()) };
         rounds.harvest(&mut self.memory, now).map_err(ErrorKind::Source)?;
         rounds.begin_last(&self.lanes, now);
+        if rounds.leaves() {
+            let todo = rounds.take_todo();
+            self.begin_leaving(&todo);
+            return Ok(());
+        }
         if self.lanes.ids().count() > 1 {
             // A lane may overtake another, and a miss costs a round trip while nobody runs: nothing refers to a page
             // that is about to change.

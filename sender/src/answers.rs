@@ -55,7 +55,7 @@ impl<M: GuestMemory> Sending<M> {
             self.check_answer(range.region, page, *digest)?;
             let again = !self.wanted.insert(u64::from(place.0));
             let gone = self.sent.has_gone(digest, place, lane, (&self.layout, &self.trees, &self.lanes));
-            let kind = if gone && !again { EntryKind::REFERENCE } else { EntryKind::INLINE };
+            let kind = if gone && !again && self.leaving.is_none() { EntryKind::REFERENCE } else { EntryKind::INLINE };
             entries.push(if *digest == self.hasher.zero() { EntryKind::ZERO } else { kind }, at, *digest);
         }
         self.digests = found;

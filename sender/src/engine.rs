@@ -8,6 +8,7 @@
 use crate::base::Base;
 use crate::converge::Limits;
 use crate::error::{ErrorKind, SenderError};
+use crate::fill::Remainder;
 use crate::lanes::{EncodeJob, EncodeOutput};
 use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision, RoundReport};
@@ -27,7 +28,7 @@ use pagewire_protocol::handover::{Handover, HostId, Message};
 use pagewire_protocol::limits::{ROOTS_MAX, STALL_SPAN_MAX};
 use pagewire_protocol::page::{Layout, common_pages};
 use pagewire_protocol::page_buffer::PageBuffer;
-use pagewire_protocol::session::{Endpoint, FEATURE_LIVE, Machine, Outgoing, Phase, Policy};
+use pagewire_protocol::session::{Endpoint, FEATURE_LIVE, FEATURE_POST_COPY, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::tree::{DigestTree, Manifest};
 use std::collections::VecDeque;
@@ -100,6 +101,8 @@ pub struct Live {
     pub limits: Limits,
     /// The hand-over in the end.
     pub handover: LiveOpen,
+    /// It starts at the receiver before any of its pages is sent, if the hand-over says that it may.
+    pub at_once: bool,
 }
 
 /// Pages of a batch: 256 KiB stay in a core's cache from the read to the write.
@@ -148,6 +151,7 @@ pub struct SenderEngine<M> {
     moved: Option<Time>,
     /// The receiver's host, in a live session.
     host: Option<HostId>,
+    offered: Option<Handover>,
     trace: Option<Box<dyn Trace>>,
     rounds: Vec<RoundReport>,
     hot: Option<PageBitmap>,
@@ -163,6 +167,9 @@ impl<M: GuestMemory> SenderEngine<M> {
         if config.live.is_some() {
             config.policy.features_offered |= FEATURE_LIVE;
             config.policy.features_required |= FEATURE_LIVE;
+            if config.live.is_some_and(|live| live.handover.post_copy) {
+                config.policy.features_offered |= FEATURE_POST_COPY;
+            }
         }
         bases.retain(|base| common_pages(base.layout(), memory.layout()).is_some());
         bases.truncate(ROOTS_MAX);
@@ -178,6 +185,7 @@ impl<M: GuestMemory> SenderEngine<M> {
             pausing: false,
             moved: None,
             host: None,
+            offered: None,
             trace: None,
             rounds: Vec::new(),
             hot: None,
@@ -243,6 +251,23 @@ impl<M: GuestMemory> SenderEngine<M> {
         self.succeed();
     }
 
+    /// The guest runs at the receiver, and lacks pages: this session ends, and what is left has to be brought by others.
+    pub fn split(&mut self) {
+        if self.endpoint.phase() == Phase::Finishing && self.offered.is_some_and(|handover| handover.post_copy) {
+            self.note_rounds();
+            self.hot = self.sending.as_mut().and_then(|sending| sending.release());
+            self.succeed();
+        }
+    }
+
+    /// What is left to bring after a [`split`](Self::split).
+    pub fn into_remainder(self) -> Option<Remainder<M>> {
+        let handover = self.offered.filter(|handover| handover.post_copy && self.finished)?;
+        let Sending { memory, hasher, trees, leaving, layout, .. } = *self.sending?;
+        let (absent, gone) = (leaving?.absent, Some(PageBitmap::new(layout.pages())));
+        Some(Remainder { memory, hasher, trees, absent, gone, handover })
+    }
+
     /// Pages that the guest wrote all the time, by their places, once it is gone: not worth keeping.
     pub fn hot(&mut self) -> Option<PageBitmap> {
         self.hot.take()
@@ -282,7 +307,8 @@ impl<M: GuestMemory> SenderEngine<M> {
 
     /// What the image is that was sent, once the receiver has all of it. Can be had once.
     pub fn manifest(&mut self) -> Option<Manifest> {
-        self.sending.take_if(|_| self.finished).map(|sending| sending.into_manifest())
+        let whole = |sending: &mut Box<Sending<M>>| self.finished && sending.leaving.is_none();
+        self.sending.take_if(whole).map(|sending| sending.into_manifest())
     }
 
     /// How the session ended, once it has.
@@ -375,6 +401,14 @@ impl<M: GuestMemory> SenderEngine<M> {
         if accept.host.is_some() != self.config.live.is_some() {
             return Err(Violation::Live("terms of another kind", "asked for others").into());
         }
+        // SPEC 4.22
+        if accept.post_copy && !self.config.live.is_some_and(|live| live.handover.post_copy) {
+            return Err(Violation::Live("terms of post-copy", "did not ask for it").into());
+        }
+        let at_once = self.config.live.is_some_and(|live| live.at_once);
+        if at_once && !accept.post_copy {
+            return Err(ErrorKind::NoPostCopy);
+        }
         self.host = accept.host.map(HostId);
         self.secret = Some(accept.secret);
         let hasher = PageHasher::new(&DedupDomain::new(&self.config.domain_key));
@@ -388,6 +422,9 @@ impl<M: GuestMemory> SenderEngine<M> {
         let mut rounds = rounds.transpose().map_err(ErrorKind::Source)?;
         if let Some(rounds) = &mut rounds {
             rounds.show(self.trace.take());
+            if at_once {
+                rounds.leave_at_once();
+            }
         }
         let mut sending = Box::new(Sending::new((memory, rounds), accept, agreed, &self.config, terms));
         sending.explain_start(now);
@@ -427,13 +464,13 @@ impl<M: GuestMemory> SenderEngine<M> {
         self.endpoint.push_frame(LaneId::CONTROL, &Frame::Root(root));
         self.events.push_back(Event::Stated);
         if let (Some(live), Some(receiver)) = (self.config.live, self.host) {
-            let LiveOpen { guest: lineage, epoch, host: sender, arbiter } = live.handover;
+            let LiveOpen { guest: lineage, epoch, host: sender, arbiter, .. } = live.handover;
+            let left = self.sending.as_ref().and_then(|sending| sending.leaving.as_ref());
+            let post_copy = left.is_some_and(|leaving| leaving.absent.count() > 0);
             let session = self.config.session;
             self.pausing = false;
-            // All of the guest has been sent.
-            let post_copy = false;
-            let handover =
-                Handover { lineage, session, epoch, root: root.digest, sender, receiver, arbiter, post_copy };
+            let handover = Handover { lineage, session, epoch, root: root.digest, sender, receiver, arbiter, post_copy };
+            self.offered = Some(handover);
             self.events.push_back(Event::Offer(handover));
         }
     }

@@ -48,6 +48,9 @@ pub enum ErrorKind {
     /// The guest cannot be stopped for as short as it should.
     #[error("the guest was not moved: {0}; allow a longer downtime, slow it down, or switch over all the same")]
     NotConverging(crate::converge::Reason),
+    /// Post-copy was asked for and is not possible.
+    #[error("the receiver cannot run a guest before all of its memory is there; send it in rounds, or receive it into memory that can wait for pages")]
+    NoPostCopy,
     /// The guest could not be paused.
     #[error("the guest cannot be paused: {0}")]
     Pause(String),
@@ -77,6 +80,7 @@ impl ErrorKind {
             Self::Cancelled
             | Self::Deadline(_)
             | Self::NotConverging(_)
+            | Self::NoPostCopy
             | Self::Pause(_)
             | Self::Late(_)
             | Self::Rejected

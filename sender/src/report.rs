@@ -15,6 +15,8 @@ pub struct Counts {
     pub inline: u64,
     /// As what differs from a page of the base.
     pub delta: u64,
+    /// As coming later, when the guest runs at the receiver.
+    pub absent: u64,
     /// Of the unchanged ones, those that memory knew to be so and nobody read.
     pub unread: u64,
     /// Those that memory knew to be unchanged and that were read all the same, and were.
@@ -22,6 +24,23 @@ pub struct Counts {
     /// Asked for by the receiver.
     pub wants: u64,
     /// Bytes of inline pages before and after compression.
+    pub inline_bytes: u64,
+    /// Their bytes on the wire.
+    pub payload_bytes: u64,
+}
+
+/// What went out to a guest that runs at the receiver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FillCounts {
+    /// Pages whose digest went ahead.
+    pub announced: u64,
+    /// Pages that went with their bytes.
+    pub inline: u64,
+    /// Pages that went because the guest waited for them.
+    pub faults: u64,
+    /// Pages asked for by the receiver because they were not found, or not right.
+    pub wants: u64,
+    /// Bytes of background pages before compression.
     pub inline_bytes: u64,
     /// Their bytes on the wire.
     pub payload_bytes: u64,

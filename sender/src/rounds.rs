@@ -37,6 +37,16 @@ pub(crate) enum Stage {
     Last,
 }
 
+/// Whether the guest leaves before all of its pages do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leave {
+    No,
+    /// Before any does.
+    AtOnce,
+    /// Its pages are left behind as they are when it stands still.
+    Yes,
+}
+
 /// What a round began with, and what it has done.
 #[derive(Clone, Copy, Debug, Default)]
 struct Measure {
@@ -74,6 +84,7 @@ pub(crate) struct Rounds {
     dirty_rate: f64,
     stuck: u32,
     throttled: u8,
+    leaving: Leave,
     reports: Vec<RoundReport>,
     trace: Option<Box<dyn Trace>>,
     /// For the trace of memory of which nobody knows: what this round found changed.
@@ -108,10 +119,38 @@ impl Rounds {
             dirty_rate: 0.0,
             stuck: 0,
             throttled: 0,
+            leaving: Leave::No,
             reports: Vec::new(),
             trace: None,
             compared: None,
         })
+    }
+
+    /// The guest leaves before any of its pages does.
+    pub(crate) fn leave_at_once(&mut self) {
+        self.leaving = Leave::AtOnce;
+    }
+
+    /// Whether it does, and has not been paused yet.
+    pub(crate) fn leaves_at_once(&self) -> bool {
+        self.leaving == Leave::AtOnce || (self.leaving == Leave::Yes && self.stage == Stage::Pausing)
+    }
+
+    /// The guest is to be paused, and leaves what has not been sent behind.
+    pub(crate) fn leave(&mut self) {
+        self.leaving = Leave::Yes;
+        self.stage = Stage::Pausing;
+    }
+
+    /// Whether pages are left behind.
+    pub(crate) fn leaves(&self) -> bool {
+        self.leaving == Leave::Yes
+    }
+
+    /// The pages of the last round, which are not sent in it.
+    pub(crate) fn take_todo(&mut self) -> PageBitmap {
+        let none = PageBitmap::new(self.todo.len());
+        std::mem::replace(&mut self.todo, none)
     }
 
     /// Shows `trace` what is found to be written from here on.

@@ -9,6 +9,7 @@ use crate::engine::SenderConfig;
 use crate::error::ErrorKind;
 use crate::holdings::{Held, Holdings};
 use crate::lanes::{Batch, EncodeOutput, Lanes, inline_pages};
+use crate::leave::Leaving;
 use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision};
 use crate::reuse::{Reuse, Stated, between};
@@ -90,8 +91,12 @@ pub(crate) struct Sending<M> {
     /// Places wanted before: their next answer carries the bytes, whatever was sent elsewhere.
     pub(crate) wanted: PageBitmap,
     cover: Option<Cover>,
-    region: RegionId,
-    next: u64,
+    pub(crate) region: RegionId,
+    pub(crate) next: u64,
+    /// The guest may start before all of its pages are there.
+    pub(crate) post_copy: bool,
+    /// What is left behind, once it is.
+    pub(crate) leaving: Option<Leaving>,
     batch_pages: u64,
     pub(crate) digests: Vec<Digest>,
     pub(crate) ended: bool,
@@ -140,6 +145,8 @@ impl<M: GuestMemory> Sending<M> {
             cover: None,
             region: RegionId(0),
             next: 0,
+            post_copy: accept.post_copy,
+            leaving: None,
             batch_pages: u64::from(config.batch_pages),
             digests: Vec::new(),
             ended: false,
@@ -213,6 +220,12 @@ impl<M: GuestMemory> Sending<M> {
         }
         if let Some(range) = self.next_want() {
             return self.answer(range, now).map(|()| Step::Did);
+        }
+        if self.rounds.as_ref().is_some_and(Rounds::leaves_at_once) {
+            return Ok(self.pause_at_once());
+        }
+        if let Some(step) = self.leave_next()? {
+            return Ok(step);
         }
         self.sample(now)?;
         if let Some(range) = self.next_range() {
@@ -494,7 +507,7 @@ impl<M: GuestMemory> Sending<M> {
         self.lanes.plan(lane, batch, None);
     }
 
-    fn head(&self, range: PageRange, digest: Digest) -> PagesHead {
+    pub(crate) fn head(&self, range: PageRange, digest: Digest) -> PagesHead {
         PagesHead {
             round: self.round(),
             region: range.region.0,
@@ -538,7 +551,7 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     /// The pages of these runs are stated.
-    fn note(&mut self, range: PageRange, runs: &[Run]) {
+    pub(crate) fn note(&mut self, range: PageRange, runs: &[Run]) {
         let mut next = u64::from(self.layout.place(range.region, range.first.0).0);
         for run in runs {
             let first = next;

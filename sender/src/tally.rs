@@ -11,18 +11,19 @@ const BASE: usize = 2;
 const REFERENCE: usize = 3;
 const INLINE: usize = 4;
 const DELTA: usize = 5;
+const ABSENT: usize = 6;
 
 /// The last way of every page, by its place in the image.
 #[derive(Debug)]
 pub(crate) struct Tally {
     ways: Vec<u8>,
-    counts: [u64; 6],
+    counts: [u64; 7],
 }
 
 impl Tally {
     /// No page of `pages` is stated.
     pub(crate) fn new(pages: u64) -> Self {
-        Self { ways: vec![0; usize::try_from(pages).unwrap_or(usize::MAX)], counts: [0; 6] }
+        Self { ways: vec![0; usize::try_from(pages).unwrap_or(usize::MAX)], counts: [0; 7] }
     }
 
     /// The pages at these places are stated as `kind` now.
@@ -31,6 +32,7 @@ impl Tally {
             EntryKind::ZERO => ZERO,
             EntryKind::BASE => BASE,
             EntryKind::INLINE => INLINE,
+            EntryKind::ABSENT => ABSENT,
             _ => REFERENCE,
         };
         self.change(places, way, |_| true);
@@ -81,8 +83,8 @@ impl Tally {
 
     /// Puts the pages by their ways into `counts`.
     pub(crate) fn fill(&self, counts: &mut Counts) {
-        let [_, zero, base, reference, inline, delta] = self.counts;
-        *counts = Counts { zero, base, reference, inline, delta, ..*counts };
+        let [_, zero, base, reference, inline, delta, absent] = self.counts;
+        *counts = Counts { zero, base, reference, inline, delta, absent, ..*counts };
     }
 }
 

@@ -1,5 +1,5 @@
 //! ACCEPT: on which terms the receiver takes the image. bincode: transcript, secret, lanes, window, pages held a region,
-//! agreed root, whether the base stays, the challenge, the receiver's host.
+//! agreed root, whether the base stays, the challenge, the receiver's host, whether it can do post-copy.
 
 use crate::coding::{decode_body, encode_body};
 use crate::error::DecodeError;
@@ -29,6 +29,8 @@ pub struct Accept {
     pub challenge: Option<[u8; 32]>,
     /// The receiver's host, if OPEN ends with a hand-over.
     pub host: Option<[u8; 32]>,
+    /// The guest may start here before all of its pages have come.
+    pub post_copy: bool,
 }
 
 impl Accept {

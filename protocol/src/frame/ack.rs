@@ -51,34 +51,41 @@ impl Ack {
         if settled > frames {
             return Err(DecodeError::limit("settled", settled, frames));
         }
-        let (wants, tail) = reader.rest().as_chunks::<WANT_BYTES>();
-        if !tail.is_empty() {
-            return Err(DecodeError::Trailing(tail.len()));
-        }
-        if wants.len() > WANTS_MAX {
-            return Err(DecodeError::limit("wants", wants.len() as u64, WANTS_MAX as u64));
-        }
-        let wants = wants.iter().map(|bytes| {
-            let mut reader = Reader::new(bytes);
-            let (region, reserved) = (reader.u16("region")?, reader.u16("reserved")?);
-            let want = Want { region, count: reader.u32("count")?, first: reader.u64("first")? };
-            if reserved != 0 || want.count == 0 {
-                return Err(DecodeError::Unknown {
-                    field: "want's reserved bytes or count",
-                    value: u64::from(reserved),
-                });
-            }
-            Ok(want)
-        });
-        Ok(Self { frames, settled, wants: wants.collect::<Result<_, _>>()? })
+        Ok(Self { frames, settled, wants: decode_wants(reader.rest())? })
     }
 
     /// Appends the body.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let mut writer = Writer(out);
-        writer.u64(self.frames).u64(self.settled);
-        for want in &self.wants {
-            writer.u16(want.region).u16(0).u32(want.count).u64(want.first);
+        Writer(out).u64(self.frames).u64(self.settled);
+        encode_wants(&self.wants, out);
+    }
+}
+
+/// Judges a list of pages that ends a body.
+pub(super) fn decode_wants(bytes: &[u8]) -> Result<Vec<Want>, DecodeError> {
+    let (wants, tail) = bytes.as_chunks::<WANT_BYTES>();
+    if !tail.is_empty() {
+        return Err(DecodeError::Trailing(tail.len()));
+    }
+    if wants.len() > WANTS_MAX {
+        return Err(DecodeError::limit("wants", wants.len() as u64, WANTS_MAX as u64));
+    }
+    let wants = wants.iter().map(|bytes| {
+        let mut reader = Reader::new(bytes);
+        let (region, reserved) = (reader.u16("region")?, reader.u16("reserved")?);
+        let want = Want { region, count: reader.u32("count")?, first: reader.u64("first")? };
+        if reserved != 0 || want.count == 0 {
+            return Err(DecodeError::Unknown { field: "want's reserved bytes or count", value: u64::from(reserved) });
         }
+        Ok(want)
+    });
+    wants.collect()
+}
+
+/// Appends a list of pages.
+pub(super) fn encode_wants(wants: &[Want], out: &mut Vec<u8>) {
+    let mut writer = Writer(out);
+    for want in wants {
+        writer.u16(want.region).u16(0).u32(want.count).u64(want.first);
     }
 }

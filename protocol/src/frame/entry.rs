@@ -30,6 +30,9 @@ impl Codec {
 /// What stands in a batch digest for a page that is skipped.
 pub const SKIPPED_DIGEST: Digest = Digest([0; 32]);
 
+/// What stands in digests for a page that is absent when its guest is handed over: no bytes have it.
+pub const ABSENT_DIGEST: Digest = Digest([0; 32]);
+
 /// The ways to state a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct EntryKind(pub(super) u8);
@@ -47,6 +50,8 @@ impl EntryKind {
     pub const SHIFTED: Self = Self(5);
     /// Not stated by this frame: the page stays what it was. In a batch digest it counts as [`SKIPPED_DIGEST`].
     pub const SKIPPED: Self = Self(6);
+    /// Comes when the guest runs at the receiver already. Its digest is [`ABSENT_DIGEST`] until then.
+    pub const ABSENT: Self = Self(7);
 }
 
 /// Neighbouring pages stated alike.
@@ -68,7 +73,7 @@ pub(super) fn tally(runs: &[[u8; 4]], count: u32) -> Result<(usize, usize, usize
         bounded("run pages (from 1)", u64::from(pages), u64::from(u16::MAX))?;
         covered = covered.saturating_add(u64::from(pages));
         match EntryKind(kind) {
-            EntryKind::ZERO | EntryKind::BASE | EntryKind::SKIPPED => {}
+            EntryKind::ZERO | EntryKind::BASE | EntryKind::SKIPPED | EntryKind::ABSENT => {}
             EntryKind::REFERENCE => references = references.saturating_add(usize::from(pages)),
             EntryKind::INLINE => inline = inline.saturating_add(usize::from(pages)),
             EntryKind::SHIFTED => shifted = shifted.saturating_add(usize::from(pages)),

@@ -14,9 +14,12 @@ mod blob;
 mod close;
 mod done;
 mod entry;
+mod fault;
+mod fill;
 mod have;
 mod hello;
 mod join;
+mod lack;
 mod name;
 mod open;
 mod pages;
@@ -29,10 +32,13 @@ pub use ack::{Ack, Want};
 pub use blob::Blob;
 pub use close::Close;
 pub use done::Done;
-pub use entry::{Codec, EntryKind, Run, SKIPPED_DIGEST};
+pub use entry::{ABSENT_DIGEST, Codec, EntryKind, Run, SKIPPED_DIGEST};
+pub use fault::{Fault, Urgency};
+pub use fill::Fill;
 pub use have::Have;
 pub use hello::{Extension, Hello, HelloBody, Role};
 pub use join::Join;
+pub use lack::{Lack, Lacking};
 pub use name::ImageName;
 pub use open::{LiveOpen, Open, RegionSpec};
 pub use pages::{Pages, PagesHead};
@@ -116,6 +122,14 @@ frame_kinds! {
     REJECT = 17, Message::SIZE_MAX;
     /// Sender: its copy of the guest is gone.
     GONE = 18, Message::SIZE_MAX;
+    /// Sender: it brings what the guest still lacks.
+    FILL = 19, Fill::SIZE_MAX;
+    /// Receiver: on these terms.
+    LACK = 20, Lack::SIZE_MAX;
+    /// Which pages the guest lacks.
+    LACKING = 21, Lacking::SIZE_MAX;
+    /// Pages that the guest waits for.
+    FAULT = 22, Fault::SIZE_MAX;
 }
 
 impl core::fmt::Display for FrameKind {
@@ -252,6 +266,10 @@ pub enum Frame<'a> {
     Ping(Ping),
     Close(Close),
     Blob(Blob<'a>),
+    Fill(Fill),
+    Lack(Lack),
+    Lacking(Lacking<'a>),
+    Fault(Fault),
     /// READY, COMMIT, STARTED, REJECT or GONE.
     Handover(Message),
 }
@@ -281,6 +299,10 @@ impl<'a> Frame<'a> {
             FrameKind::STARTED => Self::Handover(Message::decode(Word::Started, body)?),
             FrameKind::REJECT => Self::Handover(Message::decode(Word::Reject, body)?),
             FrameKind::GONE => Self::Handover(Message::decode(Word::Gone, body)?),
+            FrameKind::FILL => Self::Fill(Fill::decode(body)?),
+            FrameKind::LACK => Self::Lack(Lack::decode(body)?),
+            FrameKind::LACKING => Self::Lacking(Lacking::decode(body)?),
+            FrameKind::FAULT => Self::Fault(Fault::decode(body)?),
             FrameKind(value) => return Err(DecodeError::Unknown { field: "frame kind", value: u64::from(value) }),
         })
     }
@@ -302,6 +324,10 @@ impl<'a> Frame<'a> {
             Self::Close(_) => FrameKind::CLOSE,
             Self::Blob(_) => FrameKind::BLOB,
             Self::Handover(message) => message.word.frame_kind(),
+            Self::Fill(_) => FrameKind::FILL,
+            Self::Lack(_) => FrameKind::LACK,
+            Self::Lacking(_) => FrameKind::LACKING,
+            Self::Fault(_) => FrameKind::FAULT,
         }
     }
 
@@ -324,6 +350,10 @@ impl<'a> Frame<'a> {
             Self::Close(frame) => frame.encode(out),
             Self::Blob(frame) => frame.encode(out),
             Self::Handover(message) => message.handover.encode(out),
+            Self::Fill(frame) => frame.encode(out),
+            Self::Lack(frame) => frame.encode(out),
+            Self::Lacking(frame) => frame.encode(out),
+            Self::Fault(frame) => frame.encode(out),
         }
         seal(self.kind(), lane, start, 0, out);
     }

@@ -27,6 +27,7 @@ struct LiveBody {
     epoch: u64,
     host: [u8; 32],
     arbiter: bool,
+    post_copy: bool,
 }
 
 /// The hand-over that a live session is to end with.
@@ -40,6 +41,8 @@ pub struct LiveOpen {
     pub host: HostId,
     /// An arbiter is asked before anybody starts it.
     pub arbiter: bool,
+    /// It may start before all of its pages are there.
+    pub post_copy: bool,
 }
 
 #[derive(bincode::Encode, bincode::Decode)]
@@ -104,9 +107,9 @@ impl Open {
             Some(LiveBody { guest, epoch, .. }) if guest == [0; 16] || epoch == 0 => {
                 return Err(DecodeError::Unknown { field: "guest or epoch to be handed over", value: epoch });
             }
-            Some(LiveBody { guest, epoch, host, arbiter }) => {
+            Some(LiveBody { guest, epoch, host, arbiter, post_copy }) => {
                 let (guest, epoch, host) = (LineageId(guest), Epoch::new(epoch), HostId(host));
-                Some(LiveOpen { guest, epoch, host, arbiter })
+                Some(LiveOpen { guest, epoch, host, arbiter, post_copy })
             }
             None => None,
         };
@@ -135,6 +138,7 @@ impl Open {
                 epoch: live.epoch.number(),
                 host: live.host.0,
                 arbiter: live.arbiter,
+                post_copy: live.post_copy,
             }),
             single_stream: self.single_stream,
             lanes: self.lanes,

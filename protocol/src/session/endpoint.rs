@@ -3,7 +3,7 @@
 //! An engine owns one endpoint and asks it to judge every frame; what comes back is legal in the endpoint's phase and
 //! is not HELLO, PING or CLOSE, which end here.
 
-use super::{Agreement, Liveness, Outgoing, Phase, Policy, check, negotiate};
+use super::{Agreed, Agreement, Liveness, Outgoing, Phase, Policy, check, negotiate};
 use crate::digest::transcript_digest;
 use crate::error::{CloseCode, PeerError, Violation};
 use crate::frame::{Close, Frame, FrameKind, HEADER_BYTES, Hello, LaneId, Role};
@@ -87,8 +87,8 @@ impl Endpoint {
         if !kind.is_known() {
             return Ok(None);
         }
-        let live = self.greeted.is_some_and(|greeted| greeted.agreement.is_live());
-        check(self.role, self.phase, live, lane, kind)?;
+        let agreed = self.greeted.map_or(Agreed::AtRest, |greeted| greeted.agreement.reach());
+        check(self.role, self.phase, agreed, lane, kind)?;
         // SPEC 2.7: a single stream's headers may name any lane, also one that was not granted.
         if !self.liveness.is_open(lane) {
             return Err(Violation::WrongLane { lane: lane.number() }.into());

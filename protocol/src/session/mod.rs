@@ -11,8 +11,8 @@ mod table;
 
 pub use endpoint::{Endpoint, Greeted};
 pub use liveness::Liveness;
-pub use negotiate::{Agreement, FEATURE_LIVE, Policy, VERSION, negotiate};
-pub use table::{Phase, check};
+pub use negotiate::{Agreement, FEATURE_LIVE, FEATURE_POST_COPY, Policy, VERSION, negotiate};
+pub use table::{Agreed, Phase, check};
 
 use crate::error::{PeerError, Violation};
 use crate::frame::{Frame, FrameKind, Join, LaneId};

@@ -5,6 +5,7 @@
 
 use crate::error::Incompatible;
 use crate::frame::{Codec, Hello, HelloBody, Role};
+use crate::session::Agreed;
 use alloc::string::ToString;
 use alloc::vec::Vec;
 
@@ -26,6 +27,8 @@ pub struct Policy {
 /// The protocol version this crate implements.
 pub const VERSION: u16 = 1;
 
+/// The feature bit of HELLO for post-copy: pages that come when the guest runs at the receiver.
+pub const FEATURE_POST_COPY: u64 = 1 << 0;
 /// The feature bit of HELLO for live sessions: blobs, and the hand-over of a guest.
 pub const FEATURE_LIVE: u64 = 1 << 1;
 
@@ -66,9 +69,23 @@ pub struct Agreement {
 }
 
 impl Agreement {
+    /// What both sides can do beyond a transfer at rest.
+    pub fn reach(&self) -> Agreed {
+        match (self.is_live(), self.is_post_copy()) {
+            (_, true) => Agreed::PostCopy,
+            (true, _) => Agreed::Live,
+            _ => Agreed::AtRest,
+        }
+    }
+
     /// Whether both sides can hand a guest over.
     pub fn is_live(&self) -> bool {
         self.features & FEATURE_LIVE != 0
+    }
+
+    /// Whether a guest may be handed over before all of its pages are there.
+    pub fn is_post_copy(&self) -> bool {
+        self.is_live() && self.features & FEATURE_POST_COPY != 0
     }
 }
 
