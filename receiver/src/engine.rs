@@ -7,6 +7,7 @@
 //! sender's, and the sink has made them last.
 
 use crate::error::{ErrorKind, ReceiverError};
+use crate::fill::Incomplete;
 use crate::memory::{GuestSink, OtherPages};
 use crate::receiving::Receiving;
 use crate::report::Counts;
@@ -136,8 +137,9 @@ impl<S: GuestSink> ReceiverEngine<S> {
         if open.live.is_some() && terms.host.is_none() {
             return self.refuse(CloseCode::REFUSED, "no guest is taken over here");
         }
-        let (transcript, codecs) = (greeted.transcript, greeted.agreement.codecs);
-        let (mut receiving, accept) = match Receiving::new(open, terms, codecs, now) {
+        let (transcript, agreement) = (greeted.transcript, greeted.agreement);
+        let abilities = (agreement.codecs, agreement.is_post_copy());
+        let (mut receiving, accept) = match Receiving::new(open, terms, abilities, now) {
             Ok((receiving, accept)) => (Box::new(receiving), Accept { transcript, ..accept }),
             Err(source) => return self.fail(ErrorKind::Destination { what: "zstd cannot start", source }),
         };
@@ -167,6 +169,19 @@ impl<S: GuestSink> ReceiverEngine<S> {
         if self.endpoint.phase() == Phase::Parting && self.is_live() {
             self.succeed();
         }
+    }
+
+    /// The guest runs here and lacks pages: this session ends, and others bring them.
+    pub fn split(&mut self) {
+        let lacks = self.receiving.as_ref().is_some_and(|receiving| receiving.map.absent().count() > 0);
+        if self.endpoint.phase() == Phase::Parting && lacks {
+            self.succeed();
+        }
+    }
+
+    /// What the guest lacks after a [`split`](Self::split), and its memory.
+    pub fn into_incomplete(self) -> Option<Incomplete<S>> {
+        self.receiving.filter(|receiving| receiving.lasts)?.into_incomplete()
     }
 
     fn succeed(&mut self) {
@@ -203,7 +218,7 @@ impl<S: GuestSink> ReceiverEngine<S> {
 
     /// What the image is, once all of it is present and lasts; for whoever keeps manifests. Can be had once.
     pub fn manifest(&mut self) -> Option<Manifest> {
-        let receiving = self.receiving.take_if(|receiving| receiving.lasts)?;
+        let receiving = self.receiving.take_if(|receiving| receiving.lasts && receiving.map.absent().count() == 0)?;
         let (layout, trees) = receiving.map.into_parts();
         Some(Manifest { root: receiving.image, layout, trees })
     }

@@ -10,6 +10,7 @@
 pub mod driver;
 mod engine;
 mod error;
+pub mod fill;
 pub mod memory;
 mod page_map;
 mod receiving;
@@ -23,4 +24,4 @@ pub use engine::{Agreed, Event, FinishJob, FinishOutput, Offer, ReceiverEngine, 
 pub use error::{ErrorKind, ReceiverError};
 pub use memory::{GuestSink, OtherPages};
 pub use page_map::PageMap;
-pub use report::Counts;
+pub use report::{Counts, FillCounts};

@@ -6,6 +6,7 @@
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher};
+use pagewire_protocol::frame::ABSENT_DIGEST;
 use pagewire_protocol::limits::SUBTREE_PAGES;
 use pagewire_protocol::page::{Layout, PageRange, Place, RegionId};
 use pagewire_protocol::tree::{DigestTree, image_root};
@@ -24,6 +25,8 @@ pub struct PageMap {
     index: Option<DigestIndex>,
     /// Where the base had contents that are not in the image any more, if it can still be read.
     left: Option<TagIndex>,
+    /// Pages that come when the guest runs.
+    absent: PageBitmap,
     seed: u64,
 }
 
@@ -44,8 +47,8 @@ impl PageMap {
         if zero {
             known.insert_range(0..layout.pages());
         }
-        let claimed = PageBitmap::new(layout.pages());
-        Self { layout, trees, known, present, claimed, index: None, left: None, seed }
+        let (claimed, absent) = (PageBitmap::new(layout.pages()), PageBitmap::new(layout.pages()));
+        Self { layout, trees, known, present, claimed, index: None, left: None, absent, seed }
     }
 
     /// Contents stay reachable when their page is overwritten: the base can be read until the session ends.
@@ -166,6 +169,50 @@ impl PageMap {
     /// The page was stated anew and is not there yet.
     pub fn mark_absent(&mut self, region: RegionId, page: u64) -> bool {
         self.present.remove(u64::from(self.layout.place(region, page).0))
+    }
+
+    /// The page comes when the guest runs; what the base had there stays reachable if the base does.
+    pub fn leave(&mut self, region: RegionId, pages: Range<u64>) {
+        for page in pages.clone() {
+            let place = self.layout.place(region, page);
+            let old = digest_at(&self.layout, &self.trees, place);
+            let known = self.known.remove(u64::from(place.0)) | self.claimed.remove(u64::from(place.0));
+            if let Some(left) = self.left.as_mut().filter(|_| known && !self.present.contains(u64::from(place.0))) {
+                left.insert(&old, place);
+            }
+            if let Some(index) = self.index.as_mut().filter(|_| known) {
+                index.remove(&old, place);
+            }
+            if let Some(tree) = self.trees.get_mut(usize::from(region.0)) {
+                tree.set(page, ABSENT_DIGEST);
+            }
+        }
+        let places = self.places(region, pages);
+        self.present.remove_range(places.clone());
+        self.absent.insert_range(places);
+    }
+
+    /// The pages are stated: they are absent no more.
+    pub fn unleave(&mut self, region: RegionId, pages: Range<u64>) {
+        if self.absent.count() > 0 {
+            let places = self.places(region, pages);
+            self.absent.remove_range(places);
+        }
+    }
+
+    /// Pages that come when the guest runs.
+    pub fn absent(&self) -> &PageBitmap {
+        &self.absent
+    }
+
+    /// A page has come while the guest runs, which may write to it from now on: its digest is what it was.
+    pub fn arrive(&mut self, region: RegionId, page: u64, digest: Digest) {
+        let place = u64::from(self.layout.place(region, page).0);
+        if let Some(tree) = self.trees.get_mut(usize::from(region.0)) {
+            tree.set(page, digest);
+        }
+        self.absent.remove(place);
+        self.present.insert(place);
     }
 
     /// Whether the page is as the sender means it.

@@ -7,7 +7,8 @@ use crate::engine::{Agreed, FinishJob, Terms};
 use crate::error::ErrorKind;
 use crate::memory::GuestSink;
 use crate::page_map::PageMap;
-use crate::report::Counts;
+use crate::fill::Incomplete;
+use crate::report::{Counts, FillCounts};
 use crate::resolve::{Base, Others, Resolved, Resolver, Target};
 use crate::scan::Scan;
 use crate::waiting::{Turn, Waiting};
@@ -87,6 +88,8 @@ pub(crate) struct Receiving<S> {
     pub(crate) blobs: Blobs,
     /// The image root, once all is present.
     pub(crate) image: Digest,
+    /// The guest may start before all of its pages are there.
+    pub(crate) post_copy: bool,
     /// This host, for a guest that is handed over.
     pub(crate) host: Option<HostId>,
     /// All of it is present, verified and lasting.
@@ -102,9 +105,11 @@ fn unreadable(source: io::Error) -> ErrorKind {
 
 impl<S: GuestSink> Receiving<S> {
     /// What an image that was offered goes into, and the ACCEPT that says so, but for its transcript.
-    pub(crate) fn new(open: Open, terms: Terms<S>, codecs: u32, now: Time) -> io::Result<(Self, Accept)> {
+    pub(crate) fn new(open: Open, terms: Terms<S>, (codecs, can_wait): (u32, bool), now: Time) -> io::Result<(Self, Accept)> {
         let Terms { sink, lanes, window, secret, seed, agreed, others, challenge, host } = terms;
         let host = host.filter(|_| open.live.is_some());
+        // SPEC 4.22
+        let post_copy = can_wait && sink.can_wait() && open.live.is_some_and(|live| live.post_copy);
         let others = others
             .map(|pages| Others { pages, challenge: Challenge::new(&challenge, &open.session, &open.domain_key) });
         let regions = (0..).map(RegionId).take(open.layout.regions().len());
@@ -126,6 +131,7 @@ impl<S: GuestSink> Receiving<S> {
             base_stays: stays,
             challenge: others.is_some().then_some(challenge),
             host: host.map(|host| host.0),
+            post_copy,
         };
         let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
         let mut map = PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero());
@@ -162,6 +168,7 @@ impl<S: GuestSink> Receiving<S> {
             root: None,
             blobs: Blobs::new(),
             image: Digest::default(),
+            post_copy,
             host,
             lasts: false,
             sink: Some(sink),
@@ -186,10 +193,13 @@ impl<S: GuestSink> Receiving<S> {
         now: Time,
     ) -> Result<(), ErrorKind> {
         let range = self.judge_range(lane, pages)?;
-        self.read_up_to(range, counts)?;
+        if !only_leaves(pages) {
+            self.read_up_to(range, counts)?;
+        }
         for range in stated(range, pages) {
             let first = u64::from(self.open.layout.place(range.region, range.first.0).0);
             self.waiting.settle(first..first.saturating_add(u64::from(range.count)));
+            self.map.unleave(range.region, range.numbers());
         }
         let waited = self.waiting.count();
         let Some((resolver, mut to)) = self.target(counts) else {
@@ -358,8 +368,12 @@ impl<S: GuestSink> Receiving<S> {
         if self.others.is_none() && pages.proofs().next().is_some() {
             return Err(Violation::Entry { what: "proofs that nothing asked for", region, first }.into());
         }
+        // SPEC 13.2
+        if !self.post_copy && pages.runs().any(|run| run.kind == EntryKind::ABSENT) {
+            return Err(Violation::Entry { what: "an absent page, without post-copy", region, first }.into());
+        }
         // SPEC 6.15
-        if !self.base.agreed && !self.scan.has_read(range.region, first, head.count) {
+        if !only_leaves(pages) && !self.base.agreed && !self.scan.has_read(range.region, first, head.count) {
             return Err(Violation::Entry { what: "pages stated before their holdings", region, first }.into());
         }
         Ok(range)
@@ -392,20 +406,31 @@ impl<S: GuestSink> Receiving<S> {
 
     /// The hand-over that ends a live session whose image has come.
     pub(crate) fn handover(&self) -> Option<Handover> {
-        let LiveOpen { guest: lineage, epoch, host: sender, arbiter } = self.open.live?;
+        let LiveOpen { guest: lineage, epoch, host: sender, arbiter, .. } = self.open.live?;
         let (root, receiver, session) = (self.root?.digest, self.host?, self.open.session);
-        // All of the guest has come.
-        let post_copy = false;
+        let post_copy = self.map.absent().count() > 0;
         Some(Handover { lineage, session, epoch, root, sender, receiver, arbiter, post_copy })
+    }
+
+    /// What the guest lacks that was handed over, and its memory.
+    pub(crate) fn into_incomplete(self) -> Option<Incomplete<S>> {
+        let handover = self.handover().filter(|handover| handover.post_copy)?;
+        let left = self.map.absent().clone();
+        let (lacking, holds) = (left.clone(), self.base.stays);
+        let Self { sink, map, hasher, .. } = self;
+        Some(Incomplete { sink: sink?, map, hasher, left, lacking, holds, handover, counts: FillCounts::default() })
     }
 
     /// Whether everything has come; if so the finish job is ready.
     pub(crate) fn check_complete(&mut self) -> Result<bool, ErrorKind> {
         let Some(root) = self.root.filter(|_| self.sink.is_some()) else { return Ok(false) };
-        if !self.scan.is_finished() || !self.waiting.is_empty() || !self.has_ended(root.round) {
+        let absent = self.map.absent().count();
+        let is_read = self.scan.is_finished() || absent > 0;
+        if !is_read || !self.waiting.is_empty() || !self.has_ended(root.round) {
             return Ok(false);
         }
-        let (pages, present, wanted) = (self.open.layout.pages(), self.map.present_pages(), self.wants.outstanding());
+        let (pages, wanted) = (self.open.layout.pages(), self.wants.outstanding());
+        let present = self.map.present_pages().saturating_add(absent);
         if present < pages && wanted > 0 {
             return Ok(false);
         }
@@ -433,6 +458,11 @@ impl<S: GuestSink> Receiving<S> {
         let ack = Ack { frames: state.frames, settled: state.settled.unwrap_or(state.frames), wants };
         Some(Outgoing::frame(&Frame::Ack(ack), lane))
     }
+}
+
+/// Whether nothing of a frame has to be there.
+fn only_leaves(pages: &Pages<'_>) -> bool {
+    pages.runs().all(|run| matches!(run.kind, EntryKind::ABSENT | EntryKind::SKIPPED))
 }
 
 /// The parts of a frame that it speaks of: all but what it skips.

@@ -23,4 +23,21 @@ pub struct Counts {
     pub wants: u64,
     /// Pages of the base that were read and digested.
     pub scanned: u64,
+    /// Left at the sender when the guest started here.
+    pub absent: u64,
+}
+
+/// How the pages came that a guest lacked when it started here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FillCounts {
+    /// As zero.
+    pub zero: u64,
+    /// With their bytes.
+    pub inline: u64,
+    /// Found here by their digest.
+    pub local: u64,
+    /// Came a second time, and were dropped.
+    pub again: u64,
+    /// Asked for because the guest waited for them.
+    pub faults: u64,
 }

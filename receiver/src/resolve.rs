@@ -15,6 +15,7 @@ use pagewire_protocol::compress::{Decompressor, decompress_delta};
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest, is_zero, page_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages, SKIPPED_DIGEST};
+use pagewire_protocol::frame::ABSENT_DIGEST;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, PageRange, RegionId, shifted};
 use pagewire_protocol::page_buffer::PageBuffer;
@@ -194,6 +195,7 @@ impl Resolver {
                     to.hasher.digest_pages(bytes, |digest| self.digests.push(digest));
                 }
                 EntryKind::SKIPPED => self.digests.extend((next..end).map(|_| SKIPPED_DIGEST)),
+                EntryKind::ABSENT => self.digests.extend((next..end).map(|_| ABSENT_DIGEST)),
                 _ => self.digests.extend((next..end).map(|_| to.hasher.zero())),
             }
             next = end;
@@ -222,6 +224,12 @@ impl Resolver {
                 }
                 EntryKind::ZERO => {
                     self.place_zeros(region, run, to)?;
+                    continue;
+                }
+                EntryKind::ABSENT => {
+                    let count = run.end.saturating_sub(run.start);
+                    to.sink.leave_absent(region, run.start, count).map_err(failed("cannot be made absent"))?;
+                    to.map.leave(region, run);
                     continue;
                 }
                 EntryKind::BASE => {

@@ -5,20 +5,8 @@ use pagewire_protocol::error::{CloseCode, PeerError, Violation, chain};
 use pagewire_protocol::frame::{Close, Frame, FrameKind, Join, LaneId, Role};
 use pagewire_protocol::handover::Message;
 use pagewire_protocol::page_buffer::PageBuffer;
-use pagewire_protocol::session::{Endpoint, FEATURE_LIVE, Job, Machine, Outgoing, Phase, Policy};
+use pagewire_protocol::session::{Endpoint, FEATURE_LIVE, Machine, NoJob, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
-
-/// There is nothing to compute.
-#[derive(Debug)]
-pub enum NoJob {}
-
-impl Job for NoJob {
-    type Output = ();
-
-    fn run(self) {
-        match self {}
-    }
-}
 
 /// One question.
 #[derive(Debug)]

@@ -30,7 +30,7 @@ mod switch;
 mod tally;
 mod trace;
 
-pub use ask::{AskEngine, NoJob};
+pub use ask::AskEngine;
 pub use base::Base;
 pub use engine::{Event, Live, SenderConfig, SenderEngine};
 pub use error::{ErrorKind, SenderError};

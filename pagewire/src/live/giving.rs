@@ -56,7 +56,7 @@ pub(crate) fn give(
         Error { kind: ErrorKind::Sender(Failure::Handover(format!("guest {name}: {refusal}"))), guest_at }
     })?;
     let host = options.journal.host();
-    let handover = LiveOpen { guest, epoch, host, arbiter: options.lease.is_some() };
+    let handover = LiveOpen { guest, epoch, host, arbiter: options.lease.is_some(), post_copy: false };
     let mut limits = options.limits;
     limits.throttles = hooks.throttles();
     let holding = Holding {
@@ -71,7 +71,7 @@ pub(crate) fn give(
         why: None,
         warnings: Vec::new(),
     };
-    Ok((Giving(Arc::new(Mutex::new(holding))), Live { limits, handover }))
+    Ok((Giving(Arc::new(Mutex::new(holding))), Live { limits, handover, at_once: false }))
 }
 
 /// The guest that is called `name` here, and what is recorded of it.

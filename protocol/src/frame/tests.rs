@@ -45,7 +45,7 @@ fn open() -> Open {
         session: [2; 16],
         name: ImageName::new("vm-1.img").unwrap(),
         fresh: true,
-        live: Some(LiveOpen { guest: LineageId([6; 16]), epoch: Epoch::new(3), host: HostId([8; 32]), arbiter: false }),
+        live: Some(LiveOpen { guest: LineageId([6; 16]), epoch: Epoch::new(3), host: HostId([8; 32]), arbiter: false, post_copy: true }),
         single_stream: false,
         lanes: 2,
         domain_key: [0; 32],
@@ -67,6 +67,7 @@ fn accept() -> Accept {
         base_stays: true,
         challenge: None,
         host: None,
+        post_copy: false,
     }
 }
 
@@ -110,6 +111,10 @@ fn samples(pages: &[u8]) -> Vec<Frame<'_>> {
         Frame::Handover(Message { word: Word::Started, handover: Handover { post_copy: true, ..handover() } }),
         Frame::Handover(Message { word: Word::Reject, handover: handover() }),
         Frame::Handover(Message { word: Word::Gone, handover: handover() }),
+        Frame::Fill(Fill { transcript: [1; 32], session: [2; 16], lanes: 2, single_stream: false, handover: handover() }),
+        Frame::Lack(Lack { transcript: [1; 32], secret: [2; 32], window: 1 << 20, pages: 62, lanes: 2, holds: true }),
+        Frame::Lacking(Lacking { first: 8, bits: &[0b101, 0xff] }),
+        Frame::Fault(Fault { urgency: Urgency::NOW, pages: vec![want; 2] }),
     ]
 }
 
@@ -131,6 +136,8 @@ fn every_frame_round_trips_and_is_refused_when_cut_or_too_long() {
             let shorter = match header.kind {
                 FrameKind::HAVE => cut > 16 && (cut - 16) % 32 == 0,
                 FrameKind::ACK => cut >= 16 && cut % 16 == 0,
+                FrameKind::FAULT => cut > 8 && cut % 16 == 8,
+                FrameKind::LACKING => cut > 8,
                 FrameKind::BLOB => cut > 16 + "device-state".len(),
                 _ => false,
             };

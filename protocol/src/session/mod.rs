@@ -86,6 +86,18 @@ pub trait Job: Send + 'static {
     fn run(self) -> Self::Output;
 }
 
+/// The work of a machine that has nothing to compute.
+#[derive(Debug)]
+pub enum NoJob {}
+
+impl Job for NoJob {
+    type Output = ();
+
+    fn run(self) {
+        match self {}
+    }
+}
+
 /// One side of a session, without senses of its own.
 pub trait Machine {
     /// Work it hands out.

@@ -69,6 +69,28 @@ pub trait GuestSink: Send + 'static {
     /// They cannot be written.
     fn zero(&mut self, region: RegionId, first: u64, count: u64) -> io::Result<()>;
 
+    /// Whether a guest may run in it while pages are absent: who touches one waits until it is installed.
+    fn can_wait(&self) -> bool {
+        false
+    }
+
+    /// Makes pages absent again, whatever was installed; called only if guests [can wait](Self::can_wait), before the
+    /// guest starts.
+    ///
+    /// # Errors
+    /// They cannot be.
+    fn leave_absent(&mut self, _region: RegionId, _first: u64, _count: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Wakes whoever waits for pages that are there.
+    ///
+    /// # Errors
+    /// They cannot be woken.
+    fn wake(&mut self, _region: RegionId, _first: u64, _count: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Makes everything last and visible. May block as long as a disk does.
     ///
     /// # Errors

@@ -67,7 +67,7 @@ impl Host {
     /// The guest may not leave.
     pub fn open(&mut self, session: [u8; 16]) -> LiveOpen {
         let epoch = self.handovers.open(session).unwrap();
-        LiveOpen { guest: GUEST, epoch, host: self.id, arbiter: false }
+        LiveOpen { guest: GUEST, epoch, host: self.id, arbiter: false, post_copy: false }
     }
 
     /// All of the guest was stated.

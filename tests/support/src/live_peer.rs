@@ -20,7 +20,7 @@ pub const FROM: HostId = HostId([1; 32]);
 /// The host that it comes to.
 pub const TO: HostId = HostId([2; 32]);
 /// What every scripted live session opens.
-pub const LIVE: LiveOpen = LiveOpen { guest: GUEST, epoch: Epoch::new(1), host: FROM, arbiter: false };
+pub const LIVE: LiveOpen = LiveOpen { guest: GUEST, epoch: Epoch::new(1), host: FROM, arbiter: false, post_copy: false };
 
 /// What goes with every scripted guest.
 pub fn blobs() -> Blobs {
@@ -37,7 +37,7 @@ pub fn root(image: &Image, blobs: &Blobs) -> Digest {
 
 /// The hand-over of an honest session that brings `image` and [`blobs`].
 pub fn handover(image: &Image) -> Handover {
-    let LiveOpen { guest: lineage, epoch, host: sender, arbiter } = LIVE;
+    let LiveOpen { guest: lineage, epoch, host: sender, arbiter, .. } = LIVE;
     let root = root(image, &blobs());
     Handover { lineage, session: SESSION, epoch, root, sender, receiver: TO, arbiter, post_copy: false }
 }
@@ -95,7 +95,7 @@ impl Script<ReceiverEngine<ImageSink>> {
 pub fn live_sender(image: &Image) -> AgainstSender {
     let mut config = SenderConfig::new(ImageName::new("vm.img").unwrap());
     (config.session, config.nonce) = (SESSION, [8; 16]);
-    config.live = Some(Live { limits: Limits::default(), handover: LIVE });
+    config.live = Some(Live { limits: Limits::default(), handover: LIVE, at_once: false });
     let mut script = AgainstSender::sender_with(image, Vec::new(), config);
     (script.features, script.host) = (FEATURE_LIVE, Some(TO));
     script

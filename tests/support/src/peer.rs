@@ -451,6 +451,7 @@ impl AgainstSender {
             base_stays: false,
             challenge: None,
             host: self.host.map(|host| host.0),
+            post_copy: false,
         }
     }
 

@@ -254,7 +254,7 @@ impl World {
     pub fn new(image: &Image, sink: &ImageSink, mut config: WorldConfig) -> Self {
         if let Some(limits) = config.live {
             let handover = config.hosts[0].open(config.sender.session);
-            config.sender.live = Some(Live { limits, handover });
+            config.sender.live = Some(Live { limits, handover, at_once: false });
         }
         let mut memory = ImageMemory::new(image.clone(), config.source_faults);
         memory.unchanged = config.unchanged.clone();
