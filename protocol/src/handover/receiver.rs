@@ -165,6 +165,10 @@ impl Receiver {
             (ReceiverPhase::Lost, Step::Said(Word::Gone)) if self.handover.post_copy => self.is_lost(out),
             (ReceiverPhase::Started, Step::Connected) => self.say(Word::Started, out),
             (_, Step::Said(Word::Commit)) => self.say(Word::Started, out),
+            // SPEC 11.21: what is absent here has only the sender, wherever it is.
+            (ReceiverPhase::Started, Step::Here) if self.handover.post_copy => {
+                out.push(Output::Refuse(Refusal::Lacking));
+            }
             (ReceiverPhase::Started | ReceiverPhase::Lost, Step::Said(Word::Gone))
             | (ReceiverPhase::Started, Step::Here) => {
                 self.phase = ReceiverPhase::Settling;
