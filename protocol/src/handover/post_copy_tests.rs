@@ -184,9 +184,12 @@ fn a_guest_whose_process_lives_is_not_lost() {
 // SPEC 11.21
 #[test]
 fn a_guest_with_absent_pages_is_not_sent_on_and_not_settled_by_an_operator() {
+    let (mut ready, _) = Handovers::restore(ME, LINEAGE, &[], true).unwrap();
     let (mut desk, handover) = filling();
     assert_eq!(desk.open([9; 16]), Err(Refusal::Lacking));
+    ready.receive(OTHER, handover);
     let here = Input::Resolve(Resolve::Here(Fence { epoch: handover.epoch, host: OTHER }));
+    assert_eq!(ready.handle(here), refused(Refusal::Lacking), "nobody would serve what is absent");
     assert_eq!(desk.handle(here), refused(Refusal::Lacking));
     let gone = record(RecordKind::Gone, handover);
     assert_eq!(desk.handle(said(Word::Gone, handover)), [Output::Persist(gone)]);

@@ -133,6 +133,8 @@ impl Receiver {
                 self.phase = ReceiverPhase::Asking;
                 out.push(Output::AskArbiter(self.handover));
             }
+            // SPEC 11.21: nobody would serve what is absent.
+            Step::Here if self.handover.post_copy => out.push(Output::Refuse(Refusal::Lacking)),
             Step::Said(Word::Commit) | Step::Here => self.start(out),
             Step::Granted if asking => self.start(out),
             Step::Denied if asking => self.reject(out),
