@@ -2,9 +2,11 @@
 
 use crate::args::Resolve as Args;
 use crate::show::{hex, print_json, say};
-use crate::status::{IN_DOUBT, USAGE, WRONG, called, name_of, open, other_host, plain, refused};
+use crate::status::{IN_DOUBT, USAGE, WRONG, called, is_lacking, name_of, open, other_host, plain, refused};
 use anyhow::Result;
-use pagewire::handover::{Epoch, Fence, HostId, Input, Output, Record, RecordKind, Resolve, Whereabouts, Word};
+use pagewire::handover::{
+    Epoch, Fence, Handover, HostId, Input, Output, Record, RecordKind, Resolve, Whereabouts, Word,
+};
 use pagewire::{GuestStatus, Journal, JournalError, chain};
 use serde_json::json;
 use std::process::ExitCode;
@@ -60,16 +62,27 @@ fn input(args: &Args, guest: &GuestStatus, me: HostId) -> Result<Resolve, String
         None => find(&|record| record.kind == RecordKind::Handed),
     };
     // A guest that was started here is not in doubt, and whoever types this on the wrong host must not lose it.
-    let started = find(&|record| record.kind == RecordKind::Started).map(|record| record.handover.epoch);
+    let started = find(&|record| record.kind == RecordKind::Started).map(|record| record.handover);
     let record = record.ok_or_else(|| match (args.epoch, started) {
         (Some(number), _) => format!("{name}: there is no record of hand-over {number}; see `pagewire status`"),
-        (None, Some(epoch)) => format!(
+        (None, Some(Handover { epoch, post_copy: true, .. })) => format!(
+            "{name}: is not in doubt: it was started here by hand-over {epoch}, with pages absent, which its sender \
+             serves. If whoever started it has ended, it is lost: say --there --epoch {epoch}"
+        ),
+        (None, Some(Handover { epoch, .. })) => format!(
             "{name}: is not in doubt: it was started here by hand-over {epoch}. If a crash has taken its memory, say \
              --there --epoch {epoch}; if its sender is gone for good, --here --fenced HOST --epoch {epoch}"
         ),
         (None, None) => format!("{name}: is not in doubt; see `pagewire status`"),
     })?;
     let epoch = record.handover.epoch;
+    // Whoever has merely seen it run there must not take from it what it lacks.
+    if is_lacking(record) && args.epoch.is_none() && !args.here {
+        return Err(format!(
+            "{name}: the other host may lack pages of it: keep its memory here, and run `pagewire resume`. If it lacks \
+             none, or is lost there, say --there --epoch {epoch}: the memory here is given up then"
+        ));
+    }
     let Some(fenced) = args.fenced.as_ref().filter(|_| args.here) else { return Ok(Resolve::There(epoch)) };
     let host = other_host(record, me);
     if !hex(&host.0).starts_with(fenced.as_str()) {

@@ -61,6 +61,11 @@ pub(crate) fn refused(error: JournalError) -> Result<ExitCode> {
     Ok(ExitCode::from(USAGE))
 }
 
+/// Whether the other host may lack pages that only the memory here has.
+pub(crate) fn is_lacking(record: &Record) -> bool {
+    record.kind == RecordKind::Handed && record.handover.post_copy
+}
+
 pub(crate) fn is_in_doubt(guest: &GuestStatus) -> bool {
     guest.whereabouts == Some(Whereabouts::InDoubt)
 }
@@ -91,13 +96,18 @@ fn show(guest: &GuestStatus, me: HostId) {
         Some(Whereabouts::Filling) => "is on this host while whoever took it over lives: pages of it may be absent",
         Some(Whereabouts::There) => "is on another host",
         Some(Whereabouts::Serving) => "is on another host, which lacks pages of it: its memory here must be kept",
+        Some(Whereabouts::InDoubt) if guest.records.iter().any(is_lacking) => {
+            "IN DOUBT: it was handed over with pages absent; it must not run here, and its memory must be kept"
+        }
         Some(Whereabouts::InDoubt) => "IN DOUBT: it was handed over, and no answer came; it must not run here",
     };
     say(&format!("{}  {}  {at}", guest.name.as_ref().map_or("(no name)", |name| name.as_str()), hex(&guest.lineage.0)));
     for record in &guest.records {
         let other = hex(&other_host(record, me).0);
         let what = match (record.kind, record.handover.sender == me) {
+            (RecordKind::Handed, _) if is_lacking(record) => "handed over, pages may still be absent, to",
             (RecordKind::Handed, _) => "handed over, unanswered, to",
+            (RecordKind::Started, _) if record.handover.post_copy => "started here, pages may still be absent, from",
             (RecordKind::Started, _) => "started here, from",
             (RecordKind::Rejected, _) => "rejected here, from",
             (RecordKind::Returned, _) => "stayed here, not gone to",
@@ -108,6 +118,9 @@ fn show(guest: &GuestStatus, me: HostId) {
     }
     for error in &guest.damaged {
         say(&format!("  damaged: {}", plain(&chain(error))));
+    }
+    if guest.records.iter().any(is_lacking) {
+        say("  the other host may lack pages of it: keep its memory here, and run `pagewire resume`");
     }
     if is_in_doubt(guest) {
         say(&format!("  if the other host cannot answer: pagewire resolve --help, then resolve {}", called(guest)));
@@ -155,5 +168,6 @@ fn record_json(record: &Record, me: HostId) -> Value {
         "session": hex(&handover.session),
         "root": handover.root.to_string(),
         "arbiter": handover.arbiter,
+        "post_copy": handover.post_copy,
     })
 }

@@ -41,7 +41,10 @@ impl Host {
 
     /// A guest that was handed over, without an answer.
     fn in_doubt(&self, who: u8, name: &str) -> Handover {
-        let handover = self.handover(who, true);
+        self.hand_over(self.handover(who, true), who, name)
+    }
+
+    fn hand_over(&self, handover: Handover, who: u8, name: &str) -> Handover {
         let mut guest = self.journal.guest(lineage(who), Some(&ImageName::new(name).unwrap()), true).unwrap();
         guest.open(handover.session).unwrap();
         guest.send(handover).unwrap();
@@ -50,9 +53,17 @@ impl Host {
         handover
     }
 
+    /// The same with pages absent.
+    fn lacking(&self, who: u8, name: &str) -> Handover {
+        self.hand_over(Handover { post_copy: true, ..self.handover(who, true) }, who, name)
+    }
+
     /// A guest that was started here.
     fn started(&self, who: u8, name: &str) -> Handover {
-        let handover = self.handover(who, false);
+        self.take_over(self.handover(who, false), who, name)
+    }
+
+    fn take_over(&self, handover: Handover, who: u8, name: &str) -> Handover {
         let mut guest = self.journal.guest(lineage(who), Some(&ImageName::new(name).unwrap()), true).unwrap();
         guest.receive(OTHER, handover);
         guest.handle(says(Word::Commit, handover));
@@ -202,4 +213,38 @@ fn rejects_folders_that_are_no_journals_with_code_2() {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let output = command(&["status"]).env_remove("XDG_STATE_HOME").env_remove("HOME").output().unwrap();
     assert!(output.status.code() == Some(2) && text(&output.stderr).contains("--journal"));
+}
+
+// SPEC 11.18, 11.20
+#[test]
+fn memory_that_another_host_may_lack_is_kept_until_an_operator_names_the_hand_over() {
+    let host = Host::new();
+    host.lacking(2, "web");
+    let (code, said, _) = host.run(&["status"]);
+    assert!(code == 3 && said.contains("its memory must be kept") && said.contains("pagewire resume"), "{said}");
+    let (_, said, _) = host.run(&["status", "--json"]);
+    let guest: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(guest["records"][0]["post_copy"], true);
+    let (code, _, said) = host.run(&["resolve", "web", "--there"]);
+    assert!(code == 2 && said.contains("may lack pages") && said.contains("--there --epoch 1"), "{said}");
+    assert_eq!(host.whereabouts(2), Some(Whereabouts::InDoubt));
+    let (code, said, _) = host.run(&["resolve", "web", "--there", "--epoch", "1"]);
+    assert!(code == 0 && said.contains("can be given up"), "{said}");
+    assert_eq!(host.whereabouts(2), Some(Whereabouts::There));
+    let (_, said, _) = host.run(&["status"]);
+    assert!(!said.contains("pagewire resume"), "{said}");
+}
+
+// SPEC 11.16, 11.21
+#[test]
+fn a_guest_that_was_started_with_pages_absent_is_not_settled_here_by_an_operator() {
+    let host = Host::new();
+    host.take_over(Handover { post_copy: true, ..host.handover(1, false) }, 1, "db");
+    let (code, said, _) = host.run(&["status"]);
+    assert!(code == 0 && said.contains("pages of it may be absent") && said.contains("started here"), "{said}");
+    let (code, _, said) = host.run(&["resolve", "db", "--there"]);
+    assert!(code == 2 && said.contains("--there --epoch 1") && !said.contains("--here"), "{said}");
+    let (code, _, said) = host.run(&["resolve", "db", "--here", "--fenced", OTHER_DIGITS, "--epoch", "1"]);
+    assert!(code == 2 && said.contains("lost in a crash"), "{said}");
+    assert_eq!(host.whereabouts(1), Some(Whereabouts::Filling));
 }

@@ -2,10 +2,12 @@
 //! is said or done.
 
 use super::disk::{ASIDE, Folder};
-use super::{FILES_MAX, JournalError, NAME, file_of, judge, read_name};
+use super::{FILES_MAX, JournalError, Living, NAME, file_of, judge, read_name};
 use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::frame::ImageName;
-use pagewire_protocol::handover::{Epoch, Handover, Handovers, HostId, Input, Output, Record, Refusal};
+use pagewire_protocol::handover::{
+    Epoch, Handover, Handovers, HostId, Input, Output, Record, RecordKind, Refusal, SenderPhase,
+};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -25,6 +27,7 @@ pub struct GuestJournal {
     owed: Vec<Record>,
     failure: Option<JournalError>,
     pause: Duration,
+    living: Living,
 }
 
 impl GuestJournal {
@@ -50,10 +53,18 @@ impl GuestJournal {
         let path = folder.path().to_owned();
         let restored = Handovers::restore(host, lineage, &records, kept);
         let (handovers, outputs) = restored.map_err(|source| JournalError::Record { path, source })?;
-        let mut guest = Self { folder, name: None, handovers, owed: vec![], failure: None, pause };
+        let living = Living::default();
+        let mut guest = Self { folder, name: None, handovers, owed: vec![], failure: None, pause, living };
         guest.carry_out(outputs);
         guest.call(name)?;
         Ok(guest)
+    }
+
+    // SPEC 11.16
+    /// What this process has started with pages absent is not lost, and what it will start belongs to it.
+    pub(super) fn live_on(&mut self, living: Living) {
+        living.with(|living| living.iter().for_each(|handover| self.handovers.keep(handover)));
+        self.living = living;
     }
 
     /// Keeps what the guest is called.
@@ -124,6 +135,19 @@ impl GuestJournal {
         told
     }
 
+    /// The hand-over whose absent pages this host has to serve.
+    pub fn serving(&self) -> Option<Handover> {
+        let sender = self.handovers.outgoing().filter(|sender| sender.phase() == SenderPhase::Serving);
+        sender.map(|sender| *sender.handover())
+    }
+
+    // SPEC 11.20
+    /// The receiver has said DONE, with the root of `handover`, in a fill session of it: what has to be done. The memory
+    /// may go upon [`Output::Release`], and not before.
+    pub fn filled(&mut self, handover: Handover) -> Vec<Output> {
+        self.handle(Input::Filled(handover))
+    }
+
     /// Tries again to write what is [owed](Self::owed).
     pub fn retry(&mut self) -> Vec<Output> {
         let owed = std::mem::take(&mut self.owed);
@@ -144,6 +168,10 @@ impl GuestJournal {
                 Output::Persist(record) => left.extend(self.persist(record)),
                 // What stays is found, and forgotten again, by the next one who restores.
                 Output::Forget(handover) => drop(self.folder.unlink(file_of(&handover).as_ref())),
+                Output::Run(handover) if handover.post_copy => {
+                    self.living.with(|living| living.insert(handover));
+                    told.push(output);
+                }
                 output => told.push(output),
             }
         }
@@ -158,7 +186,12 @@ impl GuestJournal {
                 std::thread::sleep(self.pause);
             }
             match self.folder.put(&file, &bytes) {
-                Ok(()) => return self.handovers.handle(Input::Durable(record)),
+                Ok(()) => {
+                    if record.kind != RecordKind::Started {
+                        self.living.with(|living| living.remove(&record.handover));
+                    }
+                    return self.handovers.handle(Input::Durable(record));
+                }
                 Err(error) => self.failure = Some(error),
             }
         }

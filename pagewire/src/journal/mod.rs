@@ -26,11 +26,13 @@ use crate::entropy::random;
 use disk::{ASIDE, Folder, Watcher};
 use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::frame::ImageName;
-use pagewire_protocol::handover::{Handovers, HostId, Record, RecordError, Whereabouts};
+use pagewire_protocol::handover::{Handover, Handovers, HostId, Record, RecordError, Whereabouts};
 use pagewire_protocol::limits::{HANDOVERS_MAX, NAME_BYTES_MAX};
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 const HOST: &str = "host";
@@ -111,6 +113,17 @@ pub struct Journal {
     folder: Folder,
     host: HostId,
     pause: Duration,
+    living: Living,
+}
+
+/// Hand-overs by which this process has started guests with pages absent, until nothing is: what a restart loses.
+#[derive(Clone, Debug, Default)]
+struct Living(Arc<Mutex<BTreeSet<Handover>>>);
+
+impl Living {
+    fn with<T>(&self, run: impl FnOnce(&mut BTreeSet<Handover>) -> T) -> T {
+        run(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// What the journal says about one guest.
@@ -120,8 +133,8 @@ pub struct GuestStatus {
     pub lineage: LineageId,
     /// What it is called here.
     pub name: Option<ImageName>,
-    /// Where it is, if the memory of a guest that was started here has not been lost; `None` if files are damaged, as
-    /// nothing is decided then.
+    /// Where it is, if the memory of a guest that was started here has not been lost and whoever started one with pages
+    /// absent still lives; `None` if files are damaged, as nothing is decided then.
     pub whereabouts: Option<Whereabouts>,
     /// Its records, by epoch.
     pub records: Vec<Record>,
@@ -152,7 +165,7 @@ impl Journal {
                 made?
             }
         };
-        Ok(Self { folder, host, pause: PAUSE })
+        Ok(Self { folder, host, pause: PAUSE, living: Living::default() })
     }
 
     /// Opens the journal in folder `dir` if there is one, and makes nothing.
@@ -162,7 +175,7 @@ impl Journal {
     pub fn existing(dir: &Path) -> Result<Option<Self>, JournalError> {
         let Some(folder) = Folder::open(dir, None)? else { return Ok(None) };
         match read_host(&folder)? {
-            Some(host) => Ok(Some(Self { folder, host, pause: PAUSE })),
+            Some(host) => Ok(Some(Self { folder, host, pause: PAUSE, living: Living::default() })),
             None => is_new(&folder).map(|()| None),
         }
     }
@@ -186,7 +199,9 @@ impl Journal {
     }
 
     /// Begins to decide about a guest. `name` is kept for people; `kept` says that the memory of the guest, had it been
-    /// started here, has outlived whatever ended the last session. Nobody else decides until the answer is dropped.
+    /// started here, has outlived whatever ended the last session. One that was started with pages absent has done so as
+    /// long as this journal lives, through which it was started, unless it was [lost](Self::lose). Nobody else decides
+    /// until the answer is dropped.
     ///
     /// # Errors
     /// Another session has it, or something is wrong with its files.
@@ -202,7 +217,15 @@ impl Journal {
             let guest = called.map_or_else(|| hex(&lineage.0), |name| name.as_str().to_owned());
             return Err(JournalError::Busy { guest });
         }
-        GuestJournal::restore(folder, self.host, lineage, name, kept, self.pause)
+        let mut guest = GuestJournal::restore(folder, self.host, lineage, name, kept, self.pause)?;
+        guest.live_on(self.living.clone());
+        Ok(guest)
+    }
+
+    /// The guest that this process has started by `handover` with pages absent is given up: it is lost, as after a
+    /// restart.
+    pub fn lose(&self, handover: &Handover) {
+        self.living.with(|living| living.remove(handover));
     }
 
     /// What the journal says about every guest, by lineage. Takes no lock: what changes meanwhile is seen as it was, or
@@ -224,7 +247,10 @@ impl Journal {
         status.records.sort_by_key(|record| record.handover.epoch);
         if status.damaged.is_empty() {
             let restored = Handovers::restore(self.host, lineage, &status.records, true);
-            status.whereabouts = restored.ok().map(|(handovers, _)| handovers.whereabouts());
+            status.whereabouts = restored.ok().map(|(mut handovers, _)| {
+                status.records.iter().for_each(|record| handovers.keep(&record.handover));
+                handovers.whereabouts()
+            });
         }
         status
     }
@@ -316,7 +342,7 @@ fn judge(folder: &Folder, name: &OsStr, host: HostId, lineage: LineageId) -> Res
 
 /// What the record of a hand-over is called: by its epoch, for people, and by all that it is bound to. Two hand-overs
 /// never have one file, whatever a peer chooses.
-fn file_of(handover: &pagewire_protocol::handover::Handover) -> String {
+fn file_of(handover: &Handover) -> String {
     let mut binding = Vec::new();
     handover.encode(&mut binding);
     let binding = hex(&pagewire_protocol::digest::record_check(&binding));

@@ -154,6 +154,65 @@ fn a_guest_that_was_started_and_lost_is_said_to_be_neither_here_nor_rejected() {
     assert_eq!(home.journal.guests().unwrap()[0].records[0].kind, RecordKind::Rejected);
 }
 
+// SPEC 11.16, 11.18
+#[test]
+fn a_guest_with_absent_pages_lives_as_long_as_the_process_that_started_it() {
+    let home = Home::new();
+    let handover = Handover { post_copy: true, ..handover(home.me(), false, 1) };
+    let mut guest = home.guest();
+    guest.receive(OTHER, handover);
+    assert_eq!(guest.handle(says(Word::Commit, handover)), [Output::Run(handover), say(Word::Started, handover)]);
+    drop(guest);
+    let started = [say(Word::Started, handover)];
+    assert_eq!(home.guest().handle(says(Word::Commit, handover)), started, "a session later");
+    assert_eq!(home.journal.guests().unwrap()[0].whereabouts, Some(Whereabouts::Filling));
+
+    let restarted = Journal::open(home.journal.path()).unwrap();
+    let mut guest = restarted.guest(LINEAGE, None, true).unwrap();
+    let lost = [Output::Refuse(Refusal::Lost(handover.epoch))];
+    assert_eq!(guest.handle(says(Word::Commit, handover)), lost, "another process");
+    assert_eq!(guest.handle(says(Word::Gone, handover)), lost);
+    drop(guest);
+    home.journal.lose(&handover);
+    assert_eq!(home.guest().handle(says(Word::Commit, handover)), lost, "given up");
+}
+
+#[test]
+fn a_guest_of_which_nothing_is_absent_outlives_its_process() {
+    let home = Home::new();
+    let handover = Handover { post_copy: true, ..handover(home.me(), false, 1) };
+    let mut guest = home.guest();
+    guest.receive(OTHER, handover);
+    guest.handle(says(Word::Commit, handover));
+    assert_eq!(guest.handle(says(Word::Gone, handover)), []);
+    drop(guest);
+    assert!(home.journal.living.with(|living| living.is_empty()));
+    assert_eq!(home.guest().handovers().whereabouts(), Whereabouts::Here);
+}
+
+// SPEC 11.19, 11.20
+#[test]
+fn memory_that_is_served_is_given_up_when_the_other_host_lacks_nothing() {
+    let home = Home::new();
+    let handover = Handover { post_copy: true, ..handover(home.me(), true, 1) };
+    let mut guest = home.guest();
+    hand_over(&mut guest, handover);
+    assert_eq!(guest.filled(handover), [Output::Refuse(Refusal::NotStarted(handover.epoch))]);
+    assert_eq!(guest.serving(), None);
+    assert_eq!(guest.handle(says(Word::Started, handover)), [Output::Fill(handover)]);
+    assert_eq!(guest.serving(), Some(handover));
+    drop(guest);
+    let mut guest = home.guest();
+    assert_eq!((guest.serving(), guest.handovers().whereabouts()), (None, Whereabouts::InDoubt));
+    assert_eq!(guest.handle(says(Word::Started, handover)), [Output::Fill(handover)]);
+    let other = Handover { session: [5; 16], ..handover };
+    assert_eq!(guest.filled(other), [Output::Refuse(Refusal::Unknown(other.epoch))]);
+    assert_eq!(Record::decode(&fs::read(home.file(&handover)).unwrap()).unwrap().kind, RecordKind::Handed);
+    assert_eq!(guest.filled(handover), [Output::Release(handover), say(Word::Gone, handover)]);
+    assert_eq!(Record::decode(&fs::read(home.file(&handover)).unwrap()).unwrap().kind, RecordKind::Gone);
+    assert_eq!(guest.serving(), None);
+}
+
 #[test]
 fn an_operator_with_a_fence_gets_the_guest_back() {
     let home = Home::new();

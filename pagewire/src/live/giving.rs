@@ -107,6 +107,10 @@ impl Giving {
         }
         report.downtime_seconds = holding.downtime.map_or(0.0, |downtime| downtime.as_secs_f64());
         report.warnings.append(&mut holding.warnings);
+        if holding.journal.serving().is_some() {
+            let told = "the guest runs at the receiver, which lacks pages of it: keep its memory here and run `pagewire resume`";
+            report.warnings.push(told.to_owned());
+        }
         let guest_at = if holding.handover.is_some() { holding.guest_at() } else { GuestAt::Sender };
         match (guest_at, kind.take()) {
             (GuestAt::Receiver, Some(lost)) => {

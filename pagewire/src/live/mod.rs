@@ -104,7 +104,8 @@ fn name_of(journal: &Journal, lineage: LineageId) -> Option<ImageName> {
 fn lineage_of(journal: &Journal, name: &ImageName) -> Result<Option<LineageId>, JournalError> {
     let mut known = journal.guests()?;
     known.retain(|guest| guest.name.as_ref() == Some(name));
-    let is_here = |whereabouts| matches!(whereabouts, Some(Whereabouts::Here | Whereabouts::Unrecorded));
+    let is_here =
+        |whereabouts| matches!(whereabouts, Some(Whereabouts::Here | Whereabouts::Filling | Whereabouts::Unrecorded));
     let here = known.iter().find(|guest| is_here(guest.whereabouts));
     Ok(here.or_else(|| known.first()).map(|guest| guest.lineage))
 }

@@ -223,7 +223,7 @@ impl Handovers {
         match self.whereabouts() {
             Whereabouts::Unrecorded | Whereabouts::Here => {}
             // SPEC 11.21
-            Whereabouts::Filling => return Err(Refusal::Lacking),
+            Whereabouts::Filling | Whereabouts::Lost if self.is_post_copied() => return Err(Refusal::Lacking),
             _ => return Err(Refusal::NotHere),
         }
         self.has_room()?;
@@ -443,6 +443,10 @@ impl Handovers {
         let floor = self.floor;
         let step = epoch.number().saturating_sub(floor.number());
         if step > EPOCH_STEP_MAX { Err(Refusal::EpochFar { epoch, floor }) } else { Ok(()) }
+    }
+
+    fn is_post_copied(&self) -> bool {
+        self.incoming().is_some_and(|receiver| receiver.handover().post_copy)
     }
 
     fn has_room(&self) -> Result<(), Refusal> {

@@ -33,6 +33,8 @@ mod record;
 mod sender;
 
 #[cfg(test)]
+mod post_copy_tests;
+#[cfg(test)]
 mod tests;
 
 pub use binding::{Epoch, Handover, HostId, Message, Word};
@@ -154,8 +156,8 @@ pub enum Refusal {
     /// A guest to be sent that is not here.
     #[error("the records say that the guest is not on this host")]
     NotHere,
-    /// A guest to be sent of which not all has come.
-    #[error("pages of the guest are still absent on this host: it can be sent on when they have come")]
+    /// A guest of which not all has come.
+    #[error("pages of the guest may still be absent on this host, and its sender has them")]
     Lacking,
     /// A guest to be received that is here.
     #[error("the records say that the guest is on this host already")]

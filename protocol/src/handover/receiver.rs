@@ -133,6 +133,8 @@ impl Receiver {
                 self.phase = ReceiverPhase::Asking;
                 out.push(Output::AskArbiter(self.handover));
             }
+            // SPEC 11.21: nobody would serve what is absent.
+            Step::Here if self.handover.post_copy => out.push(Output::Refuse(Refusal::Lacking)),
             Step::Said(Word::Commit) | Step::Here => self.start(out),
             Step::Granted if asking => self.start(out),
             Step::Denied if asking => self.reject(out),
@@ -165,6 +167,10 @@ impl Receiver {
             (ReceiverPhase::Lost, Step::Said(Word::Gone)) if self.handover.post_copy => self.is_lost(out),
             (ReceiverPhase::Started, Step::Connected) => self.say(Word::Started, out),
             (_, Step::Said(Word::Commit)) => self.say(Word::Started, out),
+            // SPEC 11.21: what is absent here has only the sender, wherever it is.
+            (ReceiverPhase::Started, Step::Here) if self.handover.post_copy => {
+                out.push(Output::Refuse(Refusal::Lacking));
+            }
             (ReceiverPhase::Started | ReceiverPhase::Lost, Step::Said(Word::Gone))
             | (ReceiverPhase::Started, Step::Here) => {
                 self.phase = ReceiverPhase::Settling;

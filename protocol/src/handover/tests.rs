@@ -226,6 +226,7 @@ fn messages_of_other_hosts_guests_and_hand_overs_change_nothing() {
             (OTHER, Handover { sender: THIRD, ..handover }),
             (OTHER, Handover { receiver: THIRD, ..handover }),
             (OTHER, Handover { arbiter: true, ..handover }),
+            (OTHER, Handover { post_copy: true, ..handover }),
             (THIRD, handover),
             (ME, handover),
         ];
@@ -389,7 +390,7 @@ fn refuses_records_that_it_cannot_have_written() {
 #[test]
 fn records_and_bindings_are_judged_to_the_last_bit() {
     for kind in RecordKind::ALL {
-        let good = record(kind, Handover { arbiter: true, ..outgoing(1) });
+        let good = record(kind, Handover { arbiter: true, post_copy: true, ..outgoing(1) });
         let bytes = good.encode();
         assert_eq!((bytes.len(), Record::decode(&bytes)), (Record::BYTES, Ok(good)));
         for at in 0..bytes.len() {
@@ -412,8 +413,9 @@ fn records_and_bindings_are_judged_to_the_last_bit() {
         Record::decode(&bytes)
     };
     assert!(sealed(&|_| ()).is_ok());
+    assert!(sealed(&|bytes| bytes[153] = 1).is_ok_and(|record| record.handover.post_copy));
     assert_eq!(sealed(&|bytes| bytes[8] = 2), Err(RecordError::Version(2)));
-    for (at, value) in [(10, 0), (10, 6), (11, 1), (152, 2), (153, 1), (159, 1)] {
+    for (at, value) in [(10, 0), (10, 6), (11, 1), (152, 2), (153, 2), (153, 255), (154, 1), (159, 1)] {
         assert!(matches!(sealed(&|bytes| bytes[at] = value), Err(RecordError::Malformed(_))), "byte {at} = {value}");
     }
     assert!(sealed(&|bytes| bytes[16..32].fill(0)).is_err(), "no guest");
@@ -423,9 +425,9 @@ fn records_and_bindings_are_judged_to_the_last_bit() {
 
 /// One of a few hand-overs, so that a random walk meets the same one again.
 fn any_handover() -> impl Strategy<Value = Handover> {
-    (any::<bool>(), 1u64..4, 0u8..2, any::<bool>()).prop_map(|(out, epoch, session, arbiter)| {
+    (any::<bool>(), 1u64..4, 0u8..2, any::<[bool; 2]>()).prop_map(|(out, epoch, session, [arbiter, post_copy])| {
         let handover = if out { outgoing(epoch) } else { incoming(epoch) };
-        Handover { session: [session; 16], arbiter, ..handover }
+        Handover { session: [session; 16], arbiter, post_copy, ..handover }
     })
 }
 
@@ -458,6 +460,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Fails),
         1 => grant,
         1 => resolve,
+        1 => any_handover().prop_map(|handover| Step::Input(Input::Filled(handover))),
         3 => plain.prop_map(Step::Input),
         2 => (0u8..2).prop_map(Step::Open),
         2 => any_handover().prop_map(Step::Send),
@@ -474,6 +477,10 @@ struct Driven {
     writing: Vec<Record>,
     /// The highest epoch that was ever on the disk.
     floor: Epoch,
+    /// Hand-overs of which it was told that the receiver lacks nothing, and by operators that it has the guest.
+    told: Vec<(Epoch, Option<Handover>)>,
+    /// Those with STARTED on the disk when the host was restarted.
+    outlived: Vec<Handover>,
 }
 
 impl Driven {
@@ -481,7 +488,18 @@ impl Driven {
         for output in outputs {
             let on_disk = |handover: &Handover| self.disk.get(handover).copied();
             match output {
-                Output::Persist(record) => self.writing.push(record),
+                Output::Persist(record) => {
+                    if record.kind == RecordKind::Gone && record.handover.sender == ME && record.handover.post_copy {
+                        let of_this = |told: &(Epoch, Option<Handover>)| {
+                            told.0 == record.handover.epoch && told.1.is_none_or(|filled| filled == record.handover)
+                        };
+                        assert!(self.told.iter().any(of_this), "{record:?}");
+                    }
+                    self.writing.push(record);
+                }
+                Output::Fill(handover) => {
+                    assert!(handover.post_copy && on_disk(&handover) == Some(RecordKind::Handed), "{handover:?}");
+                }
                 Output::Forget(handover) => drop(self.disk.remove(&handover)),
                 Output::Run(handover) => assert_eq!(on_disk(&handover), Some(RecordKind::Started)),
                 Output::Release(handover) => assert_eq!(on_disk(&handover), Some(RecordKind::Gone)),
@@ -494,7 +512,10 @@ impl Driven {
                     let covered = match word {
                         Word::Ready => record.is_none(),
                         Word::Commit => record == Some(RecordKind::Handed),
-                        Word::Started => matches!(record, Some(RecordKind::Started | RecordKind::Gone)),
+                        Word::Started if record == Some(RecordKind::Started) => {
+                            !handover.post_copy || !self.outlived.contains(&handover)
+                        }
+                        Word::Started => record == Some(RecordKind::Gone),
                         Word::Reject => record == Some(RecordKind::Rejected) || is_over,
                         Word::Gone => record == Some(RecordKind::Gone) || is_over,
                     };
@@ -507,7 +528,14 @@ impl Driven {
 
     fn step(&mut self, step: Step) {
         let outputs = match step {
-            Step::Input(input) => self.desk.handle(input),
+            Step::Input(input) => {
+                match input {
+                    Input::Filled(handover) => self.told.push((handover.epoch, Some(handover))),
+                    Input::Resolve(Resolve::There(epoch)) => self.told.push((epoch, None)),
+                    _ => {}
+                }
+                self.desk.handle(input)
+            }
             Step::Written | Step::Fails if self.writing.is_empty() => return,
             Step::Written => {
                 let record = self.writing.remove(0);
@@ -531,6 +559,8 @@ impl Driven {
             Step::Restart(kept) => {
                 let records: Vec<Record> = self.disk.iter().map(|(handover, kind)| record(*kind, *handover)).collect();
                 self.writing.clear();
+                let started = records.iter().filter(|record| record.kind == RecordKind::Started);
+                self.outlived.extend(started.map(|record| record.handover));
                 let (desk, outputs) = Handovers::restore(ME, LINEAGE, &records, kept).unwrap();
                 self.desk = desk;
                 outputs
@@ -544,7 +574,8 @@ proptest! {
     /// Whatever a peer, an operator, a disk and a power cut do: nothing is said or done without its record.
     #[test]
     fn every_word_and_deed_is_covered_by_a_record(steps in prop::collection::vec(any_step(), 0..80)) {
-        let mut driven = Driven { desk: desk(&[]), disk: BTreeMap::new(), writing: vec![], floor: Epoch::ZERO };
+        let (disk, writing, floor) = (BTreeMap::new(), vec![], Epoch::ZERO);
+        let mut driven = Driven { desk: desk(&[]), disk, writing, floor, told: vec![], outlived: vec![] };
         for step in steps {
             driven.step(step);
             // One hand-over that is open at the most, and no record lost that the desk still relies on.

@@ -102,6 +102,30 @@ mutants! {
     ReceiverDoesNotAsk;
     /// The sender takes the guest back without asking the arbiter.
     SenderDoesNotAsk;
+    /// A message of a hand-over with post-copy is taken for one without.
+    PostCopyNotCompared;
+    /// STARTED leads to GONE though pages are absent.
+    GoneAtStarted;
+    /// STARTED does not lead to serving what is absent.
+    NothingServed;
+    /// What is served is let run when the receiver is late.
+    ServedResumesWhenLate;
+    /// A cancel is followed while pages are served.
+    CancelWhileServing;
+    /// The memory that is served is given up before GONE is durable.
+    ReleasedBeforeGone;
+    /// DONE is believed before STARTED was heard.
+    FilledBeforeStarted;
+    /// DONE in a fill session of another session is taken for one of this.
+    FilledSessionNotCompared;
+    /// DONE of another epoch is taken for one of this.
+    FilledEpochNotCompared;
+    /// DONE with another root is taken for one with this.
+    FilledRootNotCompared;
+    /// A receiver with pages absent says STARTED after a restart, as if it had them.
+    LackingSaysStarted;
+    /// GONE brings a guest with absent pages back that a restart has lost.
+    LostTakesGone;
 }
 
 impl Mutant {
@@ -136,6 +160,20 @@ impl Mutant {
             (Self::RejectAfterStarted, Input::Cancel) if phase == Some(ReceiverPhase::Started) => {
                 return receiver.map(|(_, handover)| say(Word::Reject, handover)).into_iter().collect();
             }
+            (Self::ServedResumesWhenLate, Input::Timeout) | (Self::CancelWhileServing, Input::Cancel) => {
+                if let Some((SenderPhase::Serving, handover)) = sender {
+                    return vec![Output::Resume(handover)];
+                }
+            }
+            (Self::FilledBeforeStarted, Input::Filled(handover)) if handed == Some(handover) => {
+                let message = Message { word: Word::Started, handover };
+                let mut outputs = desk.handle(Input::Message { from: handover.receiver, message });
+                outputs.extend(desk.handle(input));
+                return outputs;
+            }
+            (Self::LostTakesGone, Input::Message { message: Message { word: Word::Gone, handover }, .. }) => {
+                desk.keep(&handover);
+            }
             (Self::FailedHandedResumes, Input::Failed(record)) if record.kind == RecordKind::Handed => {
                 return vec![Output::Resume(record.handover)];
             }
@@ -152,6 +190,7 @@ impl Mutant {
         let live = desk.outgoing().map(|sender| *sender.handover());
         let live = live.or_else(|| desk.incoming().map(|receiver| *receiver.handover()));
         match input {
+            Input::Filled(handover) => Some(Input::Filled(self.bent_filled(handover, live?))),
             Input::Failed(record) if self == Self::FailedIsWritten => Some(Input::Durable(record)),
             Input::Granted(grant) => {
                 let live = live?;
@@ -182,6 +221,16 @@ impl Mutant {
             Self::SenderNotCompared => Handover { sender: live.sender, ..handover },
             Self::ReceiverNotCompared => Handover { receiver: live.receiver, ..handover },
             Self::ArbiterNotCompared => Handover { arbiter: live.arbiter, ..handover },
+            Self::PostCopyNotCompared => Handover { post_copy: live.post_copy, ..handover },
+            _ => handover,
+        }
+    }
+
+    fn bent_filled(self, handover: Handover, live: Handover) -> Handover {
+        match self {
+            Self::FilledSessionNotCompared => Handover { session: live.session, ..handover },
+            Self::FilledEpochNotCompared => Handover { epoch: live.epoch, ..handover },
+            Self::FilledRootNotCompared => Handover { root: live.root, ..handover },
             _ => handover,
         }
     }
@@ -204,6 +253,8 @@ impl Mutant {
             Output::Send(Message { word: Word::Started, handover }) if self == Self::StartedForgotten => {
                 vec![output, Output::Forget(handover)]
             }
+            Output::Fill(handover) if self == Self::GoneAtStarted => desk.handle(Input::Filled(handover)),
+            Output::Fill(_) if self == Self::NothingServed => Vec::new(),
             Output::AskArbiter(handover) => {
                 let grant = |host| Input::Granted(Grant { lineage: handover.lineage, epoch: handover.epoch, host });
                 let by_sender = desk.outgoing().is_some();
@@ -225,6 +276,7 @@ impl Mutant {
             (Self::RejectSaidEarly, RecordKind::Rejected) => vec![output, say(Word::Reject, handover)],
             (Self::RunsBeforeStarted, RecordKind::Started) => vec![output, Output::Run(handover)],
             (Self::ResumesBeforeReturned, RecordKind::Returned) => vec![output, Output::Resume(handover)],
+            (Self::ReleasedBeforeGone, RecordKind::Gone) if by_sender => vec![output, Output::Release(handover)],
             (Self::HandedForgotten, RecordKind::Gone) if by_sender => vec![Output::Forget(handover), output],
             // The record of what is not known says that it was started.
             (Self::UnknownCommitStarts, RecordKind::Rejected) => vec![Output::Run(handover)],

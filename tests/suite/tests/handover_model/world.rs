@@ -6,6 +6,7 @@
 //!
 //! The guest is a number that grows each time it is let run: a copy with another number is out of date.
 
+use crate::fill;
 use crate::mutants::Mutant;
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::domain::LineageId;
@@ -58,6 +59,8 @@ pub(crate) enum Letter {
     Message(Message),
     /// The arbiter's, to the host of this number.
     Grant(usize, Grant),
+    /// The receiver's in a fill session: nothing is absent.
+    Done(Handover),
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -71,6 +74,10 @@ pub(crate) struct Host {
     pub(crate) memory: Option<u8>,
     /// What brought that copy, if it has not been started.
     pub(crate) received: Option<Handover>,
+    /// Parts of that copy that are absent.
+    pub(crate) lacks: u8,
+    /// What this host has been told to serve.
+    pub(crate) serves: Option<Handover>,
     pub(crate) fenced: bool,
     pub(crate) crashes: u8,
     pub(crate) fails: u8,
@@ -89,8 +96,10 @@ pub(crate) struct State {
     pub(crate) told_doubt: bool,
     /// A COMMIT that was about nothing has been answered.
     pub(crate) strayed: bool,
-    /// An operator has had a copy run that the guest may have outrun before its host was lost.
+    /// An operator has had a copy run that the guest may have outrun before its host was lost, or has given it up.
     pub(crate) vouched: bool,
+    /// A sender went down while its receiver had some of what was absent and lacked the rest.
+    pub(crate) cut: bool,
     /// What must never happen, and has.
     pub(crate) wrong: Option<&'static str>,
 }
@@ -109,6 +118,8 @@ pub(crate) enum Action {
     Restart(usize),
     Fence(usize),
     Decide(usize, Handover),
+    /// A fill session by this host.
+    Fill(usize),
     Stray(usize, HostId, Message),
 }
 
@@ -136,6 +147,10 @@ impl Host {
 
     pub(crate) fn wrote(&self, kind: RecordKind, handover: &Handover) -> bool {
         self.disk.contains(&Record { kind, handover: *handover })
+    }
+
+    pub(crate) fn drop_memory(&mut self) {
+        (self.memory, self.lacks) = (None, 0);
     }
 
     fn put(&mut self, record: Record) {
@@ -175,6 +190,7 @@ impl World {
             told_doubt: false,
             strayed: false,
             vouched: false,
+            cut: false,
             wrong: None,
         }
     }
@@ -229,7 +245,7 @@ impl World {
         match output {
             Output::Persist(record) => {
                 if record.kind == RecordKind::Rejected && state.hosts[at].received == Some(record.handover) {
-                    state.hosts[at].memory = None;
+                    state.hosts[at].drop_memory();
                     state.hosts[at].received = None;
                 }
                 state.hosts[at].writing.push(record);
@@ -239,19 +255,13 @@ impl World {
                 state.letters.insert(Letter::Message(message));
             }
             Output::Run(_) | Output::Resume(_) => start(state, at),
-            Output::Release(_) => {
-                let host = &mut state.hosts[at];
-                let last = host.memory == Some(state.guest);
-                host.memory = None;
-                if last && state.hosts[1 - at].memory != Some(state.guest) {
-                    state.wrong.get_or_insert("the last copy was given up");
-                }
-            }
+            Output::Fill(handover) => state.hosts[at].serves = Some(handover),
+            Output::Release(_) => fill::release(state, at),
             Output::AskArbiter(handover) => {
                 state.asked.insert((at, handover));
             }
             Output::InDoubt(_) => state.told_doubt = true,
-            Output::Fill(_) | Output::Verified(_) | Output::Refuse(_) => {}
+            Output::Verified(_) | Output::Refuse(_) => {}
         }
     }
 
@@ -266,6 +276,7 @@ impl World {
                 }
             }
             Letter::Grant(to, grant) => self.feed(state, to, Input::Granted(grant)),
+            Letter::Done(handover) => fill::done(self, state, handover),
         }
     }
 
@@ -276,6 +287,7 @@ impl World {
             Letter::Message(Message { word, handover }) if word.is_senders() => number(handover.receiver),
             Letter::Message(message) => number(message.handover.sender),
             Letter::Grant(to, _) => Some(*to),
+            Letter::Done(handover) => number(handover.sender),
         };
         to.is_some_and(|to| state.hosts[to].desk.is_some())
     }
@@ -284,8 +296,9 @@ impl World {
         let Some(at) = number(handover.receiver) else { return };
         let Some(mut desk) = state.hosts[at].desk.take() else { return };
         if desk.guest_at(&handover).is_none() && desk.may_receive(handover.epoch).is_ok() {
-            state.hosts[at].memory = Some(handover.root.0[0]);
-            state.hosts[at].received = Some(handover);
+            let host = &mut state.hosts[at];
+            (host.memory, host.received) = (Some(handover.root.0[0]), Some(handover));
+            host.lacks = if handover.post_copy { fill::PARTS } else { 0 };
         }
         let outputs = match self.mutant {
             Some(Mutant::OldEpochReceived) if !state.hosts[at].runs => {
@@ -321,13 +334,14 @@ impl World {
     }
 
     fn crash(&self, state: &mut State, at: usize, reaching_disk: usize) {
+        state.cut |= state.hosts[at].serves.is_some() && (1..fill::PARTS).contains(&state.hosts[1 - at].lacks);
         let host = &mut state.hosts[at];
         let writing = std::mem::take(&mut host.writing);
         writing.into_iter().take(reaching_disk).for_each(|record| host.put(record));
-        (host.desk, host.runs, host.received) = (None, false, None);
+        (host.desk, host.runs, host.received, host.serves) = (None, false, None, None);
         host.crashes += 1;
         if !self.config.kept {
-            host.memory = None;
+            host.drop_memory();
         }
     }
 
@@ -335,22 +349,30 @@ impl World {
         let host = &mut state.hosts[at];
         let records: Vec<Record> = host.disk.iter().copied().collect();
         let kept = host.memory.is_some() || self.mutant == Some(Mutant::LostSaysStarted);
-        let (desk, outputs) = Handovers::restore(IDS[at], LINEAGE, &records, kept).unwrap();
+        let (mut desk, outputs) = Handovers::restore(IDS[at], LINEAGE, &records, kept).unwrap();
+        if self.mutant == Some(Mutant::LackingSaysStarted) {
+            records.iter().for_each(|record| desk.keep(&record.handover));
+        }
         // Nothing is recorded on the host where the guest was born, and on one that it has never come to.
         let is_here = match desk.whereabouts() {
+            Whereabouts::Filling => true,
             Whereabouts::Here => self.mutant != Some(Mutant::StartedDoesNotRunAfterRestart) || at == 0,
             Whereabouts::InDoubt => self.mutant == Some(Mutant::HandedRunsAfterRestart),
             Whereabouts::Unrecorded => at == 0,
             _ => false,
         };
-        // A copy that was on its way in is not the guest.
-        if !is_here && desk.whereabouts() != Whereabouts::InDoubt {
-            host.memory = None;
+        // A copy that was on its way in is not the guest. What is lost may still lie in a file.
+        if !is_here && !matches!(desk.whereabouts(), Whereabouts::InDoubt | Whereabouts::Lost) {
+            host.drop_memory();
         }
         let has_memory = host.memory.is_some();
+        let lacks = host.lacks > 0;
         host.desk = Some(desk);
         outputs.into_iter().for_each(|output| self.apply(state, at, output));
         if is_here && has_memory {
+            if lacks {
+                state.wrong.get_or_insert("a guest is let run on pages that nobody brings");
+            }
             start(state, at);
         }
     }
@@ -371,7 +393,12 @@ impl World {
             Action::Input(at, input) => {
                 if let Input::Resolve(resolve) = input {
                     let was_lost = state.hosts[at].incoming().is_some_and(|(phase, _)| phase == ReceiverPhase::Lost);
-                    state.vouched |= was_lost || matches!(resolve, Resolve::Here(_));
+                    let phase_there = state.hosts[1 - at].incoming().map(|(phase, _)| phase);
+                    state.vouched |=
+                        was_lost || phase_there == Some(ReceiverPhase::Lost) || matches!(resolve, Resolve::Here(_));
+                    if was_lost {
+                        state.hosts[at].drop_memory();
+                    }
                 }
                 self.feed(state, at, input);
             }
@@ -380,6 +407,7 @@ impl World {
             Action::Crash(at, reaching_disk) => self.crash(state, at, reaching_disk),
             Action::Restart(at) => self.restart(state, at),
             Action::Fence(at) => state.hosts[at].fenced = true,
+            Action::Fill(at) => fill::fill(state, at),
             Action::Decide(at, handover) => self.decide(state, at, handover),
             Action::Stray(at, from, message) => {
                 let letters = state.letters.len();
@@ -407,6 +435,7 @@ impl World {
             }
             if self.config.strays && state.hosts[at].desk.is_some() {
                 strays(state, at, actions);
+                fill::strays(state, at, actions);
             }
         }
     }
@@ -432,6 +461,9 @@ impl World {
                 actions.extend([true, false].map(|reaches_disk| Action::WriteFails(at, reaches_disk)));
             }
         }
+        if fill::session(state, at).is_some() {
+            actions.push(Action::Fill(at));
+        }
         if host.outgoing().is_some_and(|(phase, _)| phase == SenderPhase::Ready) {
             actions.push(Action::Input(at, Input::Commit));
         }
@@ -451,7 +483,11 @@ impl World {
             resolve(Resolve::Here(Fence { epoch: handover.epoch, host: IDS[1 - at] }));
         }
         // That it is the other's an operator says who has seen it run there, or has seen that it is lost here.
-        if let Some(handover) = sends.filter(|handover| other.runs && other.wrote(RecordKind::Started, handover)) {
+        let lacks_nothing = other.runs && other.lacks == 0;
+        let is_lost = other.incoming().is_some_and(|(phase, _)| phase == ReceiverPhase::Lost);
+        let needs_nothing = |handover: &Handover| lacks_nothing || (handover.post_copy && is_lost);
+        let is_there = |handover: &Handover| needs_nothing(handover) && other.wrote(RecordKind::Started, handover);
+        if let Some(handover) = sends.filter(is_there) {
             resolve(Resolve::There(handover.epoch));
         }
         if let Some((ReceiverPhase::Lost, handover)) = host.incoming() {
@@ -499,7 +535,7 @@ fn strays(state: &State, at: usize, actions: &mut Vec<Action>) {
 }
 
 /// A binding with each field in turn that of another hand-over.
-pub(crate) fn altered(handover: &Handover) -> [Handover; 7] {
+pub(crate) fn altered(handover: &Handover) -> [Handover; 8] {
     let older = Epoch::new(handover.epoch.number() - 1);
     [
         Handover { lineage: LineageId([9; 16]), ..*handover },
@@ -509,5 +545,6 @@ pub(crate) fn altered(handover: &Handover) -> [Handover; 7] {
         Handover { sender: STRANGER, ..*handover },
         Handover { receiver: STRANGER, ..*handover },
         Handover { arbiter: !handover.arbiter, ..*handover },
+        Handover { post_copy: !handover.post_copy, ..*handover },
     ]
 }
