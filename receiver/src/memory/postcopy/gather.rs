@@ -1,12 +1,13 @@
 //! Messages of the kernel, read and taken into account.
 
+use super::places::{Piece, Places, Taken};
 use super::{Fault, HUGE, PostcopyError, PostcopyMemory, SMALL, failed, lock, place_of, places, size};
 use crate::memory::uffd::{FaultKind, Filled, Message, Uffd, Wake};
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::time::Time;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::PoisonError;
+use std::sync::{PoisonError, RwLockWriteGuard};
 
 /// Reads of 64 messages in one gathering: a flood does not keep the caller for longer.
 const READS_MAX: u32 = 16;
@@ -154,15 +155,13 @@ impl PostcopyMemory {
                 todo.wake.push(addresses);
             }
             Message::Unmapped(addresses) => {
-                let taken = self.places.write().unwrap_or_else(PoisonError::into_inner).take(&addresses);
-                for piece in taken {
-                    news.unmapped_pages = news.unmapped_pages.saturating_add(self.settle(self.inside(&piece)));
-                    self.forget_faults(&piece);
-                }
+                let Taken { taken, lost } = self.places_mut().take(&addresses);
+                self.unmapped(&[taken, lost].concat(), news);
                 todo.wake.push(addresses);
             }
             Message::Remapped { from, to, bytes } => {
-                self.places.write().unwrap_or_else(PoisonError::into_inner).remap(from, to, bytes);
+                let gone = self.places_mut().remap(from, to, bytes);
+                self.unmapped(&gone, news);
                 news.remaps = news.remaps.saturating_add(1);
                 todo.wake.push(from..from.saturating_add(bytes));
             }
@@ -171,8 +170,19 @@ impl PostcopyMemory {
         }
     }
 
+    fn places_mut(&self) -> RwLockWriteGuard<'_, Places> {
+        self.places.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unmapped(&self, pieces: &[Piece], news: &mut Gathered) {
+        for piece in pieces {
+            news.unmapped_pages = news.unmapped_pages.saturating_add(self.settle(self.inside(piece)));
+            self.forget_faults(piece);
+        }
+    }
+
     /// The places of the pages of a piece that are inside the region: a huge page may end behind it.
-    fn inside(&self, piece: &places::Piece) -> Range<u64> {
+    fn inside(&self, piece: &Piece) -> Range<u64> {
         let pages = places::pages(&(piece.offset..piece.offset.saturating_add(piece.bytes)));
         let places = self.places_of(piece.region, pages);
         let end = self.all_places(piece.region).end;
@@ -180,7 +190,7 @@ impl PostcopyMemory {
     }
 
     /// Units of a piece of which nothing has to be brought any more are not waited for: who did will be woken.
-    fn forget_faults(&self, piece: &places::Piece) {
+    fn forget_faults(&self, piece: &Piece) {
         let all = self.all_places(piece.region);
         let unit = self.unit_pages(piece.region);
         let inside = self.inside(piece);

@@ -4,7 +4,7 @@ use super::gather::put_zeros;
 use super::{PostcopyError, PostcopyMemory, SMALL, Served, failed, lock, places, size};
 use crate::memory::uffd::{Filled, Stop, Uffd, Wake};
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::{PageNumber, RegionId};
+use pagewire_protocol::page::{Region, RegionId};
 use pagewire_protocol::time::Time;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -124,7 +124,7 @@ impl PostcopyMemory {
 
     fn judge(&self, region: RegionId, first: u64, count: u64) -> Result<u64, PostcopyError> {
         let unit = self.unit_pages(region);
-        let pages = self.layout.region(region).map_or(0, pagewire_protocol::page::Region::pages);
+        let pages = self.layout.region(region).map_or(0, Region::pages);
         let end = first.checked_add(count).filter(|end| *end <= pages);
         let end = end.ok_or(PostcopyError::Misuse("pages outside of their region"))?;
         if !first.is_multiple_of(unit) || !(end.is_multiple_of(unit) || end == pages) {
@@ -289,7 +289,7 @@ impl PostcopyMemory {
     /// The pieces of absent pages, in whole pages of the kernel.
     fn pieces(&self, region: RegionId, run: &Range<u64>) -> Vec<places::Piece> {
         let start = self.all_places(region).start;
-        let page = |place: u64| PageNumber(place.saturating_sub(start)).0.saturating_mul(SMALL);
+        let page = |place: u64| place.saturating_sub(start).saturating_mul(SMALL);
         let end = page(run.end).next_multiple_of(self.page_bytes(region));
         self.places().pieces(region, page(run.start)..end).collect()
     }

@@ -35,7 +35,7 @@ use super::uffd::{FaultsOf, Features, Message, Uffd, UffdError, Watch};
 use faults::Faults;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::{InstallSize, Layout, RegionId};
+use pagewire_protocol::page::{InstallSize, Layout, Region, RegionId};
 use pagewire_protocol::time::Time;
 use places::Places;
 use states::SharedBits;
@@ -193,8 +193,12 @@ impl PostcopyMemory {
             files.push(file);
             page_bytes.push(if huge { HUGE } else { SMALL });
         }
-        let place = |mapping: &Mapping| (mapping.start().addr().get() as u64, mapping.bytes() as u64);
-        let places = Places::of_own(mappings.iter().map(place));
+        let place = |(mapping, region): (&Mapping, &Region)| {
+            // A region without bytes has an address all the same.
+            let bytes = if region.bytes == 0 { 0 } else { mapping.bytes() as u64 };
+            (mapping.start().addr().get() as u64, bytes)
+        };
+        let places = Places::of_own(mappings.iter().zip(layout.regions()).map(place));
         let own = Own { mappings: RwLock::new(mappings), files };
         Ok(Self::with(layout, places, page_bytes, Some(own), OnceLock::new()))
     }
@@ -321,10 +325,7 @@ impl PostcopyMemory {
     pub fn regions(&self) -> Vec<RamRegion> {
         let Some(own) = &self.own else { return Vec::new() };
         let mappings = own.mappings.read().unwrap_or_else(PoisonError::into_inner);
-        let region = |(mapping, region): (&Mapping, &pagewire_protocol::page::Region)| RamRegion {
-            start: mapping.start(),
-            bytes: region.bytes,
-        };
+        let region = |(mapping, region): (&Mapping, &Region)| RamRegion { start: mapping.start(), bytes: region.bytes };
         mappings.iter().zip(self.layout.regions()).map(region).collect()
     }
 
@@ -411,6 +412,19 @@ impl PostcopyMemory {
         mapping.read(usize::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?, bytes)
     }
 
+    /// Throws pages of this process's memory away, as a balloon does: they are zeros when they are touched next. Waits
+    /// until somebody [gathers](Self::gather), if the memory is armed.
+    ///
+    /// # Errors
+    /// They are not inside the region, or not whole pages of the kernel; or it is the memory of another process.
+    pub fn discard(&self, region: RegionId, first: u64, count: u64) -> io::Result<()> {
+        let own = self.own.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let mappings = own.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let mapping = mappings.get(usize::from(region.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        let bytes = |pages: u64| size(pages.saturating_mul(SMALL));
+        mapping.discard(bytes(first), bytes(count), self.file(region).is_some())
+    }
+
     fn uffd(&self) -> Result<&Uffd, PostcopyError> {
         self.uffd.get().ok_or(PostcopyError::Misuse("the memory is not armed"))
     }
@@ -431,7 +445,7 @@ impl PostcopyMemory {
     }
 
     fn all_places(&self, region: RegionId) -> Range<u64> {
-        let pages = self.layout.region(region).map_or(0, pagewire_protocol::page::Region::pages);
+        let pages = self.layout.region(region).map_or(0, Region::pages);
         self.places_of(region, 0..pages)
     }
 

@@ -91,6 +91,15 @@ pub(super) struct Piece {
 #[derive(Clone, Debug)]
 pub(super) struct Places(Vec<Segment>);
 
+/// What changed of the table.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Taken {
+    /// What was there.
+    pub(super) taken: Vec<Piece>,
+    /// What is not found any more, as the table is full.
+    pub(super) lost: Vec<Piece>,
+}
+
 impl Places {
     /// Judges a table, and gives the layout that it means.
     pub(super) fn judge(table: &[HandedRegion]) -> Result<(Layout, Self), TableError> {
@@ -171,40 +180,44 @@ impl Places {
         self.0.iter().filter_map(cut).collect()
     }
 
-    /// Takes addresses out, and gives what was there.
-    pub(super) fn take(&mut self, addresses: &Range<u64>) -> Vec<Piece> {
-        let taken = self.at(addresses);
-        if taken.is_empty() {
-            return taken;
+    /// Takes addresses out.
+    pub(super) fn take(&mut self, addresses: &Range<u64>) -> Taken {
+        let mut out = Taken { taken: self.at(addresses), lost: Vec::new() };
+        if out.taken.is_empty() {
+            return out;
         }
         let segments = std::mem::take(&mut self.0);
         for segment in segments {
             let Range { start, end } = segment.addresses;
             for rest in [start..end.min(addresses.start), start.max(addresses.end)..end] {
                 if rest.start < rest.end {
-                    self.put(&segment.cut(&rest));
+                    self.put(segment.cut(&rest), &mut out.lost);
                 }
             }
         }
-        taken
+        out
     }
 
-    /// Moves what lies at `from` to other addresses; nothing of the guest's is there any more.
-    pub(super) fn remap(&mut self, from: u64, to: u64, bytes: u64) {
+    /// Moves what lies at `from` to other addresses; what of the guest's was there is unmapped. Gives what is not found
+    /// any more.
+    pub(super) fn remap(&mut self, from: u64, to: u64, bytes: u64) -> Vec<Piece> {
         let moved = self.take(&(from..from.saturating_add(bytes)));
-        self.take(&(to..to.saturating_add(bytes)));
-        for piece in moved {
+        let over = self.take(&(to..to.saturating_add(bytes)));
+        let mut gone = [moved.lost, over.lost, over.taken].concat();
+        for piece in moved.taken {
             let address = to.saturating_add(piece.address.saturating_sub(from));
-            self.put(&Piece { address, ..piece });
+            self.put(Piece { address, ..piece }, &mut gone);
         }
+        gone
     }
 
-    fn put(&mut self, piece: &Piece) {
-        if self.0.len() < SEGMENTS_MAX {
-            let addresses = piece.address..piece.address.saturating_add(piece.bytes);
-            let at = self.0.partition_point(|segment| segment.addresses.start < addresses.start);
-            self.0.insert(at, Segment { addresses, region: piece.region, offset: piece.offset });
+    fn put(&mut self, piece: Piece, lost: &mut Vec<Piece>) {
+        if self.0.len() >= SEGMENTS_MAX {
+            return lost.push(piece);
         }
+        let addresses = piece.address..piece.address.saturating_add(piece.bytes);
+        let at = self.0.partition_point(|segment| segment.addresses.start < addresses.start);
+        self.0.insert(at, Segment { addresses, region: piece.region, offset: piece.offset });
     }
 }
 
@@ -289,9 +302,12 @@ mod tests {
     #[test]
     fn a_process_that_cuts_its_memory_to_pieces_makes_no_more_than_are_allowed() {
         let (_, mut places) = Places::judge(&[handed(0x1000_0000, 16 << 20)]).unwrap();
+        let mut known = 4096;
         for page in (0..4096).step_by(2) {
             let at = 0x1000_0000 + page * 4096;
-            places.take(&(at..at + 4096));
+            let Taken { taken, lost } = places.take(&(at..at + 4096));
+            known -= taken.iter().chain(&lost).map(|piece| piece.bytes / 4096).sum::<u64>();
+            assert_eq!(places.all().map(|piece| piece.bytes / 4096).sum::<u64>(), known, "what is lost is said");
         }
         assert!(places.0.len() <= SEGMENTS_MAX && places.0.len() > 16);
     }
@@ -314,7 +330,7 @@ mod tests {
                     (0..count).for_each(|page| _ = twin.remove(&(to + page)));
                     twin.extend(moved.iter().map(|&(page, place)| (to + page, place)));
                 } else {
-                    let taken = places.take(&(from * 4096..(from + count) * 4096));
+                    let taken = places.take(&(from * 4096..(from + count) * 4096)).taken;
                     let bytes: u64 = taken.iter().map(|piece| piece.bytes).sum();
                     prop_assert_eq!(bytes, moved.len() as u64 * 4096);
                 }

@@ -465,3 +465,6 @@ fn open(of: FaultsOf) -> Result<OwnedFd, UffdError> {
         Err(error) => Err(UffdError::Call { what: "it cannot be opened", error: error.into() }),
     }
 }
+
+#[cfg(test)]
+mod tests;
