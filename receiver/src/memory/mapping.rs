@@ -12,6 +12,7 @@ use rustix::param::page_size;
 use std::fs::File;
 use std::io;
 use std::ptr::{NonNull, copy_nonoverlapping, null_mut};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A mapping, gone when it is dropped.
 #[derive(Debug)]
@@ -124,6 +125,17 @@ impl Mapping {
         Ok(())
     }
 
+    /// Writes a word, while others may read and write it; `offset` is a multiple of eight.
+    pub(super) fn store(&self, offset: usize, word: u64) -> io::Result<()> {
+        let at = self.at(offset, size_of::<u64>())?.cast::<AtomicU64>();
+        if !at.is_aligned() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not the beginning of a word"));
+        }
+        // SAFETY: `at` is aligned, mapped and writable, and in no Rust object but this atomic one.
+        unsafe { at.as_ref() }.store(word, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// The address of `offset`, if so many bytes from there on are this mapping's.
     fn at(&self, offset: usize, bytes: usize) -> io::Result<NonNull<u8>> {
         let inside = offset.checked_add(bytes).is_some_and(|end| end <= self.bytes);
@@ -184,6 +196,7 @@ mod tests {
         let mut mapping = Mapping::new(page).unwrap();
         assert!(mapping.read(1, &mut vec![0; page]).is_err());
         assert!(mapping.write(usize::MAX, &[1]).is_err() && mapping.write(page, &[1]).is_err());
+        assert!(mapping.store(4, 1).is_err() && mapping.store(page, 1).is_err() && mapping.store(page - 8, 1).is_ok());
         assert!(mapping.clear(0, 2 * page).is_err() && mapping.clear(8, page).is_err());
         assert!(mapping.write(page - 1, &[1]).is_ok() && Mapping::new(usize::MAX).is_err());
     }

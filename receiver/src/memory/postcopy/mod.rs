@@ -412,6 +412,18 @@ impl PostcopyMemory {
         mapping.read(usize::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?, bytes)
     }
 
+    /// Writes a word to this process's memory, as a device model does; waits for its page as [`read`](Self::read) does.
+    /// `offset` is a multiple of eight.
+    ///
+    /// # Errors
+    /// It is not inside the region, or not the beginning of a word.
+    pub fn store(&self, region: RegionId, offset: u64, word: u64) -> io::Result<()> {
+        let own = self.own.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let mappings = own.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let mapping = mappings.get(usize::from(region.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        mapping.store(usize::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?, word)
+    }
+
     /// Throws pages of this process's memory away, as a balloon does: they are zeros when they are touched next. Waits
     /// until somebody [gathers](Self::gather), if the memory is armed.
     ///
