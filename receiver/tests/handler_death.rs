@@ -2,7 +2,7 @@
 //!
 //! This program is the guest, its supervisor and, started anew, each of the handlers. The supervisor keeps a duplicate of
 //! the descriptor: while nobody serves, threads of the guest wait, and never see a zero. `PAGEWIRE_KILLS` says how many
-//! handlers die; a few are enough to find what is wrong at all, ten thousand belong to a long run.
+//! handlers die; a few are enough to find what is wrong at all, ten thousand belong to `check.sh long`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, reason = "tests choose their numbers")]
 
 use pagewire_protocol::bitmap::PageBitmap;

@@ -84,6 +84,7 @@ fn gather_until(memory: &PostcopyMemory, mut enough: impl FnMut(&Gathered) -> bo
         all.woken += one.woken;
         all.zeroed += one.zeroed;
         all.removed_pages += one.removed_pages;
+        all.served.extend(one.served);
         all.odd += one.odd;
         all.odds.extend(one.odds);
         if enough(&all) {
@@ -201,6 +202,79 @@ fn larger_units_come_as_a_whole_and_their_last_is_short() {
     let larger = layout(&[(1000 * PAGE - 7, InstallSize::KIB_64), (1300 * PAGE, InstallSize::MIB_2)]);
     loads_everything_once(&larger, Backing::Private);
     loads_everything_once(&larger, Backing::SharedHuge);
+}
+
+/// Pages one by one, in an order that leaves many units open, each of them twice.
+#[test]
+fn pages_of_larger_units_wait_for_the_rest() {
+    let larger = layout(&[(300 * PAGE - 7, InstallSize::KIB_64), (1100 * PAGE, InstallSize::MIB_2)]);
+    for backing in [Backing::Private, Backing::Shared, Backing::SharedHuge] {
+        let Some(memory) = armed(larger.clone(), backing) else { continue };
+        let mut sink = PostcopySink::new(memory.clone());
+        let all = || {
+            (0..2).map(RegionId).flat_map(|region| {
+                let pages = larger.region(region).unwrap().pages();
+                // 7 and the number of pages have no divisor in common.
+                (0..pages).map(move |at| (region, at * 7 % pages))
+            })
+        };
+        let waiting = reader(&memory, MAIN, 299);
+        gather_until(&memory, |news| news.faults == 1);
+        let mut arrived = 0;
+        for (region, page) in all() {
+            if page % 5 == 4 && region == MAIN {
+                sink.zero(region, page, 1).unwrap();
+            } else {
+                sink.install(region, page, &content(region, page)).unwrap();
+            }
+            arrived += 1;
+            assert_eq!(memory.arrived().count(), arrived, "{region:?} {page}");
+            sink.install(region, page, &[0xee; PAGE]).unwrap();
+            let mut bytes = [1; PAGE];
+            sink.read(region, page, &mut bytes).unwrap();
+            let left = (larger.region(region).unwrap().bytes - page * PAGE as u64).min(PAGE as u64) as usize;
+            let expected = if page % 5 == 4 && region == MAIN { [0; PAGE] } else { content(region, page) };
+            assert!(bytes[..left] == expected[..left], "{region:?} {page}: the first counts");
+        }
+        assert_eq!((memory.absent_pages(), memory.waiting()), (0, 0));
+        memory.finish().unwrap();
+        assert_eq!(waiting.join().unwrap()[..PAGE - 7], [0; PAGE][..PAGE - 7]);
+        assert!((0..1100).all(|page| read(&memory, RegionId(1), page) == content(RegionId(1), page)));
+    }
+}
+
+#[test]
+fn a_unit_is_complete_when_the_rest_of_it_was_thrown_away() {
+    let Some(memory) = armed(layout(&[(64 * PAGE, InstallSize::KIB_64)]), Backing::Private) else { return };
+    memory.install_pages(MAIN, 20, &contents(MAIN, 20..32), now()).unwrap();
+    memory.zero_pages(MAIN, 30, 20, now()).unwrap();
+    assert_eq!((memory.absent_pages(), memory.arrived().count()), (48, 30), "one unit of zeros, two in part");
+    let waiting = reader(&memory, MAIN, 25);
+    gather_until(&memory, |news| news.faults == 1);
+    let balloon = spawn({
+        let memory = memory.clone();
+        move || memory.discard(MAIN, 10, 10).unwrap()
+    });
+    let news = gather_until(&memory, |news| news.removed_pages == 10);
+    balloon.join().unwrap();
+    assert_eq!(news.served.len(), 1, "the second unit is in");
+    assert_eq!(waiting.join().unwrap(), content(MAIN, 25));
+    assert_eq!(memory.absent_pages(), 10 + 16);
+}
+
+#[test]
+fn no_more_is_kept_aside_than_may_be() {
+    const UNITS: u64 = 260;
+    let Some(memory) = armed(layout(&[(UNITS as usize * (2 << 20), InstallSize::MIB_2)]), Backing::Private) else {
+        return;
+    };
+    let refused = (0..UNITS).find(|unit| memory.install_pages(MAIN, unit * 512, &[1; PAGE], now()).is_err());
+    assert_eq!(refused, Some(256), "512 MiB");
+    assert!(matches!(memory.install_pages(MAIN, 256 * 512, &[1; PAGE], now()), Err(PostcopyError::NoMemory)));
+    memory.install_pages(MAIN, 1, &[1; 511 * PAGE], now()).unwrap();
+    memory.install_pages(MAIN, 256 * 512, &[1; PAGE], now()).unwrap();
+    assert!(matches!(memory.install_pages(MAIN, 0, &[1; 100], now()), Err(PostcopyError::Misuse(_))));
+    assert!(matches!(memory.zero_pages(MAIN, u64::MAX, 2, now()), Err(PostcopyError::Misuse(_))));
 }
 
 #[test]

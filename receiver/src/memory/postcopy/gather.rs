@@ -1,7 +1,8 @@
 //! Messages of the kernel, read and taken into account.
 
+use super::install::Installed;
 use super::places::{Piece, Places, Taken};
-use super::{Fault, HUGE, PostcopyError, PostcopyMemory, SMALL, failed, lock, place_of, places, size};
+use super::{Fault, HUGE, PostcopyError, PostcopyMemory, SMALL, Served, failed, lock, place_of, places, size};
 use crate::memory::uffd::{FaultKind, Filled, Message, Uffd, Wake};
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::time::Time;
@@ -71,6 +72,8 @@ pub struct Gathered {
     pub unmapped_pages: u64,
     /// Times that memory was moved.
     pub remaps: u64,
+    /// Who waited for units that are complete since pages of them were thrown away.
+    pub served: Vec<Served>,
     /// Messages that cannot be answered.
     pub odd: u64,
     /// The first of these.
@@ -107,7 +110,18 @@ impl PostcopyMemory {
     /// It is not armed, or messages cannot be read; so it is while there is no descriptor free for a child's.
     pub fn gather(&self, now: Time) -> Result<Gathered, PostcopyError> {
         self.read_messages(now)?;
-        Ok(std::mem::take(&mut *lock(&self.news)))
+        let mut news = std::mem::take(&mut *lock(&self.news));
+        if news.removed_pages > 0 || news.unmapped_pages > 0 {
+            let mut installed = Installed::default();
+            let done = self.install_all_staged(now, &mut installed);
+            news.served = installed.served;
+            // What could not be put in now is tried when more of it comes, or is thrown away.
+            match done {
+                Ok(()) | Err(PostcopyError::Busy | PostcopyError::NoMemory) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(news)
     }
 
     /// As [`gather`](Self::gather), and keeps what they said for the next of those.

@@ -11,7 +11,7 @@
 //!   missing though it was put in is reported, and who touches it waits.
 //!
 //! The state is kept for pages of 4 KiB; what is put in is whole install units of the layout, less what of them is
-//! there already.
+//! there already. Pages of units that have come in part are kept aside.
 
 mod faults;
 mod gather;
@@ -19,6 +19,7 @@ mod install;
 mod places;
 mod recall;
 mod sink;
+mod staging;
 mod states;
 mod times;
 
@@ -38,6 +39,7 @@ use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Layout, Region, RegionId};
 use pagewire_protocol::time::Time;
 use places::Places;
+use staging::Staging;
 use states::SharedBits;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -163,6 +165,8 @@ pub struct PostcopyMemory {
     removed: SharedBits,
     /// First pages of units that a loader is just putting in.
     claimed: SharedBits,
+    /// Units that have come in part.
+    staging: Mutex<Staging>,
     /// Held to write while messages are read and taken into account, to read while pages are put in.
     gate: RwLock<()>,
     faults: Mutex<Faults>,
@@ -227,6 +231,7 @@ impl PostcopyMemory {
             present_count: AtomicU64::new(0),
             removed: SharedBits::new(pages),
             claimed: SharedBits::new(pages),
+            staging: Mutex::default(),
             gate: RwLock::new(()),
             faults: Mutex::default(),
             reader: Mutex::default(),

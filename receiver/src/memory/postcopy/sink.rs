@@ -1,6 +1,6 @@
 //! Post-copy memory as the place where received pages go.
 
-use super::{PostcopyError, PostcopyMemory, SMALL, failed, lock, size};
+use super::{PostcopyError, PostcopyMemory, SMALL, failed, size};
 use crate::memory::GuestSink;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::RegionId;
@@ -10,8 +10,7 @@ use std::sync::{Arc, PoisonError};
 
 /// Memory of this process while a guest arrives in it: plain memory until it is armed, and each page once from then on.
 ///
-/// Once it is armed, pages come in whole install units, and who waited for them is not told by this way: see
-/// [`PostcopyMemory::install`].
+/// Once it is armed, who waited for pages is not told by this way: see [`PostcopyMemory::install_pages`].
 #[derive(Clone, Debug)]
 pub struct PostcopySink(Arc<PostcopyMemory>);
 
@@ -49,16 +48,22 @@ impl GuestSink for PostcopySink {
     }
 
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let pages = first..first.saturating_add((bytes.len() / PAGE_BYTES) as u64);
-        if self.0.is_armed() && pages.clone().any(|page| !self.0.is_present(region, page)) {
-            return Err(io::Error::new(io::ErrorKind::WouldBlock, "pages that are absent cannot be read"));
+        if !self.0.is_armed() {
+            return self.0.read(region, first.saturating_mul(SMALL), bytes);
         }
-        self.0.read(region, first.saturating_mul(SMALL), bytes)
+        for (page, bytes) in (first..).zip(bytes.chunks_mut(PAGE_BYTES)) {
+            if self.0.is_present(region, page) {
+                self.0.read(region, page.saturating_mul(SMALL), bytes)?;
+            } else if !self.0.read_staged(region, page, bytes) {
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, "pages that are absent cannot be read"));
+            }
+        }
+        Ok(())
     }
 
     fn install(&mut self, region: RegionId, first: u64, bytes: &[u8]) -> io::Result<()> {
         if self.0.is_armed() {
-            self.0.install(region, first, bytes, Time::ZERO)?;
+            self.0.install_pages(region, first, bytes, Time::ZERO)?;
         } else {
             self.0.write(region, first, bytes)?;
         }
@@ -67,7 +72,7 @@ impl GuestSink for PostcopySink {
 
     fn zero(&mut self, region: RegionId, first: u64, count: u64) -> io::Result<()> {
         if self.0.is_armed() {
-            self.0.install_zeros(region, first, count, Time::ZERO)?;
+            self.0.zero_pages(region, first, count, Time::ZERO)?;
             return Ok(());
         }
         for page in first..first.saturating_add(count) {
@@ -77,7 +82,6 @@ impl GuestSink for PostcopySink {
     }
 
     fn finish(&mut self) -> io::Result<()> {
-        drop(lock(&self.0.reader));
         Ok(())
     }
 }

@@ -305,6 +305,18 @@ fn what_is_handed_over_must_be_a_userfaultfd() {
     let at = (memory.mapping.start().addr().get() + 2 * PAGE) as u64;
     assert_eq!(other.copy(at, &[8; PAGE], PAGE as u64, Wake::Now), filled(1, 0));
     assert_eq!(reader.join().unwrap(), 8);
+    let mapping = memory.mapping.clone();
+    let waits = spawn(move || {
+        let mut byte = [1];
+        mapping.read(0, &mut byte).unwrap();
+        byte[0]
+    });
+    let mut messages = Vec::new();
+    while other.read(&mut messages).unwrap() == 0 {
+        sleep(Duration::from_millis(1));
+    }
+    drop(other);
+    assert_eq!(waits.join().unwrap(), 0, "why a duplicate is kept");
 }
 
 #[test]
