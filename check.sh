@@ -65,6 +65,9 @@ long() {
     step "long: property tests with many cases"
     PROPTEST_CASES=${PROPTEST_CASES:-100000} cargo test --release --workspace
 
+    step "long: a guest whose page faults are served by a process that is killed"
+    PAGEWIRE_KILLS=${PAGEWIRE_KILLS:-10000} cargo test --release --package pagewire-receiver --test handler_death -- --nocapture
+
     step "long: every state of the hand-over in wider bounds"
     cargo test --release --package pagewire-test-suite --test handover_model -- --ignored --nocapture
 }

@@ -1,16 +1,18 @@
 //! Memory of this process in one piece: anonymous, in parts copy-on-write over a file.
 //!
-//! All unsafe code of the workspace's crates is here. A mapping is reached by copying to and from addresses inside it,
+//! One of the receiver's two rooms with unsafe code, the other being `uffd/raw`. A mapping is reached by copying to and from addresses inside it,
 //! never by a reference: a guest may run in it, and what lies over a file is the page cache's until it is written to.
 //! Whoever maps a file answers for it: one that shrinks, or a disk that cannot give back a page, is SIGBUS for the
 //! process that touches it.
 #![allow(unsafe_code, reason = "memory is mapped by address")]
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use rustix::param::page_size;
 use std::fs::File;
 use std::io;
 use std::ptr::{NonNull, copy_nonoverlapping, null_mut};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A mapping, gone when it is dropped.
 #[derive(Debug)]
@@ -24,6 +26,8 @@ unsafe impl Send for Mapping {}
 // SAFETY: through a shared reference it is only read, by copying out.
 unsafe impl Sync for Mapping {}
 
+/// Bytes of a huge page.
+const HUGE_BYTES: usize = 2 << 20;
 const ACCESS: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
 impl Mapping {
@@ -36,9 +40,47 @@ impl Mapping {
         Ok(Self { start, bytes })
     }
 
+    /// As [`new`](Self::new), in a memory file, and in huge pages of 2 MiB if `huge`.
+    pub(super) fn shared(bytes: usize, huge: bool) -> io::Result<(Self, File)> {
+        let (flags, page) = if huge {
+            (MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, HUGE_BYTES)
+        } else {
+            (MemfdFlags::empty(), page_size())
+        };
+        let bytes = bytes.max(1).checked_next_multiple_of(page).ok_or(io::ErrorKind::OutOfMemory)?;
+        let flags = flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(memfd_create("pagewire-guest", flags)?);
+        file.set_len(bytes as u64)?;
+        // Who gets the descriptor cannot cut the file under the mapping, which would make a touch a signal.
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        // SAFETY: no address is asked for, so what is mapped already stays as it is.
+        let start = unsafe { mmap(null_mut(), bytes, ACCESS, MapFlags::SHARED, &file, 0) }?;
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok((Self { start, bytes }, file))
+    }
+
     /// Where it begins.
     pub(super) fn start(&self) -> NonNull<u8> {
         self.start
+    }
+
+    /// Its bytes, in whole pages.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Keeps the mapping from children of this process: a child that touches it gets a signal, never a zero.
+    pub(super) fn keep_from_children(&self) -> io::Result<()> {
+        // SAFETY: all of it is this mapping's, and the advice changes nothing in this process.
+        Ok(unsafe { madvise(self.start.as_ptr().cast(), self.bytes, Advice::LinuxDontFork) }?)
+    }
+
+    /// Throws pages away, also from the memory file: they are missing then. Places are multiples of the page size.
+    pub(super) fn discard(&self, offset: usize, bytes: usize, shared: bool) -> io::Result<()> {
+        let at = self.whole_pages(offset, bytes)?;
+        let advice = if shared { Advice::LinuxRemove } else { Advice::LinuxDontNeed };
+        // SAFETY: `at` and the bytes behind it are this mapping's, and no Rust object lies there that would change.
+        Ok(unsafe { madvise(at.as_ptr().cast(), bytes, advice) }?)
     }
 
     /// Lays bytes of a file over this memory. What is written to them stays here, and changes of the file show until
@@ -80,6 +122,17 @@ impl Mapping {
         let to = self.at(offset, bytes.len())?;
         // SAFETY: `to` and the bytes behind it are mapped, writable, and in no Rust object, so not in `bytes`.
         unsafe { copy_nonoverlapping(bytes.as_ptr(), to.as_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    /// Writes a word, while others may read and write it; `offset` is a multiple of eight.
+    pub(super) fn store(&self, offset: usize, word: u64) -> io::Result<()> {
+        let at = self.at(offset, size_of::<u64>())?.cast::<AtomicU64>();
+        if !at.is_aligned() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not the beginning of a word"));
+        }
+        // SAFETY: `at` is aligned, mapped and writable, and in no Rust object but this atomic one.
+        unsafe { at.as_ref() }.store(word, Ordering::Relaxed);
         Ok(())
     }
 
@@ -143,6 +196,7 @@ mod tests {
         let mut mapping = Mapping::new(page).unwrap();
         assert!(mapping.read(1, &mut vec![0; page]).is_err());
         assert!(mapping.write(usize::MAX, &[1]).is_err() && mapping.write(page, &[1]).is_err());
+        assert!(mapping.store(4, 1).is_err() && mapping.store(page, 1).is_err() && mapping.store(page - 8, 1).is_ok());
         assert!(mapping.clear(0, 2 * page).is_err() && mapping.clear(8, page).is_err());
         assert!(mapping.write(page - 1, &[1]).is_ok() && Mapping::new(usize::MAX).is_err());
     }

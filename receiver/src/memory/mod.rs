@@ -2,9 +2,15 @@
 
 mod file;
 mod mapping;
+mod postcopy;
 mod ram;
+pub mod uffd;
 
 pub use file::FileSink;
+pub use postcopy::{
+    Backing, Fault, FaultTimes, Gathered, HandedRegion, Installed, Odd, PostcopyError, PostcopyMemory, PostcopySink,
+    Served, TableError,
+};
 pub use ram::{GuestRam, RamRegion, RamSink};
 
 use pagewire_protocol::digest::{Digest, PageBytes};

@@ -151,6 +151,7 @@ const UNSAFE_ROOMS: &[&str] = &[
     "hypervisors/kvm/tests/real_mode.rs",
     "hypervisors/kvm/tests/vmm/mod.rs",
     "receiver/src/memory/mapping.rs",
+    "receiver/src/memory/uffd/raw.rs",
     "sender/src/memory/raw/mod.rs",
     "tests/no-os/src/lib.rs",
 ];
