@@ -2,6 +2,7 @@
 
 use crate::engine::{Agreed, Event, Offer, ReceiverEngine, Terms};
 use crate::error::{ErrorKind, ReceiverError};
+use crate::fill::FillEngine;
 use crate::memory::{GuestSink, OtherPages};
 use crate::report::Counts;
 use pagewire_protocol::blobs::Blobs;
@@ -10,12 +11,23 @@ use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::handover::{Handover, HostId, Message};
 use pagewire_protocol::limits::WINDOW_BYTES;
-use pagewire_protocol::session::{FEATURE_LIVE, Policy};
+use pagewire_protocol::session::{FEATURE_LIVE, FEATURE_POST_COPY, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::tree::Manifest;
 pub use pagewire_transport::Progress;
 use pagewire_transport::{CancellationToken, PROGRESS_EVERY, Pump, Registration, Sessions, Socket, Wire, block_on};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+mod fill;
+mod parking;
+
+pub use fill::FillSummary;
+pub use parking::Parking;
 
 /// What a session did, however it ended.
 #[derive(Debug, Default)]
@@ -30,6 +42,10 @@ pub struct Summary {
     pub spent: Span,
     /// The digests of all pages, if the image is whole.
     pub manifest: Option<Manifest>,
+    /// Pages that the guest lacked when it was started here, and lacks still.
+    pub lacking: u64,
+    /// If the session filled a guest: what it and those before it did.
+    pub filled: Option<FillSummary>,
 }
 
 /// What an offered image is to go into.
@@ -89,6 +105,8 @@ pub enum Action {
     Say(Message),
     /// End: the sender has let go of the guest.
     Release,
+    /// End: the guest runs and lacks pages; other sessions bring them.
+    Split,
     /// End: the guest will not start here.
     Stop(ErrorKind),
 }
@@ -117,11 +135,11 @@ pub fn receive<S: GuestSink>(
     sessions: &Sessions,
     cancel: &CancellationToken,
     decide: impl FnMut(&Offer) -> Result<Landed<S>, Refusal>,
-    taker: Option<&mut dyn GuestTaker>,
+    (taker, parking): (Option<&mut dyn GuestTaker>, Option<&Arc<Parking<S>>>),
     observe: impl FnMut(Progress),
 ) -> (Summary, Result<(), ReceiverError>) {
     let mut summary = Summary::default();
-    let session = drive(begin, (sessions, cancel), decide, taker, observe, &mut summary);
+    let session = drive(begin, (sessions, cancel), decide, (taker, parking), observe, &mut summary);
     let failed = |source| ErrorKind::Destination { what: "runtime", source };
     let result = block_on(session).map_err(failed).unwrap_or_else(Err);
     (summary, result.map_err(|kind| ReceiverError { kind, guest_at: GuestAt::Sender }))
@@ -131,14 +149,14 @@ async fn drive<S: GuestSink>(
     begin: Beginning,
     (sessions, cancel): (&Sessions, &CancellationToken),
     mut decide: impl FnMut(&Offer) -> Result<Landed<S>, Refusal>,
-    mut taker: Option<&mut dyn GuestTaker>,
+    (mut taker, parking): (Option<&mut dyn GuestTaker>, Option<&Arc<Parking<S>>>),
     mut observe: impl FnMut(Progress),
     summary: &mut Summary,
 ) -> Result<(), ErrorKind> {
     let Beginning { socket, framer, single_stream, lanes, start, entropy } = begin;
     let failed = |source| ErrorKind::Destination { what: "control connection", source };
     let stream = socket.into_stream().map_err(failed)?;
-    let engine = ReceiverEngine::new(&policy(taker.is_some()), entropy.nonce, Time::ZERO);
+    let engine = ReceiverEngine::new(&policy(taker.is_some(), parking.is_some()), entropy.nonce, Time::ZERO);
     let mut pump = Pump::new(engine, stream, framer, start);
     if single_stream {
         pump.carry_all_lanes();
@@ -176,6 +194,27 @@ async fn drive<S: GuestSink>(
                     Err(Refusal { code, reason }) => pump.machine().refuse(code, &reason),
                 }
             }
+            Some(Event::Fill(fill)) => match (parking, sessions.register(fill.session)) {
+                (Some(parking), Some((guard, joins))) => {
+                    pump.take_joins(joins);
+                    let now = pump.now();
+                    let pump = pump.turn_into(|machine| FillEngine::answering(machine.into_endpoint(), *fill, now));
+                    let with = (lanes, entropy, cancel);
+                    let (filled, result) = fill::fill(pump, parking, taker, with, &mut observe).await;
+                    drop(guard);
+                    (summary.lacking, summary.filled) = (filled.lacking, Some(filled));
+                    summary.spent = Time::from_nanos(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)).since(Time::ZERO);
+                    return result;
+                }
+                (None, _) => {
+                    let Refusal { code, reason } = fill::none_here();
+                    pump.machine().refuse(code, &reason);
+                }
+                (_, None) => {
+                    let Refusal { code, reason } = busy();
+                    pump.machine().refuse(code, &reason);
+                }
+            },
             Some(Event::Ready(handover, blobs)) => {
                 act(taker.as_mut().map(|taker| taker.ready(handover, blobs)), pump.machine());
             }
@@ -190,6 +229,13 @@ async fn drive<S: GuestSink>(
     summary.spent = pump.now().since(Time::ZERO);
     summary.counts = pump.machine().counts();
     summary.manifest = pump.machine().manifest();
+    // A guest that was not started goes with its session.
+    let started = matches!(result, Some(Ok(())));
+    let incomplete = pump.into_machine().into_incomplete().filter(|_| started);
+    if let (Some(guest), Some(parking)) = (incomplete, parking) {
+        summary.lacking = guest.pages();
+        parking.park(guest);
+    }
     match result {
         Some(result) => result.map_err(|error| error.kind),
         // The machine always leaves an outcome; without one nothing may count as success.
@@ -197,8 +243,15 @@ async fn drive<S: GuestSink>(
     }
 }
 
-fn policy(live: bool) -> Policy {
-    Policy { features_offered: if live { FEATURE_LIVE } else { 0 }, ..Policy::default() }
+fn policy(live: bool, post_copy: bool) -> Policy {
+    let live_bit = if live { FEATURE_LIVE } else { 0 };
+    let post_copy_bit = if live && post_copy { FEATURE_POST_COPY } else { 0 };
+    Policy { features_offered: live_bit | post_copy_bit, ..Policy::default() }
+}
+
+/// A descriptor that the runtime watches for something to read.
+fn registered(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    Ok(AsyncFd::register_with_interest(fd, Interest::READABLE)?)
 }
 
 /// This host, if a guest that runs is offered and may come.
@@ -217,6 +270,7 @@ fn act<S: GuestSink>(actions: Option<Vec<Action>>, engine: &mut ReceiverEngine<S
         match action {
             Action::Say(message) => engine.say(message),
             Action::Release => engine.release(),
+            Action::Split => engine.split(),
             Action::Stop(kind) => engine.stop(kind),
         }
     }

@@ -15,7 +15,7 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::{join_proof, proofs_equal};
 use pagewire_protocol::error::{CloseCode, GuestAt, Incompatible, PeerError, Violation, chain};
-use pagewire_protocol::frame::{Accept, Done, Frame, FrameKind, Join, LaneId, Open, Role};
+use pagewire_protocol::frame::{Accept, Done, Fill, Frame, FrameKind, Join, LaneId, Open, Role};
 use pagewire_protocol::handover::{Handover, HostId, Message};
 use pagewire_protocol::limits::STALL_SPAN_MAX;
 use pagewire_protocol::page::Layout;
@@ -76,6 +76,8 @@ pub struct Agreed {
 pub enum Event {
     /// Decide: [`ReceiverEngine::accept`] or [`ReceiverEngine::refuse`].
     Offered(Box<Offer>),
+    /// The session is no transfer, but fills a guest that runs here: [`ReceiverEngine::into_endpoint`] goes on with it.
+    Fill(Box<Fill>),
     /// Every page is present and the root is equal; now it is made to last.
     Verified,
     /// All of a guest that runs is here and lasts: it can be handed over by this, with these blobs. From here on its
@@ -87,9 +89,9 @@ pub enum Event {
     Finished,
 }
 
-/// Makes the image last, possibly on another thread.
+/// Makes the image last, possibly on another thread; a guest that lacks pages is made to wait for them.
 #[derive(Debug)]
-pub struct FinishJob<S>(pub(crate) S);
+pub struct FinishJob<S>(pub(crate) S, pub(crate) Option<PageBitmap>);
 
 /// What came of a [`FinishJob`].
 #[derive(Debug)]
@@ -102,7 +104,8 @@ impl<S: GuestSink> Job for FinishJob<S> {
     type Output = FinishOutput<S>;
 
     fn run(mut self) -> FinishOutput<S> {
-        let result = self.0.finish();
+        let armed = self.1.map_or(Ok(()), |absent| self.0.arm(&absent));
+        let result = armed.and_then(|()| self.0.finish());
         FinishOutput { sink: self.0, result }
     }
 }
@@ -179,6 +182,11 @@ impl<S: GuestSink> ReceiverEngine<S> {
         }
     }
 
+    /// The shell of a session that fills a guest, for its [engine](crate::fill::FillEngine).
+    pub fn into_endpoint(self) -> Endpoint {
+        self.endpoint
+    }
+
     /// What the guest lacks after a [`split`](Self::split), and its memory.
     pub fn into_incomplete(self) -> Option<Incomplete<S>> {
         self.receiving.filter(|receiving| receiving.lasts)?.into_incomplete()
@@ -251,6 +259,11 @@ impl<S: GuestSink> ReceiverEngine<S> {
         let Some(frame) = self.endpoint.judge(lane, kind, body, now)? else { return Ok(()) };
         match frame {
             Frame::Open(open) => self.handle_open(open),
+            Frame::Fill(fill) => {
+                self.endpoint.enter(Phase::Deciding);
+                self.events.push_back(Event::Fill(Box::new(fill)));
+                Ok(())
+            }
             Frame::Done(_) if self.is_live() => Err(Violation::Live("DONE", "ends with a hand-over").into()),
             Frame::Done(_) => {
                 self.succeed();

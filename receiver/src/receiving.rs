@@ -443,7 +443,8 @@ impl<S: GuestSink> Receiving<S> {
             let mismatch = Violation::Root { theirs: root.digest, their_pages: root.pages, ours, our_pages: present };
             return Err(mismatch.into());
         }
-        self.finish = self.sink.take().map(FinishJob);
+        let absent = (absent > 0).then(|| self.map.absent().clone());
+        self.finish = self.sink.take().map(|sink| FinishJob(sink, absent));
         Ok(true)
     }
 

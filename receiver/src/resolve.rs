@@ -227,8 +227,6 @@ impl Resolver {
                     continue;
                 }
                 EntryKind::ABSENT => {
-                    let count = run.end.saturating_sub(run.start);
-                    to.sink.leave_absent(region, run.start, count).map_err(failed("cannot be made absent"))?;
                     to.map.leave(region, run);
                     continue;
                 }

@@ -4,6 +4,7 @@ use crate::ask::AskEngine;
 use crate::base::Base;
 use crate::engine::{Event, SenderConfig, SenderEngine};
 use crate::error::{ErrorKind, SenderError};
+use crate::fill::Remainder;
 use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision, RoundReport};
 use crate::trace::Trace;
@@ -20,9 +21,11 @@ use std::io;
 use std::time::{Duration, Instant};
 
 mod control;
+mod fill;
 
 use control::Controlled;
 pub use control::{Action, GuestControl};
+pub use fill::{FillSummary, fill};
 
 /// What a session did, however it ended.
 #[derive(Debug, Default)]
@@ -91,7 +94,8 @@ pub struct Cargo<M> {
     pub trace: Option<Box<dyn Trace>>,
 }
 
-/// Sends an image. Blocks until the receiver has all of it, verified and lasting, or the session failed.
+/// Sends an image. Blocks until the receiver has all of it, verified and lasting, or the session failed. Beside the
+/// result stands what is left to bring of a guest that was handed over before all of it had come, if it was: see [`fill`].
 ///
 /// # Errors
 /// See [`ErrorKind`]; the guest is at the sender then, unless its control knows better.
@@ -101,11 +105,11 @@ pub fn send<M: GuestMemory>(
     route: Route,
     stop: &Stop,
     mut observe: impl FnMut(Progress),
-) -> (Summary, Result<(), SenderError>) {
-    let mut summary = Summary::default();
-    let session = drive(cargo, config, route, stop, &mut observe, &mut summary);
+) -> (Summary, Result<(), SenderError>, Option<Remainder<M>>) {
+    let (mut summary, mut left) = (Summary::default(), None);
+    let session = drive(cargo, config, route, stop, &mut observe, (&mut summary, &mut left));
     let result = block_on(session).map_err(local("runtime")).unwrap_or_else(Err);
-    (summary, result.map_err(|kind| SenderError { kind, guest_at: GuestAt::Sender }))
+    (summary, result.map_err(|kind| SenderError { kind, guest_at: GuestAt::Sender }), left)
 }
 
 fn local(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
@@ -118,7 +122,7 @@ async fn drive<M: GuestMemory>(
     route: Route,
     stop: &Stop,
     observe: &mut impl FnMut(Progress),
-    summary: &mut Summary,
+    (summary, left): (&mut Summary, &mut Option<Remainder<M>>),
 ) -> Result<(), ErrorKind> {
     let start = Instant::now();
     let (address, control) = match route {
@@ -174,6 +178,7 @@ async fn drive<M: GuestMemory>(
     summary.counts = pump.machine().counts();
     summary.decisions = pump.machine().decisions().to_vec();
     summary.manifest = pump.machine().manifest();
+    *left = pump.into_machine().into_remainder();
     match result {
         Some(result) => result.map_err(|error| error.kind),
         // The machine always leaves an outcome; without one nothing may count as success.

@@ -260,9 +260,10 @@ impl<M: GuestMemory> SenderEngine<M> {
         }
     }
 
-    /// What is left to bring after a [`split`](Self::split).
+    /// What is left to bring of a guest that was offered before all of it had gone. Whether it is the receiver's, its
+    /// hand-overs know.
     pub fn into_remainder(self) -> Option<Remainder<M>> {
-        let handover = self.offered.filter(|handover| handover.post_copy && self.finished)?;
+        let handover = self.offered.filter(|handover| handover.post_copy)?;
         let Sending { memory, hasher, trees, leaving, layout, .. } = *self.sending?;
         let (absent, gone) = (leaving?.absent, Some(PageBitmap::new(layout.pages())));
         Some(Remainder { memory, hasher, trees, absent, gone, handover })

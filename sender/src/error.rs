@@ -63,6 +63,14 @@ pub enum ErrorKind {
     /// The guest was handed over, and the receiver has not said what became of it.
     #[error("the guest was handed over, and the receiver has not answered: it may run there, and stays paused here")]
     InDoubt,
+    /// The guest runs at the receiver and lacks pages that are here alone.
+    #[error("the guest runs at the receiver and lacks {pages} pages that are here alone ({why}): keep its memory, and bring them by `pagewire resume`")]
+    Split {
+        /// How many, at most.
+        pages: u64,
+        /// Why they were not brought.
+        why: String,
+    },
     /// The guest's hand-over was refused on this host.
     #[error("hand-over: {0}")]
     Handover(String),
@@ -85,6 +93,7 @@ impl ErrorKind {
             | Self::Late(_)
             | Self::Rejected
             | Self::InDoubt
+            | Self::Split { .. }
             | Self::Handover(_) => CloseCode::CANCELLED,
         }
     }

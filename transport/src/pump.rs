@@ -82,6 +82,19 @@ impl<M: Machine> Pump<M> {
         pump
     }
 
+    /// Goes on with another machine on the same connections. What the first has handed out is not waited for.
+    #[must_use]
+    pub fn turn_into<N: Machine>(self, next: impl FnOnce(M) -> N) -> Pump<N> {
+        let Self { machine, lanes, single_stream, start, joins, wire, parting_until, .. } = self;
+        let (machine, jobs) = (next(machine), VecDeque::new());
+        Pump { machine, lanes, single_stream, start, jobs, joins, wire, parting_until }
+    }
+
+    /// The machine, when its session is over.
+    pub fn into_machine(self) -> M {
+        self.machine
+    }
+
     /// The machine.
     pub fn machine(&mut self) -> &mut M {
         &mut self.machine

@@ -18,6 +18,7 @@ use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, FEATURE_LIVE, FEATURE_POST_COPY, Machine, NoJob, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
 use std::collections::VecDeque;
+use std::io;
 
 /// On which terms a guest is filled.
 #[derive(Clone, Debug)]
@@ -79,6 +80,16 @@ impl<S: GuestSink> FillEngine<S> {
         }
     }
 
+    /// Goes on with a session that has greeted and whose first word was `fill`.
+    pub fn answering(endpoint: Endpoint, fill: Fill, now: Time) -> Self {
+        let nothing = Self::new(&Policy::default(), [0; 16], now);
+        let mut engine = Self { endpoint, ..nothing };
+        if let Err(kind) = engine.handle_fill(fill) {
+            engine.fail(kind);
+        }
+        engine
+    }
+
     /// Fills `guest`, which is the one that was asked for.
     pub fn accept(&mut self, guest: Incomplete<S>, terms: FillTerms, now: Time) {
         let (Some(fill), Some(greeted)) = (self.asked.take(), self.endpoint.greeted()) else { return };
@@ -111,10 +122,22 @@ impl<S: GuestSink> FillEngine<S> {
         self.close(ErrorKind::Refused(reason.to_owned()), code);
     }
 
+    /// What the guest has touched is asked for.
+    ///
+    /// # Errors
+    /// What was touched cannot be had.
+    pub fn gather(&mut self) -> io::Result<()> {
+        let Some(filling) = &mut self.filling else { return Ok(()) };
+        let mut touched = Vec::new();
+        filling.guest.sink.gather(&mut touched)?;
+        touched.into_iter().for_each(|(region, page)| filling.touch(region, page));
+        Ok(())
+    }
+
     /// The guest waits for a page.
     pub fn touch(&mut self, region: RegionId, page: u64) {
-        if let Some(Err(kind)) = self.filling.as_mut().map(|filling| filling.touch(region, page)) {
-            self.fail(kind);
+        if let Some(filling) = &mut self.filling {
+            filling.touch(region, page);
         }
     }
 
@@ -128,7 +151,12 @@ impl<S: GuestSink> FillEngine<S> {
 
     /// Stops the session; the guest goes on to lack what it lacks.
     pub fn cancel(&mut self) {
-        self.fail(ErrorKind::Cancelled);
+        self.stop(ErrorKind::Cancelled);
+    }
+
+    /// Stops the session, for the reason that `kind` names.
+    pub fn stop(&mut self, kind: ErrorKind) {
+        self.fail(kind);
     }
 
     /// The guest as the session leaves it.

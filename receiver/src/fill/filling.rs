@@ -95,23 +95,22 @@ impl<S: GuestSink> Filling<S> {
     }
 
     /// The guest waits for a page.
-    pub(super) fn touch(&mut self, region: RegionId, page: u64) -> Result<(), ErrorKind> {
+    pub(super) fn touch(&mut self, region: RegionId, page: u64) {
         let layout = self.guest.map.layout();
-        let Some(known) = layout.region(region).filter(|known| page < known.pages()) else { return Ok(()) };
+        let Some(known) = layout.region(region).filter(|known| page < known.pages()) else { return };
         let install = u64::from(known.install_size.pages()).max(1);
         let first = page / install * install;
         let count = install.min(known.pages().saturating_sub(first));
         let place = u64::from(layout.place(region, first).0);
         if !self.guest.lacking.contains(u64::from(layout.place(region, page).0)) {
             // It has come meanwhile.
-            return self.guest.sink.wake(region, first, count).map_err(failed("a waiting guest cannot be woken"));
+            return;
         }
         if self.asked.insert(place) {
             self.guest.counts.faults = self.guest.counts.faults.saturating_add(1);
             let count = u32::try_from(count).unwrap_or(1);
             self.touched.push_back(Want { region: region.0, first, count });
         }
-        Ok(())
     }
 
     /// The next frame for the urgent lane: what the guest waits for, else what it will touch.

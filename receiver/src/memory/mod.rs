@@ -15,7 +15,9 @@ pub use ram::{GuestRam, RamRegion, RamSink};
 
 use pagewire_protocol::digest::{Digest, PageBytes};
 use pagewire_protocol::page::RegionId;
+use pagewire_protocol::bitmap::PageBitmap;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 /// Pages of other guests of the same dedup domain. What is found is checked before it is used, and used only for a sender
 /// that has proved that it has the page.
@@ -80,21 +82,36 @@ pub trait GuestSink: Send + 'static {
         false
     }
 
-    /// Makes pages absent again, whatever was installed; called only if guests [can wait](Self::can_wait), before the
-    /// guest starts.
+    /// The guest is about to run, and `absent` pages, by their places, come later: whatever was installed there is
+    /// thrown away, and who touches one waits. Called once, and only if guests [can wait](Self::can_wait); from then on
+    /// each page is installed once.
     ///
     /// # Errors
-    /// They cannot be.
-    fn leave_absent(&mut self, _region: RegionId, _first: u64, _count: u64) -> io::Result<()> {
+    /// The system cannot do that.
+    fn arm(&mut self, _absent: &PageBitmap) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Wakes whoever waits for pages that are there.
+    /// What becomes readable when somebody touches an absent page.
+    fn touches(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Adds the pages that were touched since the last call to `touched`; never waits. Whoever touched a page that has
+    /// come is woken.
     ///
     /// # Errors
-    /// They cannot be woken.
-    fn wake(&mut self, _region: RegionId, _first: u64, _count: u64) -> io::Result<()> {
+    /// They cannot be had.
+    fn gather(&mut self, _touched: &mut Vec<(RegionId, u64)>) -> io::Result<()> {
         Ok(())
+    }
+
+    /// All pages that are waited for are gathered once more: whoever was asked for them is gone.
+    fn renew_touches(&mut self) {}
+
+    /// How long those waited who touched absent pages.
+    fn fault_times(&self) -> Option<FaultTimes> {
+        None
     }
 
     /// Makes everything last and visible. May block as long as a disk does.

@@ -195,7 +195,7 @@ impl Controlled {
 
 /// The guest runs at the receiver, and pages of it are here alone: this session ends well, and its memory stays.
 fn fill<M: GuestMemory>(pump: &mut Pump<SenderEngine<M>>) {
-    pump.machine().release();
+    pump.machine().split();
 }
 
 /// What was waited for.

@@ -1,23 +1,40 @@
 //! Post-copy memory as the place where received pages go.
 
-use super::{PostcopyError, PostcopyMemory, SMALL, failed, size};
+use super::{FaultTimes, PostcopyError, PostcopyMemory, SMALL, Served, failed, size};
 use crate::memory::GuestSink;
+use crate::memory::uffd::FaultsOf;
+use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::time::Time;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 /// Memory of this process while a guest arrives in it: plain memory until it is armed, and each page once from then on.
 ///
-/// Once it is armed, who waited for pages is not told by this way: see [`PostcopyMemory::install_pages`].
-#[derive(Clone, Debug)]
-pub struct PostcopySink(Arc<PostcopyMemory>);
+/// Who waited for pages is counted here, by this sink's own clock.
+#[derive(Debug)]
+pub struct PostcopySink {
+    memory: Arc<PostcopyMemory>,
+    faults_of: FaultsOf,
+    began: Instant,
+    times: FaultTimes,
+}
 
 impl PostcopySink {
-    /// The guest arrives in `memory`.
-    pub fn new(memory: Arc<PostcopyMemory>) -> Self {
-        Self(memory)
+    /// The guest arrives in `memory`, and `faults_of` may touch what is absent.
+    pub fn new(memory: Arc<PostcopyMemory>, faults_of: FaultsOf) -> Self {
+        Self { memory, faults_of, began: Instant::now(), times: FaultTimes::default() }
+    }
+
+    fn now(&self) -> Time {
+        Time::from_nanos(u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    fn note(&mut self, served: &[Served]) {
+        served.iter().flat_map(|served| &served.waited).for_each(|(_, waited)| self.times.add(*waited));
     }
 }
 
@@ -40,7 +57,7 @@ impl GuestSink for PostcopySink {
     }
 
     fn starts_zero(&self) -> bool {
-        !self.0.is_armed()
+        !self.memory.is_armed()
     }
 
     fn read_base(&mut self, _region: RegionId, _first: u64, _bytes: &mut [u8]) -> io::Result<()> {
@@ -48,13 +65,13 @@ impl GuestSink for PostcopySink {
     }
 
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
-        if !self.0.is_armed() {
-            return self.0.read(region, first.saturating_mul(SMALL), bytes);
+        if !self.memory.is_armed() {
+            return self.memory.read(region, first.saturating_mul(SMALL), bytes);
         }
         for (page, bytes) in (first..).zip(bytes.chunks_mut(PAGE_BYTES)) {
-            if self.0.is_present(region, page) {
-                self.0.read(region, page.saturating_mul(SMALL), bytes)?;
-            } else if !self.0.read_staged(region, page, bytes) {
+            if self.memory.is_present(region, page) {
+                self.memory.read(region, page.saturating_mul(SMALL), bytes)?;
+            } else if !self.memory.read_staged(region, page, bytes) {
                 return Err(io::Error::new(io::ErrorKind::WouldBlock, "pages that are absent cannot be read"));
             }
         }
@@ -62,26 +79,63 @@ impl GuestSink for PostcopySink {
     }
 
     fn install(&mut self, region: RegionId, first: u64, bytes: &[u8]) -> io::Result<()> {
-        if self.0.is_armed() {
-            self.0.install_pages(region, first, bytes, Time::ZERO)?;
+        if self.memory.is_armed() {
+            let installed = self.memory.install_pages(region, first, bytes, self.now())?;
+            self.note(&installed.served);
         } else {
-            self.0.write(region, first, bytes)?;
+            self.memory.write(region, first, bytes)?;
         }
         Ok(())
     }
 
     fn zero(&mut self, region: RegionId, first: u64, count: u64) -> io::Result<()> {
-        if self.0.is_armed() {
-            self.0.zero_pages(region, first, count, Time::ZERO)?;
+        if self.memory.is_armed() {
+            let installed = self.memory.zero_pages(region, first, count, self.now())?;
+            self.note(&installed.served);
             return Ok(());
         }
         for page in first..first.saturating_add(count) {
-            self.0.write(region, page, &[0; PAGE_BYTES])?;
+            self.memory.write(region, page, &[0; PAGE_BYTES])?;
         }
         Ok(())
     }
 
+    fn can_wait(&self) -> bool {
+        true
+    }
+
+    fn arm(&mut self, absent: &PageBitmap) -> io::Result<()> {
+        self.memory.arm(absent, self.faults_of)?;
+        Ok(())
+    }
+
+    fn touches(&self) -> Option<BorrowedFd<'_>> {
+        self.memory.is_armed().then(|| self.memory.as_fd())
+    }
+
+    fn gather(&mut self, touched: &mut Vec<(RegionId, u64)>) -> io::Result<()> {
+        let mut more = self.memory.is_armed();
+        while more {
+            let gathered = self.memory.gather(self.now())?;
+            self.note(&gathered.served);
+            more = gathered.more;
+        }
+        touched.extend(std::iter::from_fn(|| self.memory.next_fault()).map(|fault| (fault.region, fault.page)));
+        Ok(())
+    }
+
+    fn fault_times(&self) -> Option<FaultTimes> {
+        Some(self.times.clone())
+    }
+
+    fn renew_touches(&mut self) {
+        self.memory.renew_faults();
+    }
+
     fn finish(&mut self) -> io::Result<()> {
+        if self.memory.is_armed() && self.memory.absent_pages() == 0 {
+            self.memory.finish()?;
+        }
         Ok(())
     }
 }
