@@ -258,7 +258,9 @@ fn the_rule_holds_in_every_state_of_long_walks() {
 
 /// How a mutant was caught: in which walk, by which property, after how many steps.
 fn caught(mutant: Mutant) -> Option<(&'static str, &'static str, usize)> {
-    WALKS.iter().chain(SPLIT).find_map(|&config| {
+    // What only hand-overs with post-copy can get wrong nothing else needs to be walked through for.
+    let walks = if mutant.is_of_post_copy() { SPLIT } else { WALKS };
+    walks.iter().find_map(|&config| {
         let checker = World { config, mutant: Some(mutant) }.checker();
         let checker = checker.finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
         let mut found: Vec<_> = checker.discoveries().into_iter().collect();

@@ -129,6 +129,24 @@ mutants! {
 }
 
 impl Mutant {
+    /// Whether it bends what only hand-overs with pages absent have.
+    pub(crate) fn is_of_post_copy(self) -> bool {
+        use Mutant as M;
+        let filled = matches!(
+            self,
+            M::FilledBeforeStarted | M::FilledSessionNotCompared | M::FilledEpochNotCompared | M::FilledRootNotCompared
+        );
+        let served = matches!(
+            self,
+            M::GoneAtStarted
+                | M::NothingServed
+                | M::ServedResumesWhenLate
+                | M::CancelWhileServing
+                | M::ReleasedBeforeGone
+        );
+        filled || served || matches!(self, M::PostCopyNotCompared | M::LackingSaysStarted | M::LostTakesGone)
+    }
+
     /// Whether this record, of which the machine is told that it is durable, never reaches the disk.
     pub(crate) fn skips_write(self, at: usize, record: &Record) -> bool {
         let by_sender = record.handover.sender == IDS[at];
