@@ -31,6 +31,11 @@ impl Lease {
         Self(Arc::new(Mutex::new(LeaseState { outages, ..LeaseState::default() })))
     }
 
+    /// From now on it answers.
+    pub fn mend(&self) {
+        self.0.lock().unwrap().outages = 0;
+    }
+
     fn ask(&self, handover: &Handover, me: HostId) -> Option<Grant> {
         let mut state = self.0.lock().unwrap();
         if state.outages > 0 {
@@ -57,6 +62,8 @@ pub struct Host {
     pub dies_at: Option<Point>,
     /// It has crashed, and was not restarted.
     pub dead: bool,
+    /// How often it was.
+    pub restarts: u64,
     /// Whom it asks in doubt, and before it starts the guest.
     pub lease: Option<Lease>,
 }
@@ -88,7 +95,16 @@ impl Host {
     pub fn new(number: u8) -> Self {
         let id = HostId([number; 32]);
         let (handovers, _) = Handovers::restore(id, GUEST, &[], true).unwrap();
-        Self { id, handovers, records: Vec::new(), told_to_run: 0, dies_at: None, dead: false, lease: None }
+        Self {
+            id,
+            handovers,
+            records: Vec::new(),
+            told_to_run: 0,
+            dies_at: None,
+            dead: false,
+            restarts: 0,
+            lease: None,
+        }
     }
 
     /// The hand-over that the next session is to end with.
@@ -178,6 +194,7 @@ impl Host {
     pub fn restart(&mut self, kept: bool) {
         let (handovers, forgotten) = Handovers::restore(self.id, GUEST, &self.records, kept).unwrap();
         (self.handovers, self.dead) = (handovers, false);
+        self.restarts += 1;
         self.carry_out(forgotten);
     }
 

@@ -24,7 +24,7 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::CloseCode;
-use pagewire_protocol::frame::{FrameKind, ImageName, LaneId, Role};
+use pagewire_protocol::frame::{FrameKind, ImageName, LaneId, LiveOpen, Role};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::handover::{Message, Word};
 use pagewire_protocol::limits::WINDOW_BYTES;
@@ -358,6 +358,10 @@ impl World {
     }
 
     fn decide(&mut self, offer: &Offer) {
+        let may_begin = |live: &LiveOpen| self.config.hosts[1].handovers.may_begin(live.epoch);
+        if let Some(Err(refusal)) = offer.open.live.as_ref().map(may_begin) {
+            return self.receiver.machine.refuse(CloseCode::REFUSED, &refusal.to_string());
+        }
         match self.config.decision.clone() {
             Decision::Accept => {
                 let (lanes, window, secret, seed) =

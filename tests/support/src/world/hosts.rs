@@ -3,7 +3,7 @@
 use super::{TO_RECEIVER, TO_SENDER, World};
 use crate::host::Action;
 use pagewire_protocol::error::PeerError;
-use pagewire_protocol::handover::{Input, Message, RecordKind, Word};
+use pagewire_protocol::handover::{Input, Message, Record, RecordKind};
 use pagewire_protocol::session::Machine;
 use pagewire_sender::{ErrorKind as SenderFailure, Event as SenderEvent};
 
@@ -81,13 +81,12 @@ impl World {
         for action in actions {
             if let Action::Say(message) = action {
                 self.say(TO_SENDER, message);
-                if message.word == Word::Reject {
-                    self.receiver.machine.cancel();
-                }
             }
         }
         // A hand-over that is settled needs no session.
-        if self.config.hosts[1].records.iter().any(|record| record.kind == RecordKind::Gone) {
+        let session = self.config.sender.session;
+        let is_settled = |record: &Record| record.kind == RecordKind::Gone && record.handover.session == session;
+        if self.config.hosts[1].records.iter().any(is_settled) {
             self.receiver.machine.release();
         }
     }

@@ -20,6 +20,8 @@ pub enum Harm {
     Dies,
     /// Somebody wants the session to end: a signal, as the drivers take it.
     Stops,
+    /// Another session of the same guest is opened at the sender, which has to be refused while this one goes on.
+    OpensAgain,
     /// It stands still for `span`; so does its clock, as when a machine sleeps, unless it runs on, as after SIGSTOP.
     Sleeps {
         /// How long.
@@ -76,6 +78,11 @@ impl World {
             (Harm::Dies, Role::Receiver) => self.config.hosts[1].dead = true,
             (Harm::Stops, Role::Sender) => self.stop_sender(Input::Cancel, SenderFailure::Cancelled),
             (Harm::Stops, Role::Receiver) => self.receiver.machine.cancel(),
+            (Harm::OpensAgain, _) => {
+                let mut handovers = self.config.hosts[0].handovers.clone();
+                let refused = handovers.open([0xee; 16]).is_err() && handovers == self.config.hosts[0].handovers;
+                assert!(refused || is_over, "seed {}: a second session of the guest", self.config.seed);
+            }
             (Harm::Sleeps { span, clock_runs }, Role::Sender) => self.sender.sleep(span, clock_runs, now),
             (Harm::Sleeps { span, clock_runs }, Role::Receiver) => self.receiver.sleep(span, clock_runs, now),
         }
