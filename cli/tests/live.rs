@@ -5,14 +5,11 @@
 mod support;
 
 use pagewire::handover::Whereabouts;
-use pagewire::{ImageName, Journal};
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use support::guest::{Guest, ended, stop};
 use support::*;
 
 #[test]

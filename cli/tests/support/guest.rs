@@ -62,11 +62,18 @@ impl Guest {
         format!("cd {}; {script}", self.dir.path().display())
     }
 
-    /// Whether it goes on writing.
+    /// Whether it goes on writing; a busy machine may keep it from that for a while.
     pub fn runs(&self) -> bool {
         let before = self.writes.load(Ordering::Relaxed);
-        std::thread::sleep(Duration::from_millis(100));
-        self.writes.load(Ordering::Relaxed) > before
+        let stands_still = || self.path("pause").exists() && self.path("paused").exists();
+        for _ in 0..50 {
+            std::thread::sleep(Duration::from_millis(100));
+            let goes_on = self.writes.load(Ordering::Relaxed) > before;
+            if goes_on || stands_still() {
+                return goes_on;
+            }
+        }
+        false
     }
 
     pub fn receive(&self, args: &[&str]) -> (Child, String) {
@@ -86,7 +93,7 @@ impl Guest {
 
     /// The guest is stopped by a file, and writes its state when it has been.
     pub fn pause_hook(&self) -> String {
-        self.hook("touch pause; until [ -e paused ]; do sleep 0.002; done; echo 5 > state")
+        self.hook("rm -f paused; touch pause; until [ -e paused ]; do sleep 0.002; done; echo 5 > state")
     }
 
     pub fn resume_hook(&self) -> String {
