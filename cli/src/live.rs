@@ -203,3 +203,42 @@ fn put(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     std::fs::rename(&aside, path)?;
     File::open(path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")))?.sync_all()
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    /// The limits of a minute and of ten seconds are held by this; cli/tests/live_ends.rs waits for the shorter one.
+    #[test]
+    fn a_command_that_hangs_ends_with_all_that_it_started() {
+        let dir = tempfile::tempdir().unwrap();
+        let pids = dir.path().join("pids");
+        let command = format!("echo $$ > {0}; sleep 1000 & echo $! >> {0}; wait", pids.display());
+        let began = Instant::now();
+        let error = run(&command, &[], Duration::from_secs(2)).unwrap_err();
+        assert!(error.contains("not done after 2 s") && began.elapsed() < Duration::from_secs(60), "{error}");
+        let is_gone = |pid: &str| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+            // A zombie has only not been waited for.
+            stat.map_or(true, |stat| stat.contains(") Z "))
+        };
+        let pids = std::fs::read_to_string(pids).unwrap();
+        assert_eq!(pids.lines().count(), 2, "{pids}");
+        while !pids.lines().all(is_gone) {
+            assert!(began.elapsed() < Duration::from_secs(60), "{pids}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn a_command_is_told_what_it_is_about_and_says_how_it_failed() {
+        let about = [("PAGEWIRE_NAME", "vm $(exit 4)".to_owned())];
+        assert_eq!(run("test \"$PAGEWIRE_NAME\" = 'vm $(exit 4)'", &about, PAUSE_MAX), Ok(()));
+        assert!(run("exit 3", &[], PAUSE_MAX).unwrap_err().contains("exit status: 3"));
+        assert!(run("kill -9 $$", &[], PAUSE_MAX).unwrap_err().contains("signal: 9"));
+        // Nothing can be read from the terminal of whoever started it.
+        assert_eq!(run("! read line", &[], PAUSE_MAX), Ok(()));
+    }
+}

@@ -277,6 +277,10 @@ impl<S: GuestSink> ReceiverEngine<S> {
             Frame::Handover(message) => Err(Violation::Live(message.word.name(), "hands no guest over").into()),
             frame => {
                 let Some(receiving) = self.receiving.as_mut() else { return Ok(()) };
+                // SPEC 7.4: a late answer to a want whose pages were stated again, and no sign of progress.
+                if receiving.lasts {
+                    return Ok(());
+                }
                 receiving.moved = now;
                 match frame {
                     Frame::Pages(pages) => {

@@ -31,22 +31,34 @@ impl Wants {
         let step = u64::from(known.install_size.pages());
         let start = first / step * step;
         let end = (first.saturating_add(count)).div_ceil(step).saturating_mul(step).min(known.pages());
-        for page in start..end {
+        let mut page = start;
+        while page < end {
+            // SPEC 6.10: of an install page that was asked for and stated in part since, all of it is asked for again.
             let place = u64::from(layout.place(region, page).0);
-            if self.outstanding.insert(place) {
-                self.unsent.insert(place);
-                self.asked = self.asked.saturating_add(1);
+            let whole = place..place.saturating_add(step.min(end.saturating_sub(page)));
+            if self.outstanding.insert_range(whole.clone()) > 0 {
+                self.asked = self.asked.saturating_add(self.unsent.insert_range(whole));
             }
+            page = page.saturating_add(step);
         }
     }
 
-    /// Pages were stated again.
+    /// Pages were stated again. An install page of which one is outstanding is still asked for as a whole.
     pub(crate) fn settle(&mut self, layout: &Layout, range: PageRange) {
-        if self.outstanding.count() > 0 {
-            let first = u64::from(layout.place(range.region, range.first.0).0);
-            let places = first..first.saturating_add(u64::from(range.count));
-            self.outstanding.remove_range(places.clone());
-            self.unsent.remove_range(places);
+        if self.outstanding.count() == 0 {
+            return;
+        }
+        let first = u64::from(layout.place(range.region, range.first.0).0);
+        self.outstanding.remove_range(first..first.saturating_add(u64::from(range.count)));
+        let Some(region) = layout.region(range.region).filter(|_| self.unsent.count() > 0) else { return };
+        let step = u64::from(region.install_size.pages());
+        let pages = range.numbers();
+        for start in (pages.start / step..pages.end.div_ceil(step)).map(|at| at.saturating_mul(step)) {
+            let place = u64::from(layout.place(range.region, start).0);
+            let whole = place..place.saturating_add(step.min(region.pages().saturating_sub(start)));
+            if self.outstanding.runs(whole.clone()).next().is_none() {
+                self.unsent.remove_range(whole);
+            }
         }
     }
 
@@ -98,7 +110,7 @@ impl Wants {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pagewire_protocol::page::{InstallSize, Region};
+    use pagewire_protocol::page::{InstallSize, PageNumber, Region};
 
     #[test]
     fn a_want_is_widened_asked_once_and_goes_on_its_pages_lane() {
@@ -115,5 +127,29 @@ mod tests {
         assert_eq!((wants.outstanding(), wants.asked()), (48, 48));
         wants.settle(&layout, layout.range(0, 496, 16).unwrap());
         assert_eq!(wants.outstanding(), 32);
+    }
+
+    /// SPEC 6.10: a later round may state pages in the middle of an install page that is asked for.
+    #[test]
+    fn a_want_of_which_a_part_was_stated_again_is_whole() {
+        let region = Region { bytes: 141 << 12, install_size: InstallSize::KIB_64 };
+        let layout = Layout::new(vec![region, region]).unwrap();
+        let mut wants = Wants::new(&layout, 1);
+        wants.ask(&layout, RegionId(0), 0, 40);
+        wants.ask(&layout, RegionId(1), 140, 1);
+        for (region, first, count) in [(0, 3, 29), (1, 128, 12)] {
+            let range = PageRange { region: RegionId(region), first: PageNumber(first), count };
+            wants.settle(&layout, range);
+        }
+        let want = |region, first, count| Want { region, first, count };
+        assert_eq!(wants.outstanding(), 3 + 16 + 1);
+        assert_eq!(wants.take(&layout, LaneId::bulk(0)), [want(0, 0, 16), want(0, 32, 16), want(1, 128, 13)]);
+        wants.ask(&layout, RegionId(0), 20, 1);
+        wants.settle(&layout, PageRange { region: RegionId(0), first: PageNumber(16), count: 16 });
+        assert_eq!(wants.take(&layout, LaneId::bulk(0)), []);
+        // Asked for, stated in part, and missed again.
+        wants.settle(&layout, PageRange { region: RegionId(1), first: PageNumber(130), count: 2 });
+        wants.ask(&layout, RegionId(1), 131, 1);
+        assert_eq!(wants.take(&layout, LaneId::bulk(0)), [want(1, 128, 13)]);
     }
 }

@@ -217,7 +217,10 @@ impl<M: GuestMemory> Sending<M> {
                 rounds.leave();
                 return Ok(Step::Pause);
             }
-            Verdict::GiveUp(reason) | Verdict::PostCopy(reason) => return Err(ErrorKind::NotConverging(reason)),
+            Verdict::GiveUp(reason) | Verdict::PostCopy(reason) => {
+                let dirty_rate = rounds.reports().last().map_or(0.0, |round| round.dirty_rate);
+                return Err(ErrorKind::NotConverging { reason, dirty_rate });
+            }
         }
         Ok(Step::Did)
     }

@@ -46,8 +46,16 @@ pub enum ErrorKind {
     #[error("not complete after {0:?}, as --deadline asks")]
     Deadline(std::time::Duration),
     /// The guest cannot be stopped for as short as it should.
-    #[error("the guest was not moved: {0}; allow a longer downtime, slow it down, or switch over all the same")]
-    NotConverging(crate::converge::Reason),
+    #[error(
+        "the guest was not moved: {reason}, at {dirty_rate:.0} changed pages a second; allow a longer downtime, slow it \
+         down, or switch over all the same"
+    )]
+    NotConverging {
+        /// Which limit was reached.
+        reason: crate::converge::Reason,
+        /// Pages that the guest changed, a second.
+        dirty_rate: f64,
+    },
     /// Post-copy was asked for and is not possible.
     #[error("the receiver cannot run a guest before all of its memory is there; send it in rounds, or receive it into memory that can wait for pages")]
     NoPostCopy,
@@ -87,7 +95,7 @@ impl ErrorKind {
             Self::Local { .. } => CloseCode::INTERNAL,
             Self::Cancelled
             | Self::Deadline(_)
-            | Self::NotConverging(_)
+            | Self::NotConverging { .. }
             | Self::NoPostCopy
             | Self::Pause(_)
             | Self::Late(_)

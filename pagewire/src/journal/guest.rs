@@ -112,9 +112,9 @@ impl GuestJournal {
     /// Whether a session may bring the guest at this epoch.
     ///
     /// # Errors
-    /// See [`Handovers::may_receive`].
-    pub fn may_receive(&self, epoch: Epoch) -> Result<(), Refusal> {
-        self.handovers.may_receive(epoch)
+    /// See [`Handovers::may_begin`].
+    pub fn may_begin(&self, epoch: Epoch) -> Result<(), Refusal> {
+        self.handovers.may_begin(epoch)
     }
 
     /// A session by `from` has brought everything, and all of it is verified: what has to be done, in this order.

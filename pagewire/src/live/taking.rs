@@ -127,9 +127,7 @@ impl GuestTaker for Taking<'_> {
         }
         let guest = journal.guest(live.guest, Some(&open.name), true);
         let guest = guest.map_err(|error| refuse(CloseCode::BUSY, chain(&error)))?;
-        guest
-            .may_receive(live.epoch)
-            .map_err(|why| refuse(CloseCode::REFUSED, format!("guest {}: {why}", open.name)))?;
+        guest.may_begin(live.epoch).map_err(|why| refuse(CloseCode::REFUSED, format!("guest {}: {why}", open.name)))?;
         (self.guest, self.name) = (Some(guest), Some(open.name.clone()));
         Ok(host)
     }

@@ -257,13 +257,31 @@ impl Handovers {
         Ok(())
     }
 
-    /// A session wants to bring the guest at `epoch`: whether it may. Asked before the first page is written, and again
-    /// by [`receive`](Self::receive).
+    /// A session has brought the guest at `epoch`: whether it may be started by it. Asked by [`receive`](Self::receive).
     ///
     /// # Errors
     /// The records have reached that epoch, the guest is here, or a hand-over is open.
     pub fn may_receive(&self, epoch: Epoch) -> Result<(), Refusal> {
         self.is_new(epoch)?;
+        self.is_free()
+    }
+
+    // SPEC 11.12
+    /// A session wants to bring the guest at `epoch`: whether it may begin. One whose epoch is over may, where nothing here
+    /// could be harmed: the REJECT that it ends with is what uses the epoch up at a sender that has no record of it, as
+    /// after a crash before HANDED. Refused at once, that sender would come with the same epoch for ever.
+    ///
+    /// # Errors
+    /// The guest is here, a hand-over is open, or the epoch is far above all records.
+    pub fn may_begin(&self, epoch: Epoch) -> Result<(), Refusal> {
+        match self.may_receive(epoch) {
+            Err(Refusal::EpochOver { .. }) => self.is_free(),
+            judged => judged,
+        }
+    }
+
+    /// Whether the guest could come here, at some epoch.
+    fn is_free(&self) -> Result<(), Refusal> {
         // A failed STARTED that REJECTED has not replaced yet would stand for what is received now, after a crash.
         let is_open = |side: &&Side| (side.is_live() && !is_ready(side)) || is_rejecting(side);
         if let Some(side) = self.sides.iter().find(is_open) {

@@ -107,7 +107,8 @@ fn legal(role: Role, phase: Phase, lane: LaneId) -> &'static [FrameKind] {
         (Role::Receiver, Phase::Receiving, "control") => &[K::ROOT, K::PING, K::CLOSE],
         (Role::Receiver, Phase::Receiving, "bulk") => &[K::PAGES, K::ROUND, K::PING],
         (Role::Receiver, Phase::Parting, "control") => &[K::DONE, K::PING, K::CLOSE],
-        (Role::Receiver, Phase::Parting, "bulk") => &[K::PING],
+        // SPEC 7.4: late answers to wants, which are dropped.
+        (Role::Receiver, Phase::Parting, "bulk") => &[K::PAGES, K::PING],
         (Role::Sender, Phase::Sending | Phase::Finishing, "urgent") => &[K::PING],
         (Role::Receiver, Phase::Receiving | Phase::Parting, "urgent") => &[K::PING],
         _ => &[],

@@ -10,7 +10,7 @@
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
-use pagewire_protocol::frame::{ImageName, LaneId, Role};
+use pagewire_protocol::frame::{ImageName, Role};
 use pagewire_protocol::handover::Whereabouts;
 use pagewire_protocol::page::{InstallSize, Region};
 use pagewire_protocol::time::{Span, Time};
@@ -20,7 +20,7 @@ use pagewire_sender::{ErrorKind, Tracking};
 use pagewire_test_support::guest::{Guest, Pattern};
 use pagewire_test_support::host::{Host, reconnect};
 use pagewire_test_support::image::{Image, Mix};
-use pagewire_test_support::link::{Cut, LinkConfig};
+use pagewire_test_support::link::LinkConfig;
 use pagewire_test_support::memory::ImageSink;
 use pagewire_test_support::rng::Rng;
 use pagewire_test_support::world::{Outcome, World, WorldConfig};
@@ -129,7 +129,7 @@ fn a_guest_that_writes_faster_than_the_link_carries_is_handled_as_told() {
     let sink = ImageSink::empty(&stays.state().image);
     let outcome = run(&stays, &sink, config(&stays, 3, limits(30)));
     let error = outcome.sender.unwrap_err();
-    assert!(matches!(error.kind, ErrorKind::NotConverging(Reason::Dirtying)), "{error:?}");
+    assert!(matches!(error.kind, ErrorKind::NotConverging { reason: Reason::Dirtying, .. }), "{error:?}");
     assert!(outcome.rounds.len() <= 3, "recognised by the third round: {:?}", outcome.rounds);
     {
         let state = stays.state();
@@ -277,16 +277,6 @@ fn a_dirty_log_that_fails_ends_the_attempt_and_counts_all_as_dirty() {
     }
 }
 
-/// One region or several, of every install size, the last page short or not.
-fn any_image(rng: &mut Rng) -> Image {
-    let region = |rng: &mut Rng| Region {
-        bytes: rng.between(1, 300 * 4096),
-        install_size: rng.pick(&[InstallSize::KIB_4, InstallSize::KIB_4, InstallSize::KIB_64, InstallSize::MIB_2]),
-    };
-    let regions = (0..rng.between(1, 3)).map(|_| region(rng)).collect();
-    Image::filled(regions, Mix::MEMORY, rng)
-}
-
 /// Frames cover whole install pages, and yet no page is looked at twice in a round.
 #[test]
 fn regions_of_large_pages_arrive_whole_by_frames_of_every_size() {
@@ -306,47 +296,4 @@ fn regions_of_large_pages_arrive_whole_by_frames_of_every_size() {
             assert!(outcome.rounds.len() > 2, "{:?}", outcome.rounds);
         }
     }
-}
-
-/// I2, I5: 500 worlds by seed; the long run has more.
-#[test]
-fn guests_of_every_kind_arrive_whole_or_run_on() {
-    let seeds: u64 = std::env::var("PAGEWIRE_SEEDS").map_or(500, |seeds| seeds.parse().unwrap());
-    let (mut moves, mut stays, mut doubts) = (0, 0, 0);
-    for seed in 0..seeds {
-        let mut rng = Rng::new(seed ^ 0x11fe);
-        let tracking = rng.pick(&[Tracking::Dirty, Tracking::Dirty, Tracking::Unknown]);
-        let image = any_image(&mut rng);
-        let guest = Guest::new(image, rng.pick(&Pattern::ALL), rng.below(600), tracking, seed);
-        let sink = ImageSink::holding(guest.state().image.clone());
-        let at_limit = rng.pick(&[AtLimit::Cancel, AtLimit::Force]);
-        let limits = Limits {
-            at_limit,
-            rounds: rng.between(1, 8) as u32,
-            throttles: rng.chance(30),
-            ..limits(rng.between(1, 80))
-        };
-        let mut config = config(&guest, seed, limits);
-        config.sender.lanes = rng.between(1, 4) as u8;
-        config.link.rate = Some(rng.between(1, 40) * 250_000);
-        config.pause_span = Span::from_millis(rng.below(10));
-        if rng.chance(20) {
-            config.cancel = Some((rng.pick(&[Role::Sender, Role::Receiver]), rng.between(1, 80)));
-        }
-        if rng.chance(30) {
-            let way = rng.chance(50);
-            config.cuts.push((LaneId::CONTROL, way, rng.pick(&[Cut::Bytes, Cut::Silence])(rng.below(3000))));
-        }
-        let mut outcome = run(&guest, &sink, config);
-        let failed = outcome.sender.is_err();
-        if settled(&guest, &sink, &mut outcome) {
-            moves += 1;
-            doubts += u64::from(failed);
-        } else {
-            stays += 1;
-        }
-        assert!(!guest.state().tracked, "seed {seed}");
-    }
-    assert!(doubts > 0, "none was in doubt");
-    assert!(moves > seeds / 3 && stays > seeds / 20, "{moves} moved, {stays} stayed");
 }

@@ -17,6 +17,7 @@ use pagewire_protocol::limits::STALL_SPAN_MAX;
 use pagewire_protocol::time::{Span, Time};
 use pagewire_sender::Tracking;
 use pagewire_sender::converge::Limits;
+use pagewire_test_support::attempt::{Attempt, End, left};
 use pagewire_test_support::guest::{Guest, Pattern};
 use pagewire_test_support::host::{Action, Host, Point, reconnect};
 use pagewire_test_support::image::{Image, Mix};
@@ -24,15 +25,8 @@ use pagewire_test_support::link::LinkConfig;
 use pagewire_test_support::live_peer::blobs;
 use pagewire_test_support::memory::ImageSink;
 use pagewire_test_support::rng::Rng;
-use pagewire_test_support::world::{Fate, Outcome, World, WorldConfig};
+use pagewire_test_support::world::{Fate, WorldConfig};
 use std::collections::BTreeSet;
-
-/// One attempt to bring a guest from the first host to the second.
-struct Attempt {
-    guest: Guest,
-    sink: ImageSink,
-    outcome: Outcome,
-}
 
 /// What goes wrong: where each host crashes, and what becomes of words.
 #[derive(Clone, Debug, Default)]
@@ -64,71 +58,13 @@ fn again(guest: Guest, sink: ImageSink, hosts: [Host; 2], faults: &Faults, seed:
     let mut config = WorldConfig::new(seed);
     config.live = Some(Limits { downtime: Span::from_millis(100), ..Limits::default() });
     config.link = LinkConfig::delaying(Span::from_millis(1));
-    config.guest = Some(guest.clone());
     config.blobs = blobs();
     config.hosts = hosts;
     for (host, dies_at) in config.hosts.iter_mut().zip(faults.dies) {
         host.dies_at = dies_at;
     }
     config.fates.clone_from(&faults.fates);
-    let image = guest.state().image.clone();
-    let outcome = World::new(&image, &sink, config).run();
-    Attempt { guest, sink, outcome }
-}
-
-/// What came of a guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    Here,
-    There,
-    /// It had started at the other host, and a crash has taken its memory: the first one is in doubt.
-    Lost,
-}
-
-fn left(host: &Host) -> bool {
-    matches!(host.handovers.whereabouts(), Whereabouts::There | Whereabouts::InDoubt)
-}
-
-impl Attempt {
-    fn hosts(&mut self) -> &mut [Host; 2] {
-        &mut self.outcome.hosts
-    }
-
-    /// I1: what runs now, before anybody has been restarted or reached again.
-    fn judge(&self, faults: &Faults) {
-        let [one, other] = &self.outcome.hosts;
-        let runs = self.guest.state().runs();
-        assert!(!(runs && other.told_to_run > 0), "two runners: {faults:?}");
-        assert!(!(runs && left(one)), "it runs though it has left: {faults:?}");
-        assert!(other.told_to_run <= 1 && one.told_to_run <= 1, "{faults:?}");
-        if self.outcome.sender.is_ok() {
-            assert!(other.has_guest() && other.told_to_run == 1, "{faults:?}");
-        }
-    }
-
-    /// Hosts that crashed start again, and both can talk: where the guest is for good.
-    fn settle(&mut self, kept: bool, faults: &Faults) -> End {
-        self.judge(faults);
-        let [one, other] = self.hosts();
-        for _ in 0..4 {
-            [&mut *one, &mut *other].into_iter().filter(|host| host.dead).for_each(|host| host.restart(kept));
-            reconnect(one, other);
-        }
-        assert!(!one.dead && !other.dead, "each crashes once");
-        let (here, there) = (!left(one), other.has_guest());
-        assert!(!(here && other.told_to_run > 0), "it ran there: {faults:?} {:?} {:?}", one.records, other.records);
-        let end = match (here, there, other.handovers.whereabouts()) {
-            (true, false, _) => End::Here,
-            (false, true, _) => End::There,
-            (false, false, Whereabouts::Lost) if !kept => End::Lost,
-            nobody => panic!("{nobody:?}: {faults:?} {:?} {:?}", one.records, other.records),
-        };
-        if end != End::Here {
-            let state = self.guest.state();
-            assert!(!state.runs() && self.sink.state().image == state.image, "all of it: {faults:?}");
-        }
-        end
-    }
+    Attempt::new(guest, sink, config)
 }
 
 /// Every point that a host can reach on one side of a hand-over.

@@ -37,8 +37,13 @@ fn pages(image: &Image) -> Vec<u64> {
 
 fn run(image: &Image, sink: &ImageSink, change: impl FnOnce(&mut WorldConfig)) -> Outcome {
     let mut config = WorldConfig::new(1);
-    config.link =
-        LinkConfig { delay: Span::from_millis(1), rate: Some(500_000_000), buffer: 1 << 20, piece_max: 1 << 18 };
+    config.link = LinkConfig {
+        delay: Span::from_millis(1),
+        rate: Some(500_000_000),
+        buffer: 1 << 20,
+        piece_max: 1 << 18,
+        trickles_from: None,
+    };
     change(&mut config);
     World::new(image, sink, config).run()
 }

@@ -27,8 +27,13 @@ fn run(image: &Image, sink: &ImageSink, bases: Vec<ImageBase>, change: impl FnOn
     let mut config = WorldConfig::new(1);
     config.sender.domain_key = KEY;
     config.bases = bases;
-    config.link =
-        LinkConfig { delay: Span::from_millis(1), rate: Some(100_000_000), buffer: 1 << 20, piece_max: 1 << 18 };
+    config.link = LinkConfig {
+        delay: Span::from_millis(1),
+        rate: Some(100_000_000),
+        buffer: 1 << 20,
+        piece_max: 1 << 18,
+        trickles_from: None,
+    };
     change(&mut config);
     World::new(image, sink, config).run()
 }

@@ -76,6 +76,7 @@ fn random_link(rng: &mut Rng) -> LinkConfig {
         rate: rng.pick(&[None, Some(1_000_000_000), Some(50_000_000), Some(2_000_000)]),
         buffer: rng.pick(&[1, 4_096, 128 * 1024, 4 << 20]),
         piece_max: rng.pick(&[700, 16 * 1024, 1 << 20]),
+        trickles_from: None,
     }
 }
 

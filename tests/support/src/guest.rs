@@ -53,6 +53,10 @@ pub struct GuestState {
     pub reads: u64,
     /// Harvests before the first that fails.
     pub fail_harvest_after: Option<u64>,
+    /// While it runs, each read of several pages finds one of them half written.
+    pub writes_under_reads: bool,
+    /// Every content that a page has had, by its place, if that is to be kept.
+    pub history: Option<Vec<(u64, Vec<u8>)>>,
     pattern: Pattern,
     tracking: Tracking,
     writes_a_second: u64,
@@ -101,6 +105,8 @@ impl Guest {
             free: None,
             reads: 0,
             fail_harvest_after: None,
+            writes_under_reads: false,
+            history: None,
             pattern,
             tracking,
             writes_a_second,
@@ -172,14 +178,27 @@ impl GuestState {
                 }
             };
             let (region, page) = layout.locate(Place(place as u32));
-            self.image.rewrite(usize::from(region.0), page.0, Mix::MEMORY, &mut self.rng);
-            if self.tracked {
-                self.dirty.insert(place);
-            }
-            if let Some(free) = &mut self.free {
-                free.remove(place);
-            }
+            self.write(place, usize::from(region.0), page.0);
         }
+    }
+
+    fn write(&mut self, place: u64, region: usize, page: u64) {
+        self.image.rewrite(region, page, Mix::MEMORY, &mut self.rng);
+        if let Some(history) = &mut self.history {
+            history.push((place, self.image.page(region, page).to_vec()));
+        }
+        if self.tracked {
+            self.dirty.insert(place);
+        }
+        if let Some(free) = &mut self.free {
+            free.remove(place);
+        }
+    }
+
+    /// From now on every content of a page is kept.
+    pub fn keep_history(&mut self) {
+        let pages = self.image.bytes.iter().flat_map(|bytes| bytes.chunks(PAGE_BYTES));
+        self.history = Some(pages.enumerate().map(|(place, page)| (place as u64, page.to_vec())).collect());
     }
 }
 
@@ -189,9 +208,18 @@ impl GuestMemory for Guest {
     }
 
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let start = first as usize * PAGE_BYTES;
-        self.state().reads += (bytes.len() / PAGE_BYTES) as u64;
-        bytes.copy_from_slice(&self.state().image.bytes[usize::from(region.0)][start..start + bytes.len()]);
+        let (start, count) = (first as usize * PAGE_BYTES, (bytes.len() / PAGE_BYTES) as u64);
+        let mut state = self.state();
+        state.reads += count;
+        bytes.copy_from_slice(&state.image.bytes[usize::from(region.0)][start..start + bytes.len()]);
+        if state.writes_under_reads && state.runs() && count > 1 {
+            let at = state.rng.below(count);
+            let place = u64::from(self.layout.place(region, first + at).0);
+            state.write(place, usize::from(region.0), first + at);
+            let half = PAGE_BYTES / 2;
+            let written = &state.image.page(usize::from(region.0), first + at)[half..];
+            bytes[at as usize * PAGE_BYTES + half..][..half].copy_from_slice(written);
+        }
         Ok(())
     }
 

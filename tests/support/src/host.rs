@@ -6,11 +6,46 @@
 use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::frame::LiveOpen;
 use pagewire_protocol::handover::{
-    Handover, Handovers, HostId, Input, Message, Output, Record, RecordKind, Whereabouts, Word,
+    Epoch, Grant, Handover, Handovers, HostId, Input, Message, Output, Record, RecordKind, Whereabouts, Word,
 };
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
 /// The guest of every world that has one.
 pub const GUEST: LineageId = LineageId([5; 16]);
+
+/// Who grants each epoch of the guest to one host, if hosts share one.
+#[derive(Clone, Debug, Default)]
+pub struct Lease(Arc<Mutex<LeaseState>>);
+
+#[derive(Debug, Default)]
+struct LeaseState {
+    granted: BTreeMap<Epoch, HostId>,
+    /// So many questions are not answered.
+    outages: u64,
+}
+
+impl Lease {
+    /// One that does not answer the first `outages` questions.
+    pub fn failing(outages: u64) -> Self {
+        Self(Arc::new(Mutex::new(LeaseState { outages, ..LeaseState::default() })))
+    }
+
+    /// From now on it answers.
+    pub fn mend(&self) {
+        self.0.lock().unwrap().outages = 0;
+    }
+
+    fn ask(&self, handover: &Handover, me: HostId) -> Option<Grant> {
+        let mut state = self.0.lock().unwrap();
+        if state.outages > 0 {
+            state.outages -= 1;
+            return None;
+        }
+        let host = *state.granted.entry(handover.epoch).or_insert(me);
+        Some(Grant { lineage: handover.lineage, epoch: handover.epoch, host })
+    }
+}
 
 /// A host.
 #[derive(Clone, Debug)]
@@ -27,6 +62,10 @@ pub struct Host {
     pub dies_at: Option<Point>,
     /// It has crashed, and was not restarted.
     pub dead: bool,
+    /// How often it was.
+    pub restarts: u64,
+    /// Whom it asks in doubt, and before it starts the guest.
+    pub lease: Option<Lease>,
 }
 
 /// A point at which a host can crash.
@@ -58,7 +97,16 @@ impl Host {
     pub fn new(number: u8) -> Self {
         let id = HostId([number; 32]);
         let (handovers, _) = Handovers::restore(id, GUEST, &[], true).unwrap();
-        Self { id, handovers, records: Vec::new(), told_to_run: 0, dies_at: None, dead: false }
+        Self {
+            id,
+            handovers,
+            records: Vec::new(),
+            told_to_run: 0,
+            dies_at: None,
+            dead: false,
+            restarts: 0,
+            lease: None,
+        }
     }
 
     /// The hand-over that the next session is to end with.
@@ -67,7 +115,7 @@ impl Host {
     /// The guest may not leave.
     pub fn open(&mut self, session: [u8; 16]) -> LiveOpen {
         let epoch = self.handovers.open(session).unwrap();
-        LiveOpen { guest: GUEST, epoch, host: self.id, arbiter: false, post_copy: false }
+        LiveOpen { guest: GUEST, epoch, host: self.id, arbiter: self.lease.is_some(), post_copy: false }
     }
 
     /// All of the guest was stated.
@@ -124,10 +172,20 @@ impl Host {
                 }
                 Output::Release(_) => actions.push(Action::Release),
                 Output::Fill(handover) => actions.push(Action::Fill(handover)),
-                Output::AskArbiter(_) | Output::InDoubt(_) | Output::Refuse(_) => {}
+                Output::AskArbiter(handover) => actions.extend(self.ask_arbiter(&handover)),
+                Output::InDoubt(_) | Output::Refuse(_) => {}
             }
         }
         actions
+    }
+
+    /// A receiver that gets no answer rejects the guest.
+    fn ask_arbiter(&mut self, handover: &Handover) -> Vec<Action> {
+        match self.lease.as_ref().and_then(|lease| lease.ask(handover, self.id)) {
+            Some(grant) => self.handle(Input::Granted(grant)),
+            None if handover.receiver == self.id => self.handle(Input::Cancel),
+            None => Vec::new(),
+        }
     }
 
     fn dies(&mut self, point: Point) -> bool {
@@ -139,6 +197,7 @@ impl Host {
     pub fn restart(&mut self, kept: bool) {
         let (handovers, forgotten) = Handovers::restore(self.id, GUEST, &self.records, kept).unwrap();
         (self.handovers, self.dead) = (handovers, false);
+        self.restarts += 1;
         self.carry_out(forgotten);
     }
 

@@ -14,6 +14,7 @@
     reason = "test code: a failed expectation is a failed test"
 )]
 
+pub mod attempt;
 pub mod checkers;
 pub mod follower;
 pub mod fuzz;

@@ -17,12 +17,14 @@ pub struct LinkConfig {
     pub buffer: usize,
     /// Bytes of the largest piece that arrives at once.
     pub piece_max: usize,
+    /// From then on it carries one byte a second.
+    pub trickles_from: Option<Time>,
 }
 
 impl LinkConfig {
     /// A link that only delays.
     pub const fn delaying(delay: Span) -> Self {
-        Self { delay, rate: None, buffer: usize::MAX, piece_max: usize::MAX }
+        Self { delay, rate: None, buffer: usize::MAX, piece_max: usize::MAX, trickles_from: None }
     }
 }
 
@@ -81,15 +83,20 @@ impl Pipe {
     pub fn write(&mut self, bytes: &[u8], now: Time, rng: &mut Rng) {
         let mut rest = bytes;
         while !rest.is_empty() && self.broken.is_none() {
-            let most = rest.len().min(self.config.piece_max);
+            let most = if self.trickles(now) { 1 } else { rest.len().min(self.config.piece_max) };
             let (piece, after) = rest.split_at(rng.between(1, most as u64) as usize);
             rest = after;
             self.write_piece(piece, now);
         }
     }
 
+    fn trickles(&self, now: Time) -> bool {
+        self.config.trickles_from.is_some_and(|from| self.free_at.max(now) >= from)
+    }
+
     fn write_piece(&mut self, piece: &[u8], now: Time) {
-        let nanos = self.config.rate.map_or(0, |rate| (piece.len() as u64).saturating_mul(1_000_000_000) / rate);
+        let rate = if self.trickles(now) { Some(1) } else { self.config.rate };
+        let nanos = rate.map_or(0, |rate| (piece.len() as u64).saturating_mul(1_000_000_000) / rate);
         self.free_at = self.free_at.max(now) + Span::from_nanos(nanos);
         let mut arrives = self.free_at + self.config.delay;
         if let Some((_, end)) = self.stall.filter(|(begin, end)| arrives >= *begin && arrives < *end) {

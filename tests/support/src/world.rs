@@ -3,9 +3,16 @@
 //! [`World::run`] moves bytes, runs jobs and passes time until both sides are over. Nothing here sleeps and nothing is
 //! random but by seed; the number of steps is bounded, so a session that hangs is a failed test.
 
+mod connection;
 mod hosts;
+mod process;
+mod side;
 
 pub use hosts::Fate;
+pub use process::{Harm, When};
+
+use connection::{Connection, read};
+use side::Side;
 
 use crate::guest::{Guest, TraceLog};
 use crate::host::Host;
@@ -16,12 +23,12 @@ use crate::rng::Rng;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::Digest;
-use pagewire_protocol::error::{CloseCode, PeerError, Violation};
-use pagewire_protocol::frame::{Frame, FrameKind, ImageName, LaneId, Role};
+use pagewire_protocol::error::CloseCode;
+use pagewire_protocol::frame::{FrameKind, ImageName, LaneId, LiveOpen, Role};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::handover::{Message, Word};
 use pagewire_protocol::limits::WINDOW_BYTES;
-use pagewire_protocol::session::{FEATURE_LIVE, Job, Machine, Outgoing, Policy};
+use pagewire_protocol::session::{FEATURE_LIVE, Machine, Outgoing, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_receiver::{Event as ReceiverEvent, Offer, OtherPages, ReceiverEngine, ReceiverError, Terms};
 use pagewire_sender::converge::Limits;
@@ -29,7 +36,6 @@ use pagewire_sender::{
     Base, ErrorKind as SenderFailure, Event as SenderEvent, GuestMemory, Live, RoundReport, SenderConfig, SenderEngine,
     SenderError,
 };
-use std::collections::VecDeque;
 
 /// What is overdue but waits for a lane is looked at again so much later, as the tokio pump does.
 const TICK: Span = Span::from_millis(250);
@@ -72,8 +78,10 @@ pub struct WorldConfig {
     pub stall: Option<(Time, Time)>,
     /// The longest a job takes.
     pub job_span_max: Span,
-    /// One side stops the session when so many frames have been written.
+    /// One side's engine is told to stop when so many frames have been written.
     pub cancel: Option<(Role, u64)>,
+    /// What happens to the process of one side, and when.
+    pub harms: Vec<(Role, When, Harm)>,
     /// Somebody in the middle.
     pub meddler: Option<Meddler>,
     /// Faults of the sender's memory.
@@ -122,6 +130,7 @@ impl WorldConfig {
             stall: None,
             job_span_max: Span::ZERO,
             cancel: None,
+            harms: Vec::new(),
             meddler: None,
             source_faults: SourceFaults::default(),
             bases: Vec::new(),
@@ -158,6 +167,8 @@ pub struct Outcome {
     pub wire: [u64; 2],
     /// When the first PAGES frame arrived at the receiver.
     pub first_pages: Option<Time>,
+    /// What has happened to processes before their side was over.
+    pub harmed: Vec<(Role, Harm)>,
     /// The hosts of a guest that ran, as they are now.
     pub hosts: [Host; 2],
     /// Every word that a host has said, by whether it went to the receiver.
@@ -174,59 +185,6 @@ pub struct Outcome {
     pub recording: Vec<(bool, Vec<u8>)>,
 }
 
-struct Connection {
-    lane: LaneId,
-    /// To the receiver, to the sender.
-    pipes: [Pipe; 2],
-    framers: [Framer; 2],
-    /// Whether each side takes frames of the lane from it: receiver, sender.
-    carries: [bool; 2],
-    /// Whether each side has been told that it ended.
-    told: [bool; 2],
-}
-
-/// What one side's machine has under way.
-struct Side<M: Machine> {
-    machine: M,
-    jobs: VecDeque<(Time, <M::Job as Job>::Output, Span)>,
-    over_at: Option<Time>,
-}
-
-impl<M: Machine> Side<M> {
-    fn new(machine: M) -> Self {
-        Self { machine, jobs: VecDeque::new(), over_at: None }
-    }
-
-    fn run_jobs(&mut self, now: Time, span_max: Span, rng: &mut Rng) -> bool {
-        let mut moved = false;
-        while let Some(job) = self.machine.poll_job() {
-            let spent = Span::from_nanos(rng.below(span_max.as_nanos() + 1));
-            let due = self.jobs.back().map_or(now, |(last, ..)| now.max(*last)) + spent;
-            self.jobs.push_back((due, job.run(), spent));
-            moved = true;
-        }
-        while self.jobs.front().is_some_and(|(due, ..)| *due <= now) {
-            if let Some((_, output, spent)) = self.jobs.pop_front() {
-                self.machine.handle_job(output, spent, now);
-            }
-            moved = true;
-        }
-        moved
-    }
-
-    fn next(&self, now: Time) -> Option<Time> {
-        let due = self.machine.poll_timeout().map(|due| if due > now { due } else { now + TICK });
-        let due = due.filter(|_| !self.machine.is_over());
-        due.into_iter().chain(self.jobs.front().map(|(due, ..)| *due)).min()
-    }
-
-    fn note_over(&mut self, now: Time) {
-        if self.machine.is_over() {
-            self.over_at.get_or_insert(now);
-        }
-    }
-}
-
 /// One session between two engines.
 pub struct World {
     config: WorldConfig,
@@ -238,6 +196,13 @@ pub struct World {
     receiver: Side<ReceiverEngine<ImageSink>>,
     /// When the guest will stand still.
     pausing: Option<Time>,
+    /// It does, and the sender has not been told.
+    stands_still: bool,
+    /// Its hand-over is its host's from now on.
+    offered: bool,
+    /// When READY is late, by the sender's clock.
+    ready_until: Option<Time>,
+    harmed: Vec<(Role, Harm)>,
     blobs: Option<Blobs>,
     words: Vec<(bool, Message)>,
     connections: Vec<Connection>,
@@ -282,6 +247,10 @@ impl World {
             now,
             steps: 0,
             pausing: None,
+            stands_still: false,
+            offered: false,
+            ready_until: None,
+            harmed: Vec::new(),
             blobs: None,
             words: Vec::new(),
             connections: Vec::new(),
@@ -302,12 +271,9 @@ impl World {
             }
             self.now = self.next_time();
             self.run_guest();
-            if self.sender.machine.poll_timeout().is_some_and(|due| due <= self.now) {
-                self.sender.machine.handle_timeout(self.now);
-            }
-            if self.receiver.machine.poll_timeout().is_some_and(|due| due <= self.now) {
-                self.receiver.machine.handle_timeout(self.now);
-            }
+            self.check_ready();
+            self.sender.handle_timeout(self.now);
+            self.receiver.handle_timeout(self.now);
         }
     }
 
@@ -334,7 +300,8 @@ impl World {
             let mut moved = self.read_all() | self.handle_events() | self.write_all();
             moved |= self.sender.run_jobs(self.now, self.config.job_span_max, &mut self.rng);
             moved |= self.receiver.run_jobs(self.now, self.config.job_span_max, &mut self.rng);
-            moved |= self.sender.machine.work(self.now) | self.receiver.machine.work(self.now);
+            moved |= self.sender.work(self.now) | self.receiver.work(self.now);
+            self.harm();
             self.bury();
             self.sender.note_over(self.now);
             self.receiver.note_over(self.now);
@@ -348,13 +315,15 @@ impl World {
         let pipes =
             self.connections.iter().flat_map(|connection| &connection.pipes).filter_map(|pipe| pipe.next(self.now));
         let sides = [self.sender.next(self.now), self.receiver.next(self.now)].into_iter().flatten();
-        let next = pipes.chain(sides).chain(self.pausing).min();
+        let next = pipes.chain(sides).chain(self.pausing).chain(self.ready_is_late_at()).min();
         next.unwrap_or_else(|| panic!("seed {}: nothing will ever happen again", self.config.seed))
     }
 
     fn handle_events(&mut self) -> bool {
         let mut moved = false;
-        while let Some(event) = self.sender.machine.poll_event() {
+        while self.sender.is_awake(self.now)
+            && let Some(event) = self.sender.machine.poll_event()
+        {
             moved = true;
             self.handle_guest(&event);
             let SenderEvent::Accepted { lanes } = event else { continue };
@@ -363,10 +332,13 @@ impl World {
                 self.connect(lane);
                 let join = self.sender.machine.join(lane).unwrap();
                 self.write(self.connections.len() - 1, TO_RECEIVER, &join);
-                self.sender.machine.handle_lane_open(lane, self.now);
+                let clock = self.sender.clock(self.now);
+                self.sender.machine.handle_lane_open(lane, clock);
             }
         }
-        while let Some(event) = self.receiver.machine.poll_event() {
+        while self.receiver.is_awake(self.now)
+            && let Some(event) = self.receiver.machine.poll_event()
+        {
             moved = true;
             match event {
                 ReceiverEvent::Offered(offer) => self.decide(&offer),
@@ -386,6 +358,10 @@ impl World {
     }
 
     fn decide(&mut self, offer: &Offer) {
+        let may_begin = |live: &LiveOpen| self.config.hosts[1].handovers.may_begin(live.epoch);
+        if let Some(Err(refusal)) = offer.open.live.as_ref().map(may_begin) {
+            return self.receiver.machine.refuse(CloseCode::REFUSED, &refusal.to_string());
+        }
         match self.config.decision.clone() {
             Decision::Accept => {
                 let (lanes, window, secret, seed) =
@@ -395,7 +371,8 @@ impl World {
                 let host = Some(self.config.hosts[1].id);
                 let terms =
                     Terms { sink: self.sink.clone(), lanes, window, secret, seed, agreed, others, challenge, host };
-                self.receiver.machine.accept(terms, self.now);
+                let clock = self.receiver.clock(self.now);
+                self.receiver.machine.accept(terms, clock);
             }
             Decision::Refuse(code, reason) => self.receiver.machine.refuse(code, &reason),
             Decision::Never => {}
@@ -411,8 +388,14 @@ impl World {
                     self.first_pages.get_or_insert(now);
                 }
             };
-            moved |= read(connection, TO_RECEIVER, &mut self.receiver.machine, single, now, &mut on_frame);
-            moved |= read(connection, TO_SENDER, &mut self.sender.machine, single, now, &mut |_| ());
+            if self.receiver.is_awake(now) {
+                let clocks = (now, self.receiver.clock(now));
+                moved |= read(connection, TO_RECEIVER, &mut self.receiver.machine, single, clocks, &mut on_frame);
+            }
+            if self.sender.is_awake(now) {
+                let clocks = (now, self.sender.clock(now));
+                moved |= read(connection, TO_SENDER, &mut self.sender.machine, single, clocks, &mut |_| ());
+            }
         }
         moved
     }
@@ -430,6 +413,11 @@ impl World {
     /// Hands one frame to a connection, if there is one and it has room.
     fn write_some(&mut self, index: usize, way: usize) -> bool {
         let now = self.now;
+        let is_awake = if way == TO_RECEIVER { self.sender.is_awake(now) } else { self.receiver.is_awake(now) };
+        if !is_awake {
+            return false;
+        }
+        let clocks = [self.sender.clock(now), self.receiver.clock(now)];
         let connection = &mut self.connections[index];
         // A connection that its reader has not taken yet carries frames all the same; one towards the sender has to wait.
         let open = way == TO_RECEIVER || connection.carries[TO_RECEIVER];
@@ -441,8 +429,13 @@ impl World {
         let lanes = std::iter::once(lane).chain((0..8).map(LaneId::bulk).filter(|_| single));
         let frame = {
             let (sender, receiver) = (&mut self.sender.machine, &mut self.receiver.machine);
-            let mut poll =
-                |lane| if way == TO_RECEIVER { sender.poll_frame(lane, now) } else { receiver.poll_frame(lane, now) };
+            let mut poll = |lane| {
+                if way == TO_RECEIVER {
+                    sender.poll_frame(lane, clocks[0])
+                } else {
+                    receiver.poll_frame(lane, clocks[1])
+                }
+            };
             lanes.into_iter().find_map(&mut poll)
         };
         let over = if way == TO_RECEIVER { self.sender.machine.is_over() } else { self.receiver.machine.is_over() };
@@ -490,6 +483,7 @@ impl World {
             sent: self.sender.machine.counts(),
             received: self.receiver.machine.counts(),
             rounds: self.sender.machine.rounds().to_vec(),
+            harmed: self.harmed,
             hosts: self.config.hosts,
             words: self.words,
             blobs: self.blobs,
@@ -500,84 +494,6 @@ impl World {
             receiver_over: self.receiver.over_at.unwrap(),
             frames: self.frames,
             recording: self.recording,
-        }
-    }
-}
-
-/// Hands what has arrived on a connection to the machine that reads it.
-fn read<M: Machine>(
-    connection: &mut Connection,
-    way: usize,
-    machine: &mut M,
-    single_stream: bool,
-    now: Time,
-    on_frame: &mut impl FnMut(FrameKind),
-) -> bool {
-    if connection.told[way] || machine.is_over() {
-        return false;
-    }
-    let lane = connection.lane.number();
-    let Some(bytes) = connection.pipes[way].read(now) else {
-        let broken = connection.pipes.iter().any(|pipe| pipe.is_broken(now));
-        let end = if broken {
-            PeerError::Broken { lane, reason: "connection reset".to_owned() }
-        } else if connection.pipes[way].is_at_end(now) {
-            PeerError::EndOfStream { lane }
-        } else {
-            return false;
-        };
-        connection.told[way] = true;
-        machine.handle_peer_error(end, now);
-        return true;
-    };
-    let mut rest = bytes.as_slice();
-    while !rest.is_empty() {
-        let framer = &mut connection.framers[way];
-        let space = framer.space();
-        assert!(!space.is_empty(), "a framer always has space");
-        let count = space.len().min(rest.len());
-        space[..count].copy_from_slice(&rest[..count]);
-        framer.filled(count);
-        rest = &rest[count..];
-        hand_over(connection, way, machine, single_stream, now, on_frame);
-    }
-    true
-}
-
-fn hand_over<M: Machine>(
-    connection: &mut Connection,
-    way: usize,
-    machine: &mut M,
-    single_stream: bool,
-    now: Time,
-    on_frame: &mut impl FnMut(FrameKind),
-) {
-    loop {
-        let carried = connection.lane;
-        match connection.framers[way].next_frame() {
-            Ok(None) => return,
-            Ok(Some((header, body))) if !connection.carries[way] => {
-                let Ok(Frame::Join(join)) = Frame::decode(header.kind, body) else {
-                    panic!("a connection begins with JOIN")
-                };
-                if machine.handle_join(header.lane, &join, now).is_err() {
-                    connection.told[way] = true;
-                    return;
-                }
-                connection.carries[way] = true;
-            }
-            Ok(Some((header, _))) if header.lane != carried && !single_stream => {
-                let lane = header.lane.number();
-                return machine.handle_peer_error(Violation::WrongLane { lane }.into(), now);
-            }
-            Ok(Some((header, body))) => {
-                on_frame(header.kind);
-                machine.handle_frame(header.lane, header.kind, body, now);
-            }
-            Err((kind, source)) => {
-                connection.told[way] = true;
-                return machine.handle_peer_error(PeerError::Decode { kind, source }, now);
-            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::{TO_RECEIVER, TO_SENDER, World};
 use crate::host::Action;
 use pagewire_protocol::error::PeerError;
-use pagewire_protocol::handover::{Input, Message, RecordKind, Word};
+use pagewire_protocol::handover::{Input, Message, Record, RecordKind};
 use pagewire_protocol::session::Machine;
 use pagewire_sender::{ErrorKind as SenderFailure, Event as SenderEvent};
 
@@ -24,36 +24,54 @@ impl World {
         guest.run_until(self.now);
         if self.pausing.take_if(|due| *due <= self.now).is_some() {
             guest.state().pause();
-            self.sender.machine.paused(Ok(self.config.blobs.clone()), self.now);
+            self.stands_still = true;
+        }
+        // Whoever asked for it may stand still, too, or be gone.
+        if self.sender.is_awake(self.now) && std::mem::take(&mut self.stands_still) {
+            let clock = self.sender.clock(self.now);
+            self.sender.machine.paused(Ok(self.config.blobs.clone()), clock);
         }
     }
 
     pub(super) fn handle_guest(&mut self, event: &SenderEvent) {
-        let Some(guest) = &self.config.guest else { return };
+        let Some(guest) = self.config.guest.clone() else { return };
+        if self.config.hosts[0].dead {
+            // Nobody is there who could do anything.
+            return;
+        }
         match event {
             SenderEvent::Pause => self.pausing = Some(self.now + self.config.pause_span),
             SenderEvent::Resume => {
                 self.pausing = None;
+                self.stands_still = false;
                 guest.state().resume();
             }
             SenderEvent::Throttle(percent) => guest.state().throttled = *percent,
-            SenderEvent::Offer(handover) => self.config.hosts[0].offer(*handover),
+            SenderEvent::Offer(handover) => {
+                self.config.hosts[0].offer(*handover);
+                self.await_ready();
+            }
             SenderEvent::Said(message) => {
                 let actions = self.config.hosts[0].hear(self.config.hosts[1].id, *message);
-                self.act_at_sender(actions);
+                if !actions.is_empty() {
+                    self.ready_until = None;
+                }
+                self.act_at_sender(actions, SenderFailure::Rejected);
             }
             _ => {}
         }
     }
 
-    fn act_at_sender(&mut self, actions: Vec<Action>) {
+    /// `why` is what the session has failed of if the guest runs on.
+    pub(super) fn act_at_sender(&mut self, actions: Vec<Action>, why: SenderFailure) {
+        let mut why = Some(why);
         for action in actions {
             match action {
                 Action::Say(message) => self.say(TO_RECEIVER, message),
                 Action::Release | Action::Fill(_) => self.sender.machine.release(),
                 Action::Run => {
                     self.config.guest.iter().for_each(|guest| guest.state().resume());
-                    self.sender.machine.cancel(SenderFailure::Cancelled);
+                    self.sender.machine.cancel(why.take().unwrap_or(SenderFailure::Rejected));
                 }
             }
         }
@@ -63,13 +81,12 @@ impl World {
         for action in actions {
             if let Action::Say(message) = action {
                 self.say(TO_SENDER, message);
-                if message.word == Word::Reject {
-                    self.receiver.machine.cancel();
-                }
             }
         }
         // A hand-over that is settled needs no session.
-        if self.config.hosts[1].records.iter().any(|record| record.kind == RecordKind::Gone) {
+        let session = self.config.sender.session;
+        let is_settled = |record: &Record| record.kind == RecordKind::Gone && record.handover.session == session;
+        if self.config.hosts[1].records.iter().any(is_settled) {
             self.receiver.machine.release();
         }
     }
@@ -108,11 +125,13 @@ impl World {
         let [one, other] = [0, 1].map(|at| self.config.hosts[at].dead);
         if one && !self.sender.machine.is_over() {
             self.break_connections();
-            self.sender.machine.handle_peer_error(crashed(), self.now);
+            let clock = self.sender.clock(self.now);
+            self.sender.machine.handle_peer_error(crashed(), clock);
         }
         if other && !self.receiver.machine.is_over() {
             self.break_connections();
-            self.receiver.machine.handle_peer_error(crashed(), self.now);
+            let clock = self.receiver.clock(self.now);
+            self.receiver.machine.handle_peer_error(crashed(), clock);
         }
     }
 
@@ -121,7 +140,7 @@ impl World {
         if !sender {
             self.config.hosts[0].handovers.close(self.config.sender.session);
             let actions = self.config.hosts[0].handle(Input::Timeout);
-            self.act_at_sender(actions);
+            self.act_at_sender(actions, SenderFailure::Cancelled);
         }
         if !receiver {
             self.config.hosts[1].handle(Input::Timeout);
