@@ -253,6 +253,14 @@ pub(crate) struct Live {
     /// Lets the guest run on here, if it is not handed over after all.
     #[arg(long, value_name = "CMD", requires = "live")]
     pub(crate) on_resume: Option<String>,
+    /// Slows the guest down if it writes too fast: by PAGEWIRE_THROTTLE per cent, 20 at first and then 10 more each time,
+    /// up to 99. Run with 0 in the end, wherever the guest is then.
+    #[arg(long, value_name = "CMD", requires = "live")]
+    pub(crate) on_throttle: Option<String>,
+    /// Has the last word: run when the guest stands still and the receiver has all of it. The guest is handed over if CMD
+    /// succeeds within 90 seconds, and runs on here if it fails or takes longer.
+    #[arg(long, value_name = "CMD", requires = "live")]
+    pub(crate) pause_before_switchover: Option<String>,
     /// Device state that CMD of --on-pause has written when it ends; it goes with the memory.
     #[arg(long, value_name = "FILE", requires = "live")]
     pub(crate) state: Option<PathBuf>,

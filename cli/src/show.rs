@@ -5,7 +5,7 @@ use crate::plot;
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
-use pagewire::{Event, Observer, Outcome, Report, Role};
+use pagewire::{Event, Observer, Outcome, Phase, Report, Role};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -46,7 +46,56 @@ impl Observer for Show {
                 bar.set_position(pages.saturating_mul(4096));
                 bar.set_message(format!("{} on the wire", size(sent_bytes.saturating_add(*received_bytes))));
             }
+            Event::Phase { .. } | Event::Round { .. } | Event::Decision(_) => {}
         }
+        if let Some(line) = line(event) {
+            bar.println(line);
+        }
+    }
+}
+
+/// What stays on a terminal of an event: all but how far it is.
+fn line(event: &Event) -> Option<String> {
+    Some(match event {
+        Event::Started { .. } | Event::Progress { .. } => return None,
+        Event::Phase { seconds, phase } => format!("{seconds:9.3} s  {}", phase_line(*phase)),
+        Event::Decision(decision) => format!("{:9.3} s  {}", decision.seconds, decision.what),
+        Event::Round { number, round } => {
+            let predicted = round.predicted_downtime_seconds;
+            let predicted = predicted.map_or(String::new(), |seconds| format!(", downtime now: {:.1} ms", seconds * 1e3));
+            format!(
+                "   round {number}: {} of {} pages sent, {} in {:.3} s; {:.0} change a second, the link carries {}/s{predicted}",
+                round.pages,
+                round.looked_at,
+                size(round.bytes),
+                round.seconds,
+                round.dirty_rate,
+                rate(round.rate),
+            )
+        }
+    })
+}
+
+/// Bytes a second as people read them.
+fn rate(bytes: f64) -> String {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a float cast saturates")]
+    size(bytes as u64)
+}
+
+fn phase_line(phase: Phase) -> String {
+    match phase {
+        Phase::Sending => "the receiver is there: pages go".to_owned(),
+        Phase::Throttled { percent: 0 } => "the guest is let run at its full speed".to_owned(),
+        Phase::Throttled { percent } => format!("the guest is slowed down by {percent} %"),
+        Phase::Pausing => "the guest is being paused".to_owned(),
+        Phase::Paused => "the guest stands still: the last round goes".to_owned(),
+        Phase::Offered => "all of it was sent".to_owned(),
+        Phase::Ready => "the receiver has all of it, verified and synced".to_owned(),
+        Phase::Waiting => "--pause-before-switchover is asked whether to go on".to_owned(),
+        Phase::Handed => "handed over: the receiver may start it".to_owned(),
+        Phase::Started => "the guest is the receiver's".to_owned(),
+        Phase::Stays => "the guest stays here, and was told to run on".to_owned(),
+        Phase::InDoubt => "the receiver does not answer: it is asked where the guest is".to_owned(),
     }
 }
 

@@ -9,7 +9,7 @@ use crate::reuse::{Departure, Reuse, keep_departed};
 use crate::trace::Recording;
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::page::{InstallSize, Layout};
-use pagewire_sender::driver::{Cargo, GuestControl, Route, Stop, Summary};
+use pagewire_sender::driver::{Cargo, GuestControl, Notice, Route, Stop, Summary};
 use pagewire_sender::memory::FileMemory;
 use pagewire_sender::{GuestMemory, SenderConfig, Trace};
 use pagewire_transport::{Address, CancellationToken, Progress};
@@ -221,14 +221,17 @@ pub(crate) fn run<M: GuestMemory>(
     let (recording, trace) = record(live, memory.layout(), &mut report).unzip();
     let control = giving.clone().map(|giving| Box::new(giving) as Box<dyn GuestControl>);
     let (summary, result) =
-        pagewire_sender::driver::send(Cargo { memory, bases, control, trace }, config, route, &stop, |progress| {
-            observer.event(&Progress { pages_total, ..progress }.into());
+        pagewire_sender::driver::send(Cargo { memory, bases, control, trace }, config, route, &stop, |notice| {
+            observer.event(&match notice {
+                Notice::Progress(progress) => Progress { pages_total, ..progress }.into(),
+                notice => notice.into(),
+            });
         });
     fill(&mut report, &summary, live.is_some());
     let error = match (giving, live) {
         (Some(giving), Some(live)) => {
             let result = result.map_err(|error| error.kind);
-            giving.end(result, (to.as_ref(), live), session, &mut report)
+            giving.end(result, (to.as_ref(), live), session, (&mut report, observer))
         }
         _ => result.err().map(Error::from),
     };
@@ -260,9 +263,5 @@ fn fill(report: &mut Report, summary: &Summary, runs: bool) {
     } else {
         summary.rounds.iter().map(Round::from).collect()
     };
-    let decision = |decision: &pagewire_sender::Decision| Decision {
-        seconds: decision.at.as_nanos() as f64 / 1e9,
-        what: decision.what.clone(),
-    };
-    report.decisions = summary.decisions.iter().map(decision).collect();
+    report.decisions = summary.decisions.iter().map(Decision::from).collect();
 }

@@ -20,9 +20,11 @@ use std::io;
 use std::time::{Duration, Instant};
 
 mod control;
+mod notice;
 
 use control::Controlled;
-pub use control::{Action, GuestControl};
+pub use control::{Action, Approval, GuestControl};
+pub use notice::{LivePhase, Notice};
 
 /// What a session did, however it ended.
 #[derive(Debug, Default)]
@@ -100,7 +102,7 @@ pub fn send<M: GuestMemory>(
     config: SenderConfig,
     route: Route,
     stop: &Stop,
-    mut observe: impl FnMut(Progress),
+    mut observe: impl FnMut(Notice),
 ) -> (Summary, Result<(), SenderError>) {
     let mut summary = Summary::default();
     let session = drive(cargo, config, route, stop, &mut observe, &mut summary);
@@ -117,7 +119,7 @@ async fn drive<M: GuestMemory>(
     config: SenderConfig,
     route: Route,
     stop: &Stop,
-    observe: &mut impl FnMut(Progress),
+    observe: &mut impl FnMut(Notice),
     summary: &mut Summary,
 ) -> Result<(), ErrorKind> {
     let start = Instant::now();
@@ -139,6 +141,7 @@ async fn drive<M: GuestMemory>(
     let mut stopped = false;
     let mut stopping = std::pin::pin!(stop.wait());
     let result = loop {
+        guest.told.tell(&mut pump, observe);
         let event = tokio::select! {
             biased;
             kind = &mut stopping, if !stopped => {
@@ -151,22 +154,23 @@ async fn drive<M: GuestMemory>(
                 continue;
             }
             _ = tick.tick() => {
-                observe(progress(&mut pump));
+                observe(Notice::Progress(progress(&mut pump)));
                 continue;
             }
             event = pump.next() => event,
         };
-        match (event, &address) {
-            (Some(Event::Accepted { lanes }), Some(address)) => {
-                let joined = (0..lanes).map(LaneId::bulk).try_for_each(|lane| join(&mut pump, address, lane));
-                joined.unwrap_or_else(|kind| pump.machine().cancel(kind));
-            }
-            (Some(event), _) => guest.handle(event, &mut pump),
-            (None, _) => break pump.machine().outcome(),
+        if let (Some(Event::Accepted { lanes }), Some(address)) = (&event, &address) {
+            let joined = (0..*lanes).map(LaneId::bulk).try_for_each(|lane| join(&mut pump, address, lane));
+            joined.unwrap_or_else(|kind| pump.machine().cancel(kind));
+        }
+        match event {
+            Some(event) => guest.handle(event, &mut pump),
+            None => break pump.machine().outcome(),
         }
     };
     guest.end().await;
-    observe(progress(&mut pump));
+    guest.told.tell(&mut pump, observe);
+    observe(Notice::Progress(progress(&mut pump)));
     summary.rounds = pump.machine().rounds().to_vec();
     summary.hot = pump.machine().hot();
     summary.wire = pump.wire();

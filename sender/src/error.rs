@@ -54,6 +54,9 @@ pub enum ErrorKind {
     /// The receiver did not get ready.
     #[error("the receiver was not ready {0:?} after it had been told everything")]
     Late(std::time::Duration),
+    /// Whoever had the last word did not let it go.
+    #[error("the guest was not handed over: {0}")]
+    NotApproved(String),
     /// The receiver has everything and will not start the guest.
     #[error("the receiver rejected the guest")]
     Rejected,
@@ -79,6 +82,7 @@ impl ErrorKind {
             | Self::NotConverging(_)
             | Self::Pause(_)
             | Self::Late(_)
+            | Self::NotApproved(_)
             | Self::Rejected
             | Self::InDoubt
             | Self::Handover(_) => CloseCode::CANCELLED,

@@ -1,26 +1,35 @@
 //! Whoever holds the guest that is sent while it runs: stops it, lets it run, and knows its hand-overs.
 
+use super::notice::{LivePhase, Told};
 use crate::engine::{Event, SenderEngine};
 use crate::error::ErrorKind;
 use crate::memory::GuestMemory;
 use pagewire_protocol::blobs::Blobs;
-use pagewire_protocol::handover::{Handover, Message};
-use pagewire_transport::Pump;
+use pagewire_protocol::handover::{Handover, Message, Word};
+use pagewire_transport::{CancellationToken, Pump};
 use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 /// How long a receiver that has been told everything may take to be ready, before the guest runs on here.
 const READY_SPAN_MAX: Duration = Duration::from_secs(30);
+/// How long the guest may wait for somebody's word between READY and its hand-over. The receiver waits for
+/// `STALL_SPAN_MAX`, and needs the rest of it to be told, to start the guest and to say so.
+const APPROVAL_SPAN_MAX: Duration = Duration::from_secs(90);
+
+/// Says whether a guest that is ready at the receiver may be handed over. It may block, and ends soon when its token is
+/// cancelled: what it says does not matter any more then.
+pub type Approval = Box<dyn FnOnce(&CancellationToken) -> Result<(), String> + Send>;
 
 /// What the session has to do for its guest's hand-over.
-#[derive(Debug)]
 pub enum Action {
     /// Say this to the receiver.
     Say(Message),
+    /// Ask somebody, and tell [`GuestControl::approved`] what he says.
+    Wait(Approval),
     /// End: the guest is the receiver's for good.
     Release,
-    /// End: it is not, or nobody knows.
+    /// End: it stays here, and was told to run on.
     Stop(ErrorKind),
 }
 
@@ -45,12 +54,42 @@ pub trait GuestControl: Send + 'static {
     /// The receiver says this.
     fn hear(&mut self, message: Message) -> Vec<Action>;
 
+    /// Whoever [`Action::Wait`] asked says that the guest may be handed over, or why not.
+    fn approved(&mut self, _result: Result<(), String>) -> Vec<Action> {
+        Vec::new()
+    }
+
     /// Somebody wants the guest to stay, `Cancelled` or because it has taken too long; what follows. Nothing does if it is too late.
     fn cancel(&mut self, why: ErrorKind) -> Vec<Action>;
 }
 
 /// A control, and what came of its pause.
 type Paused = (Box<dyn GuestControl>, Result<Blobs, String>);
+
+/// Somebody is being asked.
+struct Asked {
+    answer: JoinHandle<Result<(), String>>,
+    over: CancellationToken,
+    until: Instant,
+}
+
+impl Asked {
+    fn new(approval: Approval) -> Self {
+        let over = CancellationToken::new();
+        let token = over.clone();
+        let answer = tokio::task::spawn_blocking(move || approval(&token));
+        Self { answer, over, until: Instant::now() + APPROVAL_SPAN_MAX }
+    }
+
+    async fn wait(&mut self) -> Result<(), String> {
+        tokio::select! {
+            answer = &mut self.answer => answer.unwrap_or_else(|error| Err(error.to_string())),
+            () = tokio::time::sleep_until(self.until) => {
+                Err(format!("nobody has said that it may be handed over for {} s", APPROVAL_SPAN_MAX.as_secs()))
+            }
+        }
+    }
+}
 
 /// A control, and what it is doing.
 #[derive(Default)]
@@ -61,6 +100,10 @@ pub(crate) struct Controlled {
     resumes: bool,
     ready_until: Option<Instant>,
     offered: bool,
+    asked: Option<Asked>,
+    /// Its answer does not matter any more.
+    unheard: Option<Asked>,
+    pub(super) told: Told,
 }
 
 impl Controlled {
@@ -68,9 +111,9 @@ impl Controlled {
         Self { control, ..Self::default() }
     }
 
-    /// Waits until the guest stands still, or READY is late; for ever if neither is awaited.
+    /// Waits until the guest stands still, READY is late, or there is an answer; for ever if none of it is awaited.
     pub(crate) async fn wait(&mut self) -> Waited {
-        let (pausing, ready) = (&mut self.pausing, self.ready_until);
+        let (pausing, ready, asked) = (&mut self.pausing, self.ready_until, &mut self.asked);
         let paused = async {
             match pausing {
                 Some(pausing) => pausing.await,
@@ -80,6 +123,12 @@ impl Controlled {
         let late = async {
             match ready {
                 Some(until) => tokio::time::sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        };
+        let answer = async {
+            match asked {
+                Some(asked) => asked.wait().await,
                 None => std::future::pending().await,
             }
         };
@@ -95,6 +144,7 @@ impl Controlled {
                 }
             },
             () = late => Waited::Late,
+            answer = answer => Waited::Answer(answer),
         }
     }
 
@@ -105,13 +155,29 @@ impl Controlled {
                 if std::mem::take(&mut self.resumes) {
                     self.control.iter_mut().for_each(|control| control.resume());
                 }
+                if result.is_ok() {
+                    self.told.note(LivePhase::Paused);
+                }
                 let now = pump.now();
                 pump.machine().paused(result, now);
+            }
+            Waited::Answer(answer) => {
+                self.stop_asking();
+                let actions = self.control.as_mut().map(|control| control.approved(answer)).unwrap_or_default();
+                self.act(actions, pump);
             }
             Waited::Late => {
                 self.ready_until = None;
                 self.stop(ErrorKind::Late(READY_SPAN_MAX), pump);
             }
+        }
+    }
+
+    /// What is being asked does not matter any more.
+    fn stop_asking(&mut self) {
+        if let Some(asked) = self.asked.take() {
+            asked.over.cancel();
+            self.unheard = Some(asked);
         }
     }
 
@@ -128,6 +194,14 @@ impl Controlled {
 
     /// Does what the engine asks for.
     pub(crate) fn handle<M: GuestMemory>(&mut self, event: Event, pump: &mut Pump<SenderEngine<M>>) {
+        match &event {
+            Event::Accepted { .. } => self.told.note(LivePhase::Sending),
+            Event::Throttle(percent) => self.told.note(LivePhase::Throttled(*percent)),
+            Event::Pause => self.told.note(LivePhase::Pausing),
+            Event::Offer(_) => self.told.note(LivePhase::Offered),
+            Event::Resume => self.told.note(LivePhase::Stays),
+            _ => {}
+        }
         if event == Event::Pause {
             self.pausing = self.control.take().map(|mut control| {
                 tokio::task::spawn_blocking(move || {
@@ -160,6 +234,9 @@ impl Controlled {
                 if !actions.is_empty() {
                     // It was about this hand-over: the receiver is ready, or never will be.
                     self.ready_until = None;
+                    if message.word == Word::Ready {
+                        self.told.note(LivePhase::Ready);
+                    }
                 }
                 actions
             }
@@ -171,15 +248,36 @@ impl Controlled {
     fn act<M: GuestMemory>(&mut self, actions: Vec<Action>, pump: &mut Pump<SenderEngine<M>>) {
         for action in actions {
             match action {
-                Action::Say(message) => pump.machine().say(message),
-                Action::Release => pump.machine().release(),
-                Action::Stop(kind) => pump.machine().cancel(kind),
+                Action::Say(message) => {
+                    if message.word == Word::Commit {
+                        self.told.note(LivePhase::Handed);
+                    }
+                    pump.machine().say(message);
+                }
+                Action::Wait(approval) => {
+                    self.told.note(LivePhase::Waiting);
+                    self.asked = Some(Asked::new(approval));
+                }
+                Action::Release => {
+                    self.told.note(LivePhase::Started);
+                    pump.machine().release();
+                }
+                Action::Stop(kind) => {
+                    self.stop_asking();
+                    self.told.note(LivePhase::Stays);
+                    pump.machine().cancel(kind);
+                }
             }
         }
     }
 
-    /// The session is over: a guest that is still being stopped runs on when it has been.
+    /// The session is over: a guest that is still being stopped runs on when it has been, and nobody is asked any more.
     pub(crate) async fn end(&mut self) {
+        self.stop_asking();
+        if let Some(asked) = self.unheard.take().filter(|asked| !asked.answer.is_finished()) {
+            // He may have something of his own to end.
+            drop(asked.answer.await);
+        }
         while self.pausing.is_some() {
             if let Waited::Paused(_) = self.wait().await
                 && std::mem::take(&mut self.resumes)
@@ -194,4 +292,5 @@ impl Controlled {
 pub(crate) enum Waited {
     Paused(Result<Blobs, String>),
     Late,
+    Answer(Result<(), String>),
 }
