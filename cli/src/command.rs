@@ -36,7 +36,8 @@ pub(crate) fn run(
             Ok(Ok(status)) if status.success() => return Ok(()),
             Ok(Ok(status)) => return Err(format!("{command}: {status}")),
             Ok(Err(error)) => return Err(format!("{command}: {error}")),
-            Err(RecvTimeoutError::Timeout) if !left.is_zero() && !over.is_some_and(CancellationToken::is_cancelled) => {}
+            Err(RecvTimeoutError::Timeout) if !left.is_zero() && !over.is_some_and(CancellationToken::is_cancelled) => {
+            }
             Err(_) => break,
         }
     }

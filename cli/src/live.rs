@@ -8,8 +8,8 @@ use crate::command::run;
 use crate::throttle::Throttle;
 use anyhow::{Context, Result};
 use pagewire::{
-    Arbiter, Blobs, CancellationToken, GuestHooks, GuestStarter, ImageName, Journal, Lease, LiveOptions, Operator, Started,
-    TakeOptions, device_state_name,
+    Arbiter, Blobs, CancellationToken, GuestHooks, GuestStarter, ImageName, Journal, Lease, LiveOptions, Operator,
+    Started, TakeOptions, device_state_name,
 };
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;

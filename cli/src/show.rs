@@ -62,7 +62,8 @@ fn line(event: &Event) -> Option<String> {
         Event::Decision(decision) => format!("{:9.3} s  {}", decision.seconds, decision.what),
         Event::Round { number, round } => {
             let predicted = round.predicted_downtime_seconds;
-            let predicted = predicted.map_or(String::new(), |seconds| format!(", downtime now: {:.1} ms", seconds * 1e3));
+            let predicted =
+                predicted.map_or(String::new(), |seconds| format!(", downtime now: {:.1} ms", seconds * 1e3));
             format!(
                 "   round {number}: {} of {} pages sent, {} in {:.3} s; {:.0} change a second, the link carries {}/s{predicted}",
                 round.pages,

@@ -59,11 +59,7 @@ impl Told {
     }
 
     /// Tells what is new.
-    pub(super) fn tell<M: GuestMemory>(
-        &mut self,
-        pump: &mut Pump<SenderEngine<M>>,
-        observe: &mut impl FnMut(Notice),
-    ) {
+    pub(super) fn tell<M: GuestMemory>(&mut self, pump: &mut Pump<SenderEngine<M>>, observe: &mut impl FnMut(Notice)) {
         let now = pump.now();
         let engine = pump.machine();
         let rounds = engine.rounds().get(self.rounds..).unwrap_or_default();
