@@ -26,11 +26,12 @@ impl Show {
         Self { bar, json }
     }
 
-    /// Takes the bar away.
-    pub(crate) fn end(&self) {
+    /// Takes the bar away; says whether there was one.
+    pub(crate) fn end(&self) -> bool {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+        self.bar.is_some()
     }
 }
 
@@ -124,7 +125,9 @@ pub(crate) fn size(bytes: u64) -> String {
 }
 
 /// Prints the end of a transfer and writes its report where that was asked for.
-pub(crate) fn finish(outcome: &Outcome, output: &Output) -> Result<()> {
+///
+/// `seen` says that whoever reads it has seen what was decided as it was.
+pub(crate) fn finish(outcome: &Outcome, output: &Output, seen: bool) -> Result<()> {
     if let Some(path) = &output.report {
         let text = serde_json::to_string_pretty(&outcome.report)?;
         std::fs::write(path, text + "\n").with_context(|| format!("report {}", path.display()))?;
@@ -135,7 +138,7 @@ pub(crate) fn finish(outcome: &Outcome, output: &Output) -> Result<()> {
     if output.json {
         print_json(&json!({"event": "finished", "report": outcome.report}));
     } else if outcome.error.is_none() {
-        print!("{}", summary(&outcome.report));
+        print!("{}", summary(&outcome.report, seen));
     }
     Ok(())
 }
@@ -150,7 +153,7 @@ pub(crate) fn draw(report: &Report, path: Option<&Path>) {
 }
 
 /// A report in a few lines.
-pub(crate) fn summary(report: &Report) -> String {
+fn summary(report: &Report, seen: bool) -> String {
     let Report { pages, wire, .. } = report;
     let verb = if report.role == Role::Sender { "sent" } else { "received" };
     let travelled = wire.sent_bytes.saturating_add(wire.received_bytes);
@@ -178,8 +181,43 @@ pub(crate) fn summary(report: &Report) -> String {
     if report.reuse.unkept > 0 {
         text += &format!("{} pages had changed before they could be kept, and were left out\n", report.reuse.unkept);
     }
-    for decision in report.decisions.iter().skip(1) {
+    if report.downtime_seconds > 0.0 {
+        text += &format!("the guest stood still for {:.1} ms\n", report.downtime_seconds * 1e3);
+    }
+    for decision in report.decisions.iter().skip(1).filter(|_| !seen) {
         text += &format!("  at {:.3} s: {}\n", decision.seconds, decision.what);
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pagewire::{Decision, Round};
+
+    #[test]
+    fn a_terminal_keeps_a_line_of_all_but_how_far_it_is() {
+        let progress = Event::Progress { pages: 1, pages_total: 2, sent_bytes: 3, received_bytes: 4 };
+        assert_eq!(line(&progress), None);
+        let decision = Decision { seconds: 0.25, what: "after round 1: switch over".to_owned() };
+        assert_eq!(line(&Event::Decision(decision)).unwrap(), "    0.250 s  after round 1: switch over");
+        let phase = Event::Phase { seconds: 12.0, phase: Phase::Throttled { percent: 30 } };
+        assert_eq!(line(&phase).unwrap(), "   12.000 s  the guest is slowed down by 30 %");
+        let round = Round {
+            pages: 40,
+            bytes: 163_840,
+            seconds: 0.5,
+            dirty_rate: 80.4,
+            looked_at: 50,
+            dirty: 20,
+            rate: 1024.0 * 1024.0,
+            predicted_downtime_seconds: Some(0.0123),
+        };
+        let told = line(&Event::Round { number: 2, round }).unwrap();
+        for figure in ["round 2: 40 of 50", "160.0 KiB in 0.500 s", "80 change", "1.0 MiB/s", "12.3 ms"] {
+            assert!(told.contains(figure), "{figure}: {told}");
+        }
+        let last = Round { predicted_downtime_seconds: None, ..round };
+        assert!(!line(&Event::Round { number: 3, round: last }).unwrap().contains("downtime"));
+    }
 }

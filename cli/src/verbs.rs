@@ -65,8 +65,8 @@ fn copy(args: &Copy) -> Result<ExitCode> {
     let options = CopyOptions { send: send_options(&args.transfer)?, inplace: args.inplace };
     let mut show = Show::new(args.output.json);
     let outcome = pagewire::copy(&args.source, &args.destination, &options, &mut show);
-    show.end();
-    finish(&outcome, &args.output)?;
+    let seen = show.end();
+    finish(&outcome, &args.output, seen)?;
     Ok(end(&outcome))
 }
 
@@ -94,9 +94,9 @@ fn send(args: &Send) -> Result<ExitCode> {
     } else {
         pagewire::send(&args.source, &args.name, &args.to, &options, &mut show)
     };
-    show.end();
+    let seen = show.end();
     draw(&outcome.report, args.live.plot.as_deref());
-    finish(&outcome, &args.output)?;
+    finish(&outcome, &args.output, seen)?;
     Ok(end(&outcome))
 }
 
@@ -172,7 +172,7 @@ fn tell(event: &ServerEvent<'_>, output: &crate::args::Output) -> Option<ExitCod
             print_json(&json!({"session": session, "progress": event}));
         }
         ServerEvent::Ended { session, outcome } => {
-            if let Err(error) = finish(outcome, output) {
+            if let Err(error) = finish(outcome, output, false) {
                 eprintln!("pagewire: session {session}: {error:#}");
             }
             if let Some(error) = &outcome.error {

@@ -294,3 +294,43 @@ pub(crate) enum Waited {
     Late,
     Answer(Result<(), String>),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a test waits for at most.
+    const SOON: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn an_operator_who_says_nothing_has_said_no_in_time_and_is_told_that_it_is_over() {
+        let answer = pagewire_transport::block_on(async {
+            let mut guest = Controlled::new(None);
+            let (told, ended) = std::sync::mpsc::channel();
+            let mut asked = Asked::new(Box::new(move |over| {
+                while !over.is_cancelled() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                told.send(()).map_err(|error| error.to_string())
+            }));
+            let left = asked.until.saturating_duration_since(Instant::now());
+            assert!(left <= APPROVAL_SPAN_MAX && left > APPROVAL_SPAN_MAX / 2);
+            asked.until = Instant::now();
+            guest.asked = Some(asked);
+            let Waited::Answer(answer) = guest.wait().await else { return Ok(()) };
+            // The operator goes on waiting until somebody tells him.
+            assert!(ended.try_recv().is_err());
+            guest.end().await;
+            ended.recv_timeout(SOON).map_err(|error| error.to_string())?;
+            answer
+        });
+        let why = answer.unwrap().unwrap_err();
+        assert!(why.contains("for 90 s"), "{why}");
+    }
+
+    #[test]
+    fn an_operator_is_asked_for_less_than_the_receiver_waits() {
+        let receiver = Duration::from_nanos(pagewire_protocol::limits::STALL_SPAN_MAX.as_nanos());
+        assert!(APPROVAL_SPAN_MAX + Duration::from_secs(20) <= receiver);
+    }
+}
