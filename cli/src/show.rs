@@ -2,7 +2,6 @@
 
 use crate::args::Output;
 use crate::plot;
-use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
 use pagewire::{Event, Observer, Outcome, Phase, Report, Role};
@@ -124,23 +123,30 @@ pub(crate) fn size(bytes: u64) -> String {
     ByteSize(bytes).display().iec().to_string()
 }
 
-/// Prints the end of a transfer and writes its report where that was asked for.
+/// One line for people; nobody needs to read it.
+pub(crate) fn warn(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "pagewire: {line}");
+}
+
+/// Prints the end of a transfer and writes its report where that was asked for. The guest is where it is: what cannot be
+/// written is a warning, and changes no exit code.
 ///
 /// `seen` says that whoever reads it has seen what was decided as it was.
-pub(crate) fn finish(outcome: &Outcome, output: &Output, seen: bool) -> Result<()> {
+pub(crate) fn finish(outcome: &Outcome, output: &Output, seen: bool) {
     if let Some(path) = &output.report {
-        let text = serde_json::to_string_pretty(&outcome.report)?;
-        std::fs::write(path, text + "\n").with_context(|| format!("report {}", path.display()))?;
+        let text = serde_json::to_string_pretty(&outcome.report).map_err(std::io::Error::from);
+        if let Err(error) = text.and_then(|text| std::fs::write(path, text + "\n")) {
+            warn(&format!("warning: --report {}: {error}", path.display()));
+        }
     }
     for warning in &outcome.report.warnings {
-        eprintln!("pagewire: warning: {warning}");
+        warn(&format!("warning: {warning}"));
     }
     if output.json {
         print_json(&json!({"event": "finished", "report": outcome.report}));
     } else if outcome.error.is_none() {
-        print!("{}", summary(&outcome.report, seen));
+        let _ = write!(std::io::stdout().lock(), "{}", summary(&outcome.report, seen));
     }
-    Ok(())
 }
 
 /// Draws the rounds where that was asked for. The guest is where it is: a drawing that fails is no failure of its move.
@@ -148,7 +154,7 @@ pub(crate) fn draw(report: &Report, path: Option<&Path>) {
     if let Some(path) = path
         && let Err(error) = std::fs::write(path, plot::svg(report))
     {
-        eprintln!("pagewire: warning: --plot {}: {error}", path.display());
+        warn(&format!("warning: --plot {}: {error}", path.display()));
     }
 }
 

@@ -172,3 +172,51 @@ fn tells_that_a_guest_stays() {
     assert_eq!(phases, ["sending", "pausing", "stays"]);
     assert_eq!(events.last().unwrap()["report"]["guest_at"], "sender");
 }
+
+#[test]
+fn a_guest_that_has_moved_ends_with_code_0_whoever_reads_of_it() {
+    // Nothing can be written: not the report, and on a full disk nor what is printed.
+    for json in [&["--json"][..], &[]] {
+        let guest = Guest::new();
+        let journal = guest.at("journal-there").display().to_string();
+        let receiver = Receiver::start(&guest.at("there"), &["--leave-paused", "--journal", &journal]);
+        let ram = guest.at("ram").display().to_string();
+        let (journal, report) = (guest.at("journal-here"), guest.at("no/report"));
+        let (journal, report) = (journal.display().to_string(), report.display().to_string());
+        let args = ["send", "--live", &ram, "--to", &receiver.address, "--name", "vm", "--journal", &journal];
+        let more = ["--on-pause", "true", "--downtime", "5000", "--report", &report];
+        let full = || fs::File::options().write(true).open("/dev/full").unwrap();
+        let mut command = command(&[&args[..], &more, json].concat());
+        let status = command.stdout(full()).stderr(full()).status().unwrap();
+        assert_eq!(status.code(), Some(0), "{json:?}");
+        assert!(guest.at("there/vm").exists());
+    }
+}
+
+/// As a person sees it: `script` of util-linux gives it a terminal.
+#[test]
+fn a_terminal_shows_rounds_and_phases_beside_the_bar() {
+    if std::process::Command::new("script").arg("--version").output().is_err() {
+        println!("SKIPPED: there is no `script` to give it a terminal");
+        return;
+    }
+    let guest = Guest::new();
+    let journal = guest.at("journal-there").display().to_string();
+    let receiver = Receiver::start(&guest.at("there"), &["--leave-paused", "--journal", &journal]);
+    let (ram, journal) = (guest.at("ram").display().to_string(), guest.at("journal-here").display().to_string());
+    let line = format!(
+        "{} send --live {ram} --to {} --name vm --journal {journal} --on-pause true --downtime 5000 --bandwidth-limit 8MB",
+        env!("CARGO_BIN_EXE_pagewire"),
+        receiver.address,
+    );
+    let output = std::process::Command::new("script")
+        .args(["-qec", &line, "/dev/null"])
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
+    let said = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    for part in ["on the wire", "round 0: 512 of 512", "after round 1:", "being paused", "stood still for"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+}
