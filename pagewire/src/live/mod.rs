@@ -17,6 +17,7 @@ use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::handover::{Grant, Handover, HostId, Whereabouts};
 use pagewire_protocol::time::Span;
 use pagewire_sender::converge::Limits;
+use pagewire_sender::memory::DirtyBitmap;
 use pagewire_transport::CancellationToken;
 use std::io;
 use std::path::PathBuf;
@@ -37,6 +38,9 @@ pub struct LiveOptions {
     pub pause_before_switchover: Option<Arc<dyn Operator>>,
     /// How long a receiver that does not answer is asked what became of the guest, before that is left to an operator.
     pub patience: Duration,
+    /// Who writes to the file of [`send_live`](crate::send_live) marks here what was written, over pages of 4 KiB. Without
+    /// it each round reads all of the file again.
+    pub writes: Option<DirtyBitmap>,
     /// Keep what the guest is found to write in this file, for simulations: see [`trace`](crate::trace).
     pub trace: Option<PathBuf>,
 }
@@ -50,6 +54,7 @@ impl LiveOptions {
             lease: None,
             pause_before_switchover: None,
             patience: Duration::from_secs(30),
+            writes: None,
             trace: None,
         }
     }
