@@ -20,18 +20,28 @@ pub(crate) struct Args {
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the guest is at the sender; 2 wrong usage; 3 the guest \
                           is in doubt, see `pagewire status`; 130 cancelled.";
 
+const SEND_CODES: &str = "Exit codes: 0 done: a guest that ran is the receiver's and must not run here; 1 failed: the \
+                          guest is here, and runs on, except when it is said to be at the receiver already; 2 wrong \
+                          usage, nothing was touched; 3 the guest is in doubt: keep it paused, and see `pagewire \
+                          status`; 130 cancelled: as 1.";
+
+const RECEIVE_CODES: &str = "Exit codes with --once: 0 the image is here; 1 failed: it is at the sender; 3 nobody knows \
+                             where the guest is, see `pagewire status`. Without it: 0, when a signal ends it.";
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Show what it does: 5, 10 and 15 guests move from host A to host B and back, on this machine.
+    /// Show what it does: 5, 10 and 15 guests move from host A to host B and back while they run, on this machine.
     ///
     /// They come back changed, and what did not change never travels again: it is in the store of the host they left.
-    /// Takes less than a minute and, at full scale, 6 GB of memory or disk while it runs.
+    /// They stand still for the last round alone. Takes less than a minute and, at full scale, 6 GB of memory or disk while it runs.
     Demo(Demo),
     /// Copy an image to another file on this host; if that exists, only what differs is written.
     Copy(Copy),
-    /// Wait for images and put them into a folder.
+    /// Wait for images, and for guests that run, and put them into a folder.
+    #[command(after_help = RECEIVE_CODES)]
     Receive(Receive),
-    /// Send an image to a receiver.
+    /// Send an image, or with --live a guest that runs, to a receiver.
+    #[command(after_help = SEND_CODES)]
     Send(Send),
     /// Say what an image consists of, and what a transfer of it would cost.
     Inspect(Inspect),
@@ -43,7 +53,7 @@ pub(crate) enum Verb {
     Store(Store),
     /// Show where guests are that were handed over from here or to here, as this host's records say.
     ///
-    /// Ends with code 3 if a guest is in doubt, and with 1 if files of the journal are damaged.
+    /// It only looks. Ends with code 3 if a guest is in doubt, and with 1 if files of the journal are damaged.
     Status(Status),
     /// End the doubt about a guest, as its operator.
     ///
@@ -102,6 +112,7 @@ pub(crate) struct Resolve {
 }
 
 #[derive(Debug, ClapArgs)]
+#[command(next_help_heading = "What is shown")]
 pub(crate) struct Output {
     /// Print events and the report as JSON lines on standard output.
     #[arg(long)]
@@ -112,6 +123,7 @@ pub(crate) struct Output {
 }
 
 #[derive(Debug, ClapArgs)]
+#[command(next_help_heading = "How pages travel")]
 pub(crate) struct Transfer {
     /// Send at most this many bytes a second, as in 125MB.
     #[arg(long, value_name = "RATE", value_parser = rate)]
@@ -135,6 +147,7 @@ pub(crate) struct Transfer {
 
 /// What this host keeps of guests, and how transfers use it.
 #[derive(Debug, ClapArgs)]
+#[command(next_help_heading = "What is kept of guests")]
 pub(crate) struct Keeping {
     /// Keep what leaves and what arrives in the store DIR, and send only what changed when a guest comes back. Made if
     /// it is not there: yours, and closed to others. Used on loopback and Unix sockets alone until there is TLS.
@@ -215,7 +228,7 @@ pub(crate) struct Copy {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Send {
-    /// The image.
+    /// The image: a file that is at rest; with --live the file that is the guest's memory.
     #[arg(value_name = "SRC")]
     pub(crate) source: PathBuf,
     /// The receiver: tcp://HOST:PORT or unix:/PATH.
@@ -244,15 +257,25 @@ pub(crate) struct Send {
 #[derive(Debug, ClapArgs)]
 #[command(next_help_heading = "Guests that run")]
 pub(crate) struct Live {
-    /// SRC is memory that something keeps writing to: send it in rounds, pause the guest, hand it over.
+    /// SRC is memory that something keeps writing to: send it in rounds, pause the guest, hand it over. The receiver has
+    /// to be told to take guests: --on-start or --leave-paused.
     #[arg(long, requires = "on_pause")]
     pub(crate) live: bool,
-    /// Stops the guest; run by sh when what is left to send fits the downtime. PAGEWIRE_NAME names the guest.
+    /// Stops the guest, which must stand still when CMD ends; run by sh when what is left to send fits the downtime. This
+    /// and the next have a minute. PAGEWIRE_NAME names the guest.
     #[arg(long, value_name = "CMD", requires = "live")]
     pub(crate) on_pause: Option<String>,
-    /// Lets the guest run on here, if it is not handed over after all.
+    /// Lets the guest run on here, if it is not handed over after all. Without it a guest that was paused stays so.
     #[arg(long, value_name = "CMD", requires = "live")]
     pub(crate) on_resume: Option<String>,
+    /// Slows the guest down if it writes too fast: by PAGEWIRE_THROTTLE per cent, 20 at first and then 10 more each time,
+    /// up to 99. Run with 0 in the end, wherever the guest is then.
+    #[arg(long, value_name = "CMD", requires = "live")]
+    pub(crate) on_throttle: Option<String>,
+    /// Has the last word: run when the guest stands still and the receiver has all of it. The guest is handed over if CMD
+    /// succeeds within 90 seconds, and runs on here if it fails or takes longer.
+    #[arg(long, value_name = "CMD", requires = "live")]
+    pub(crate) pause_before_switchover: Option<String>,
     /// Device state that CMD of --on-pause has written when it ends; it goes with the memory.
     #[arg(long, value_name = "FILE", requires = "live")]
     pub(crate) state: Option<PathBuf>,
@@ -262,10 +285,10 @@ pub(crate) struct Live {
     /// Rounds at most before the last.
     #[arg(long, value_name = "N", default_value_t = 30, requires = "live", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
-    /// What to do when the guest cannot be stopped for as short as it should.
-    #[arg(long, value_enum, default_value_t = AtLimit::Cancel, requires = "live")]
+    /// What to do when the guest writes too fast to be stopped for as short as it should, or --rounds are over.
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = AtLimit::Cancel, requires = "live")]
     pub(crate) at_limit: AtLimit,
-    /// How long a receiver that does not answer is asked where the guest is, in seconds.
+    /// How long a receiver that does not answer is asked where the guest is, in seconds; then it is in doubt.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds, requires = "live")]
     pub(crate) patience: Duration,
     /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
@@ -298,7 +321,7 @@ pub(crate) enum AtLimit {
 #[command(next_help_heading = "Guests that run")]
 pub(crate) struct Take {
     /// Take guests over, and start each by CMD when it is this host's: PAGEWIRE_NAME, PAGEWIRE_IMAGE, PAGEWIRE_STATE
-    /// (its device state) and PAGEWIRE_EPOCH tell which.
+    /// (its device state) and PAGEWIRE_EPOCH tell which. CMD has 10 seconds; what it leaves in the background goes on.
     #[arg(long, value_name = "CMD")]
     pub(crate) on_start: Option<String>,
     /// Take guests over, and leave it to somebody else to start them.

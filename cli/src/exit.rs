@@ -1,6 +1,7 @@
 //! Exit codes by where the guest is, and errors as people read them.
 
-use pagewire::{Error, GuestAt, chain};
+use crate::show::warn;
+use pagewire::{Error, GuestAt, JournalError, chain};
 use std::process::ExitCode;
 
 /// The guest is where it was.
@@ -24,25 +25,39 @@ pub(crate) fn code(error: &Error) -> ExitCode {
 
 /// Prints a failed transfer and where the guest is.
 pub(crate) fn explain_transfer(error: &Error) -> ExitCode {
-    eprintln!("pagewire: {}", chain(error));
+    warn(&chain(error));
     if error.guest_at == GuestAt::InDoubt {
-        eprintln!(
-            "pagewire: the guest is in doubt: keep it paused here; `pagewire status` shows the hand-over, and `pagewire \
-             resolve` ends the doubt when you know where it is"
+        warn(
+            "the guest is in doubt: keep it paused here; `pagewire status` shows the hand-over, and `pagewire resolve` \
+             ends the doubt when you know where it is",
         );
     } else if error.guest_at == GuestAt::Receiver {
-        eprintln!("pagewire: the guest is at the receiver and must not run here");
+        warn("the guest is at the receiver and must not run here");
     } else if !error.kind.is_usage() {
-        eprintln!(
-            "pagewire: the guest is at the {}; what has arrived is kept and resumed by the next attempt",
+        warn(&format!(
+            "the guest is at the {}; what has arrived is kept and resumed by the next attempt",
             error.guest_at.name()
-        );
+        ));
     }
     code(error)
 }
 
 /// Prints any other error with its causes.
 pub(crate) fn explain(error: &anyhow::Error) -> ExitCode {
-    eprintln!("pagewire: {error:#}");
-    ExitCode::from(error.downcast_ref::<Error>().filter(|error| error.kind.is_usage()).map_or(FAILED, |_| USAGE))
+    warn(&format!("{error:#}"));
+    ExitCode::from(if is_usage(error) { USAGE } else { FAILED })
+}
+
+/// Prints an error from before anything was connected to send a guest.
+pub(crate) fn explain_untouched(error: &anyhow::Error) -> ExitCode {
+    let code = explain(error);
+    warn("the guest is where it was: nothing was paused, and nothing sent");
+    code
+}
+
+/// Whether another command line would have helped.
+fn is_usage(error: &anyhow::Error) -> bool {
+    let of_journal = |error: &JournalError| matches!(error, JournalError::Refused { .. } | JournalError::NoHome);
+    error.downcast_ref::<Error>().is_some_and(|error| error.kind.is_usage())
+        || error.downcast_ref::<JournalError>().is_some_and(of_journal)
 }

@@ -1,30 +1,30 @@
 //! Guests that run, driven by commands: how a script stops one, lets it run on, and starts it.
 //!
-//! A command runs under `sh -c`; what it prints goes to standard error. It has a time limit and ends with its whole
-//! process group, so one that hangs holds up no hand-over for ever. `PAGEWIRE_NAME`, and where there is one
-//! `PAGEWIRE_STATE` and `PAGEWIRE_EPOCH`, tell it what it is about.
+//! `PAGEWIRE_NAME`, and where there is one `PAGEWIRE_STATE`, `PAGEWIRE_EPOCH` and `PAGEWIRE_THROTTLE`, tell a command what
+//! it is about.
 
 use crate::args::{AtLimit, Live, Take};
+use crate::command::run;
+use crate::throttle::Throttle;
 use anyhow::{Context, Result};
 use pagewire::{
-    Arbiter, Blobs, GuestHooks, GuestStarter, ImageName, Journal, Lease, LiveOptions, Started, TakeOptions,
-    device_state_name,
+    Arbiter, Blobs, CancellationToken, GuestHooks, GuestStarter, ImageName, Journal, Lease, LiveOptions, Operator,
+    Started, TakeOptions, device_state_name,
 };
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The longest a command may take.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// A start is waited for only as long as its sender surely waits for the answer.
 const START_MAX: Duration = Duration::from_secs(10);
+/// Whoever embeds the session waits for less.
+const APPROVAL_MAX: Duration = Duration::from_secs(600);
 /// The folder of device states, in the folder of images. No image is called so: a name that begins with a dot can be, but
 /// a folder is never replaced by one.
 const STATES: &str = ".device-states";
@@ -54,11 +54,18 @@ pub(crate) fn live(args: &Live, name: &ImageName) -> Result<(LiveOptions, Box<dy
         AtLimit::Cancel => pagewire::AtLimit::Cancel,
         AtLimit::Force => pagewire::AtLimit::Force,
     };
+    let mut about = vec![("PAGEWIRE_NAME", name.to_string())];
+    about.extend(args.state.iter().map(|state| ("PAGEWIRE_STATE", state.display().to_string())));
+    options.pause_before_switchover = args
+        .pause_before_switchover
+        .clone()
+        .map(|command| Arc::new(Approval { command, about: about.clone() }) as Arc<dyn Operator>);
     let commands = Commands {
-        name: name.clone(),
         on_pause: args.on_pause.clone().unwrap_or_default(),
         on_resume: args.on_resume.clone(),
+        throttle: args.on_throttle.clone().map(|command| Throttle::new(command, about.clone())),
         state: args.state.clone(),
+        about,
     };
     Ok((options, Box::new(commands)))
 }
@@ -72,47 +79,18 @@ pub(crate) fn take(args: &Take, images: PathBuf, is_folder: bool) -> Result<Opti
     Ok(Some(TakeOptions { journal: journal(args.journal.as_deref())?, lease: arbiter(args.lease.as_deref()), starter }))
 }
 
-/// Runs a command; it must succeed within `limit`.
-fn run(command: &str, about: &[(&str, String)], limit: Duration) -> Result<(), String> {
-    let stderr = std::io::stderr().as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
-    let mut child = Command::new("sh");
-    child.arg("-c").arg(command).stdin(Stdio::null()).stdout(stderr).process_group(0);
-    child.envs(about.iter().map(|(key, value)| (*key, value.as_str())));
-    let mut child = child.spawn().map_err(|error| format!("{command}: {error}"))?;
-    let group = rustix::process::Pid::from_child(&child);
-    let (told, ended) = mpsc::channel();
-    std::thread::spawn(move || told.send(child.wait()));
-    match ended.recv_timeout(limit) {
-        Ok(Ok(status)) if status.success() => Ok(()),
-        Ok(Ok(status)) => Err(format!("{command}: {status}")),
-        Ok(Err(error)) => Err(format!("{command}: {error}")),
-        Err(_) => {
-            // What it started goes with it.
-            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
-            Err(format!("{command}: not done after {} s", limit.as_secs()))
-        }
-    }
-}
-
 /// A guest at the sender.
 struct Commands {
-    name: ImageName,
     on_pause: String,
     on_resume: Option<String>,
+    throttle: Option<Throttle>,
     state: Option<PathBuf>,
-}
-
-impl Commands {
-    fn about(&self) -> Vec<(&'static str, String)> {
-        let mut about = vec![("PAGEWIRE_NAME", self.name.to_string())];
-        about.extend(self.state.iter().map(|state| ("PAGEWIRE_STATE", state.display().to_string())));
-        about
-    }
+    about: Vec<(&'static str, String)>,
 }
 
 impl GuestHooks for Commands {
     fn pause(&mut self) -> Result<Blobs, String> {
-        run(&self.on_pause, &self.about(), PAUSE_MAX)?;
+        run(&self.on_pause, &self.about, PAUSE_MAX, None)?;
         let mut blobs = Blobs::new();
         let (Some(path), Some(name)) = (&self.state, device_state_name()) else { return Ok(blobs) };
         let failed = |error: std::io::Error| format!("--state {}: {error}", path.display());
@@ -126,7 +104,29 @@ impl GuestHooks for Commands {
         let Some(command) = &self.on_resume else {
             return Err("no --on-resume was given: let it run yourself".to_owned());
         };
-        run(command, &self.about(), PAUSE_MAX)
+        run(command, &self.about, PAUSE_MAX, None)
+    }
+
+    fn throttles(&self) -> bool {
+        self.throttle.is_some()
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), String> {
+        self.throttle.as_mut().map_or(Ok(()), |throttle| throttle.set(percent))
+    }
+}
+
+/// A command that has the last word.
+#[derive(Debug)]
+struct Approval {
+    command: String,
+    about: Vec<(&'static str, String)>,
+}
+
+impl Operator for Approval {
+    fn approve(&self, over: &CancellationToken) -> Result<(), String> {
+        let said = run(&self.command, &self.about, APPROVAL_MAX, Some(over));
+        said.map_err(|why| format!("--pause-before-switchover: {why}"))
     }
 }
 
@@ -188,7 +188,7 @@ impl GuestStarter for Starter {
         ];
         let state = self.state(started.name);
         about.extend(state.exists().then(|| ("PAGEWIRE_STATE", state.display().to_string())));
-        run(command, &about, START_MAX)
+        run(command, &about, START_MAX, None)
     }
 }
 

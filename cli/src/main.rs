@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod command;
 mod demo;
 mod exit;
 mod live;
@@ -12,6 +13,7 @@ mod show;
 mod signals;
 mod status;
 mod store;
+mod throttle;
 mod verbs;
 
 use clap::Parser;

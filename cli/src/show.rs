@@ -2,10 +2,9 @@
 
 use crate::args::Output;
 use crate::plot;
-use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
-use pagewire::{Event, Observer, Outcome, Report, Role};
+use pagewire::{Event, Observer, Outcome, Phase, Report, Role};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -26,11 +25,12 @@ impl Show {
         Self { bar, json }
     }
 
-    /// Takes the bar away.
-    pub(crate) fn end(&self) {
+    /// Takes the bar away; says whether there was one.
+    pub(crate) fn end(&self) -> bool {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+        self.bar.is_some()
     }
 }
 
@@ -46,7 +46,57 @@ impl Observer for Show {
                 bar.set_position(pages.saturating_mul(4096));
                 bar.set_message(format!("{} on the wire", size(sent_bytes.saturating_add(*received_bytes))));
             }
+            Event::Phase { .. } | Event::Round { .. } | Event::Decision(_) => {}
         }
+        if let Some(line) = line(event) {
+            bar.println(line);
+        }
+    }
+}
+
+/// What stays on a terminal of an event: all but how far it is.
+fn line(event: &Event) -> Option<String> {
+    Some(match event {
+        Event::Started { .. } | Event::Progress { .. } => return None,
+        Event::Phase { seconds, phase } => format!("{seconds:9.3} s  {}", phase_line(*phase)),
+        Event::Decision(decision) => format!("{:9.3} s  {}", decision.seconds, decision.what),
+        Event::Round { number, round } => {
+            let predicted = round.predicted_downtime_seconds;
+            let predicted =
+                predicted.map_or(String::new(), |seconds| format!(", downtime now: {:.1} ms", seconds * 1e3));
+            format!(
+                "   round {number}: {} of {} pages sent, {} in {:.3} s; {:.0} change a second, the link carries {}/s{predicted}",
+                round.pages,
+                round.looked_at,
+                size(round.bytes),
+                round.seconds,
+                round.dirty_rate,
+                rate(round.rate),
+            )
+        }
+    })
+}
+
+/// Bytes a second as people read them.
+fn rate(bytes: f64) -> String {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a float cast saturates")]
+    size(bytes as u64)
+}
+
+fn phase_line(phase: Phase) -> String {
+    match phase {
+        Phase::Sending => "the receiver is there: pages go".to_owned(),
+        Phase::Throttled { percent: 0 } => "the guest is let run at its full speed".to_owned(),
+        Phase::Throttled { percent } => format!("the guest is slowed down by {percent} %"),
+        Phase::Pausing => "the guest is being paused".to_owned(),
+        Phase::Paused => "the guest stands still: the last round goes".to_owned(),
+        Phase::Offered => "all of it was sent".to_owned(),
+        Phase::Ready => "the receiver has all of it, verified and synced".to_owned(),
+        Phase::Waiting => "--pause-before-switchover is asked whether to go on".to_owned(),
+        Phase::Handed => "handed over: the receiver may start it".to_owned(),
+        Phase::Started => "the guest is the receiver's".to_owned(),
+        Phase::Stays => "the guest stays here, and was told to run on".to_owned(),
+        Phase::InDoubt => "the receiver does not answer: it is asked where the guest is".to_owned(),
     }
 }
 
@@ -73,21 +123,30 @@ pub(crate) fn size(bytes: u64) -> String {
     ByteSize(bytes).display().iec().to_string()
 }
 
-/// Prints the end of a transfer and writes its report where that was asked for.
-pub(crate) fn finish(outcome: &Outcome, output: &Output) -> Result<()> {
+/// One line for people; nobody needs to read it.
+pub(crate) fn warn(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "pagewire: {line}");
+}
+
+/// Prints the end of a transfer and writes its report where that was asked for. The guest is where it is: what cannot be
+/// written is a warning, and changes no exit code.
+///
+/// `seen` says that whoever reads it has seen what was decided as it was.
+pub(crate) fn finish(outcome: &Outcome, output: &Output, seen: bool) {
     if let Some(path) = &output.report {
-        let text = serde_json::to_string_pretty(&outcome.report)?;
-        std::fs::write(path, text + "\n").with_context(|| format!("report {}", path.display()))?;
+        let text = serde_json::to_string_pretty(&outcome.report).map_err(std::io::Error::from);
+        if let Err(error) = text.and_then(|text| std::fs::write(path, text + "\n")) {
+            warn(&format!("warning: --report {}: {error}", path.display()));
+        }
     }
     for warning in &outcome.report.warnings {
-        eprintln!("pagewire: warning: {warning}");
+        warn(&format!("warning: {warning}"));
     }
     if output.json {
         print_json(&json!({"event": "finished", "report": outcome.report}));
     } else if outcome.error.is_none() {
-        print!("{}", summary(&outcome.report));
+        let _ = write!(std::io::stdout().lock(), "{}", summary(&outcome.report, seen));
     }
-    Ok(())
 }
 
 /// Draws the rounds where that was asked for. The guest is where it is: a drawing that fails is no failure of its move.
@@ -95,12 +154,12 @@ pub(crate) fn draw(report: &Report, path: Option<&Path>) {
     if let Some(path) = path
         && let Err(error) = std::fs::write(path, plot::svg(report))
     {
-        eprintln!("pagewire: warning: --plot {}: {error}", path.display());
+        warn(&format!("warning: --plot {}: {error}", path.display()));
     }
 }
 
 /// A report in a few lines.
-pub(crate) fn summary(report: &Report) -> String {
+fn summary(report: &Report, seen: bool) -> String {
     let Report { pages, wire, .. } = report;
     let verb = if report.role == Role::Sender { "sent" } else { "received" };
     let travelled = wire.sent_bytes.saturating_add(wire.received_bytes);
@@ -128,8 +187,43 @@ pub(crate) fn summary(report: &Report) -> String {
     if report.reuse.unkept > 0 {
         text += &format!("{} pages had changed before they could be kept, and were left out\n", report.reuse.unkept);
     }
-    for decision in report.decisions.iter().skip(1) {
+    if report.downtime_seconds > 0.0 {
+        text += &format!("the guest stood still for {:.1} ms\n", report.downtime_seconds * 1e3);
+    }
+    for decision in report.decisions.iter().skip(1).filter(|_| !seen) {
         text += &format!("  at {:.3} s: {}\n", decision.seconds, decision.what);
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pagewire::{Decision, Round};
+
+    #[test]
+    fn a_terminal_keeps_a_line_of_all_but_how_far_it_is() {
+        let progress = Event::Progress { pages: 1, pages_total: 2, sent_bytes: 3, received_bytes: 4 };
+        assert_eq!(line(&progress), None);
+        let decision = Decision { seconds: 0.25, what: "after round 1: switch over".to_owned() };
+        assert_eq!(line(&Event::Decision(decision)).unwrap(), "    0.250 s  after round 1: switch over");
+        let phase = Event::Phase { seconds: 12.0, phase: Phase::Throttled { percent: 30 } };
+        assert_eq!(line(&phase).unwrap(), "   12.000 s  the guest is slowed down by 30 %");
+        let round = Round {
+            pages: 40,
+            bytes: 163_840,
+            seconds: 0.5,
+            dirty_rate: 80.4,
+            looked_at: 50,
+            dirty: 20,
+            rate: 1024.0 * 1024.0,
+            predicted_downtime_seconds: Some(0.0123),
+        };
+        let told = line(&Event::Round { number: 2, round }).unwrap();
+        for figure in ["round 2: 40 of 50", "160.0 KiB in 0.500 s", "80 change", "1.0 MiB/s", "12.3 ms"] {
+            assert!(told.contains(figure), "{figure}: {told}");
+        }
+        let last = Round { predicted_downtime_seconds: None, ..round };
+        assert!(!line(&Event::Round { number: 3, round: last }).unwrap().contains("downtime"));
+    }
 }

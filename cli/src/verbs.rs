@@ -1,7 +1,7 @@
 //! What each verb does: options from the command line to the facade, outcomes to exit codes.
 
 use crate::args::{Args, Copy, Inspect, Keep, Keeping, Receive, Send, Transfer, Verb};
-use crate::show::{Show, draw, finish, print_json, size};
+use crate::show::{Show, draw, finish, print_json, size, warn};
 use crate::{demo, exit, live, resolve, signals, status, store};
 use anyhow::{Context, Result, bail};
 use pagewire::store::{Store, StoreError, StoreOptions};
@@ -65,8 +65,8 @@ fn copy(args: &Copy) -> Result<ExitCode> {
     let options = CopyOptions { send: send_options(&args.transfer)?, inplace: args.inplace };
     let mut show = Show::new(args.output.json);
     let outcome = pagewire::copy(&args.source, &args.destination, &options, &mut show);
-    show.end();
-    finish(&outcome, &args.output)?;
+    let seen = show.end();
+    finish(&outcome, &args.output, seen);
     Ok(end(&outcome))
 }
 
@@ -89,14 +89,17 @@ fn send(args: &Send) -> Result<ExitCode> {
     };
     let mut show = Show::new(args.output.json);
     let outcome = if args.live.live {
-        let (live, hooks) = live::live(&args.live, &args.name)?;
+        let (live, hooks) = match live::live(&args.live, &args.name) {
+            Ok(live) => live,
+            Err(error) => return Ok(exit::explain_untouched(&error)),
+        };
         pagewire::send_live(&args.source, &args.name, &args.to, &options, (&live, hooks), &mut show)
     } else {
         pagewire::send(&args.source, &args.name, &args.to, &options, &mut show)
     };
-    show.end();
+    let seen = show.end();
     draw(&outcome.report, args.live.plot.as_deref());
-    finish(&outcome, &args.output)?;
+    finish(&outcome, &args.output, seen);
     Ok(end(&outcome))
 }
 
@@ -172,20 +175,15 @@ fn tell(event: &ServerEvent<'_>, output: &crate::args::Output) -> Option<ExitCod
             print_json(&json!({"session": session, "progress": event}));
         }
         ServerEvent::Ended { session, outcome } => {
-            if let Err(error) = finish(outcome, output) {
-                eprintln!("pagewire: session {session}: {error:#}");
-            }
+            finish(outcome, output, false);
             if let Some(error) = &outcome.error {
                 let name = &outcome.report.name;
-                eprintln!(
-                    "pagewire: session {session}{}{name}: {}",
-                    if name.is_empty() { "" } else { ", image " },
-                    pagewire::chain(error)
-                );
+                let image = if name.is_empty() { "" } else { ", image " };
+                warn(&format!("session {session}{image}{name}: {}", pagewire::chain(error)));
             }
             return Some(outcome.error.as_ref().map_or(ExitCode::SUCCESS, exit::code));
         }
-        ServerEvent::Stranger { peer, why } => eprintln!("pagewire: {peer}: {why}"),
+        ServerEvent::Stranger { peer, why } => warn(&format!("{peer}: {why}")),
         ServerEvent::Connected { .. } | ServerEvent::Progress { .. } | ServerEvent::Arrived { .. } => {}
     }
     None

@@ -14,7 +14,12 @@ fn shows_the_table_with_nothing_prepared() {
     assert!(output.status.success(), "{progress}");
     let rows: Vec<Vec<&str>> = said.lines().map(|line| line.split_whitespace().collect()).collect();
     for guests in ["5", "10", "15"] {
-        assert!(rows.iter().any(|row| row.first() == Some(&guests) && row.len() > 10), "{said}");
+        // What moved, and how they ran meanwhile.
+        let of_these = rows.iter().filter(|row| row.first() == Some(&guests));
+        assert_eq!(of_these.filter(|row| row.len() > 10).count(), 2, "{said}");
+    }
+    for heading in ["rounds", "changed", "downtime"] {
+        assert!(said.lines().any(|line| line.contains(heading)), "{said}");
     }
     assert!(said.contains("compared page by page after each leg: equal"), "{said}");
     assert!(progress.contains("scale 0.01") && progress.contains("row 3 of 3, 15 guests: all move back"), "{progress}");
@@ -43,6 +48,15 @@ fn tells_all_figures_as_one_json_object_and_leaves_nothing_behind() {
             assert!((percent - share).abs() < 4.0, "{of}: {row}");
         }
         assert!(count("/memory_peak_bytes") > 0 && row["out"]["seconds"].as_f64().unwrap() > 0.0);
+        for leg in ["out", "back"] {
+            let leg = &row[leg];
+            let rounds = (leg["rounds_min"].as_u64().unwrap(), leg["rounds_max"].as_u64().unwrap());
+            assert!(2 <= rounds.0 && rounds.0 <= rounds.1, "they moved while they ran: {leg}");
+            let (downtime, all) = (leg["downtime_seconds_max"].as_f64().unwrap(), leg["seconds"].as_f64().unwrap());
+            assert!(0.0 < downtime && downtime < all, "{leg}");
+            assert!(leg["dirty_pages_a_second"].as_f64().unwrap() >= 0.0, "{leg}");
+            assert!(leg["pages_rewritten"].as_u64().unwrap() > 0, "they wrote before they were paused: {leg}");
+        }
     }
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }

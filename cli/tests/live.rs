@@ -209,5 +209,7 @@ fn usage_is_checked_before_anything_is_touched() {
     let journal: &Path = open.path();
     let journal = journal.to_str().unwrap();
     let output = pagewire(&[&send[..], &["--live", "--on-pause", "true", "--journal", journal]].concat());
-    assert!(text(&output.stderr).contains("--journal"), "{}", text(&output.stderr));
+    let said = text(&output.stderr);
+    assert!(said.contains("--journal") && said.contains("the guest is where it was"), "{said}");
+    assert_eq!(output.status.code(), Some(2), "{said}");
 }

@@ -77,8 +77,10 @@ pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};
 pub use journal::{GuestJournal, GuestStatus, Journal, JournalError};
 pub use lease::Lease;
-pub use live::{Arbiter, GuestHooks, GuestStarter, LiveOptions, Started, TakeOptions, device_state_name, milliseconds};
-pub use observe::{Event, NoObserver, Observer};
+pub use live::{
+    Arbiter, GuestHooks, GuestStarter, LiveOptions, Operator, Started, TakeOptions, device_state_name, milliseconds,
+};
+pub use observe::{Event, NoObserver, Observer, Phase};
 pub use pagewire_protocol::bitmap::PageBitmap;
 pub use pagewire_protocol::blobs::{BlobError, Blobs, NamedBlob};
 pub use pagewire_protocol::digest::Digest;

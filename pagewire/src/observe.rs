@@ -1,5 +1,7 @@
 //! What a transfer tells while it runs.
 
+use crate::report::{Decision, Round};
+use pagewire_sender::driver::{LivePhase, Notice};
 use pagewire_transport::Progress;
 use serde::Serialize;
 
@@ -25,6 +27,83 @@ pub enum Event {
         /// Bytes read from it.
         received_bytes: u64,
     },
+    /// It has come to here.
+    Phase {
+        /// When, from the start.
+        seconds: f64,
+        /// To where.
+        #[serde(flatten)]
+        phase: Phase,
+    },
+    /// A round of a guest that runs has ended.
+    Round {
+        /// Counted from 0; the last has the highest.
+        number: u32,
+        /// What it did.
+        #[serde(flatten)]
+        round: Round,
+    },
+    /// Something was decided.
+    Decision(Decision),
+}
+
+/// How far a transfer is, at the sender. All but [`Sending`](Self::Sending) are of a guest that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "phase", rename_all = "snake_case")]
+pub enum Phase {
+    /// The receiver has taken it on, and pages go.
+    Sending,
+    /// The guest is slowed down.
+    Throttled {
+        /// By so many per cent; 0 is full speed.
+        percent: u8,
+    },
+    /// The guest is being paused.
+    Pausing,
+    /// It stands still, and the last round goes.
+    Paused,
+    /// All of it was stated; the receiver verifies it and makes it last.
+    Offered,
+    /// The receiver has all of it.
+    Ready,
+    /// The word of [`LiveOptions::pause_before_switchover`](crate::LiveOptions::pause_before_switchover) is awaited.
+    Waiting,
+    /// It is handed over, and nobody knows more until the receiver answers.
+    Handed,
+    /// It is the receiver's.
+    Started,
+    /// It stays here, and was told to run on.
+    Stays,
+    /// The receiver does not answer, and is asked again and again.
+    InDoubt,
+}
+
+impl From<LivePhase> for Phase {
+    fn from(phase: LivePhase) -> Self {
+        match phase {
+            LivePhase::Sending => Self::Sending,
+            LivePhase::Throttled(percent) => Self::Throttled { percent },
+            LivePhase::Pausing => Self::Pausing,
+            LivePhase::Paused => Self::Paused,
+            LivePhase::Offered => Self::Offered,
+            LivePhase::Ready => Self::Ready,
+            LivePhase::Waiting => Self::Waiting,
+            LivePhase::Handed => Self::Handed,
+            LivePhase::Started => Self::Started,
+            LivePhase::Stays => Self::Stays,
+        }
+    }
+}
+
+impl From<Notice> for Event {
+    fn from(notice: Notice) -> Self {
+        match notice {
+            Notice::Progress(progress) => progress.into(),
+            Notice::Round(round) => Self::Round { number: round.number, round: (&round).into() },
+            Notice::Decision(decision) => Self::Decision((&decision).into()),
+            Notice::Phase(at, phase) => Self::Phase { seconds: at.as_nanos() as f64 / 1e9, phase: phase.into() },
+        }
+    }
 }
 
 impl From<Progress> for Event {

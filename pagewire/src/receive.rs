@@ -189,6 +189,8 @@ impl Server {
                     threads.extend(std::thread::Builder::new().name(name).spawn(welcome));
                 }
                 Ok(None) => {}
+                // A signal: what it asks for is in the token.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     tell(ServerEvent::Stranger { peer: "?", why: &chain(&error) });
                     std::thread::sleep(PATIENCE);

@@ -155,6 +155,12 @@ pub struct Decision {
     pub what: String,
 }
 
+impl From<&pagewire_sender::Decision> for Decision {
+    fn from(decision: &pagewire_sender::Decision) -> Self {
+        Self { seconds: decision.at.as_nanos() as f64 / 1e9, what: decision.what.clone() }
+    }
+}
+
 /// What a transfer did.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {

@@ -9,8 +9,8 @@ use crate::reuse::{Departure, Reuse, keep_departed};
 use crate::trace::Recording;
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::page::{InstallSize, Layout};
-use pagewire_sender::driver::{Cargo, GuestControl, Route, Stop, Summary};
-use pagewire_sender::memory::FileMemory;
+use pagewire_sender::driver::{Cargo, GuestControl, Notice, Route, Stop, Summary};
+use pagewire_sender::memory::{BitmapMemory, FileMemory};
 use pagewire_sender::{GuestMemory, SenderConfig, Trace};
 use pagewire_transport::{Address, CancellationToken, Progress};
 use std::io;
@@ -109,8 +109,7 @@ fn unreadable(source: &Path, error: io::Error, name: &ImageName) -> Outcome {
 
 /// Sends a guest that runs, whose memory is the file `source` that something keeps writing to, and hands it over.
 ///
-/// Nobody tells which pages change, so each round reads all of the file again; with a dirty bitmap
-/// [`send_live_memory`] need not. Blocks until the guest is the receiver's, or it failed; the report and the error say
+/// Unless [`LiveOptions::writes`] tells which pages change, each round reads all of the file again. Blocks until the guest is the receiver's, or it failed; the report and the error say
 /// where the guest is then.
 pub fn send_live(
     source: &Path,
@@ -120,11 +119,16 @@ pub fn send_live(
     (live, hooks): (&LiveOptions, Box<dyn GuestHooks>),
     observer: &mut dyn Observer,
 ) -> Outcome {
-    match FileMemory::open_live(source, options.install_size) {
-        Ok(memory) => {
-            let source = Some(source);
-            send_from(Sent { memory, source, guest: Some((live, hooks)) }, name, to, options, observer)
-        }
+    let (path, guest) = (Some(source), Some((live, hooks)));
+    let memory = FileMemory::open_live(source, options.install_size);
+    let Some(writes) = &live.writes else {
+        return match memory {
+            Ok(memory) => send_from(Sent { memory, source: path, guest }, name, to, options, observer),
+            Err(error) => unreadable(source, error, name),
+        };
+    };
+    match memory.and_then(|memory| BitmapMemory::with(memory, writes.clone())) {
+        Ok(memory) => send_from(Sent { memory, source: path, guest }, name, to, options, observer),
         Err(error) => unreadable(source, error, name),
     }
 }
@@ -221,14 +225,17 @@ pub(crate) fn run<M: GuestMemory>(
     let (recording, trace) = record(live, memory.layout(), &mut report).unzip();
     let control = giving.clone().map(|giving| Box::new(giving) as Box<dyn GuestControl>);
     let (summary, result) =
-        pagewire_sender::driver::send(Cargo { memory, bases, control, trace }, config, route, &stop, |progress| {
-            observer.event(&Progress { pages_total, ..progress }.into());
+        pagewire_sender::driver::send(Cargo { memory, bases, control, trace }, config, route, &stop, |notice| {
+            observer.event(&match notice {
+                Notice::Progress(progress) => Progress { pages_total, ..progress }.into(),
+                notice => notice.into(),
+            });
         });
     fill(&mut report, &summary, live.is_some());
     let error = match (giving, live) {
         (Some(giving), Some(live)) => {
             let result = result.map_err(|error| error.kind);
-            giving.end(result, (to.as_ref(), live), session, &mut report)
+            giving.end(result, (to.as_ref(), live), session, (&mut report, observer))
         }
         _ => result.err().map(Error::from),
     };
@@ -260,9 +267,5 @@ fn fill(report: &mut Report, summary: &Summary, runs: bool) {
     } else {
         summary.rounds.iter().map(Round::from).collect()
     };
-    let decision = |decision: &pagewire_sender::Decision| Decision {
-        seconds: decision.at.as_nanos() as f64 / 1e9,
-        what: decision.what.clone(),
-    };
-    report.decisions = summary.decisions.iter().map(decision).collect();
+    report.decisions = summary.decisions.iter().map(Decision::from).collect();
 }

@@ -207,22 +207,24 @@ impl<M: GuestMemory> Sending<M> {
         let (verdict, decision) = rounds.judge(&self.lanes, bytes_a_page, now);
         self.decisions.push(decision);
         match verdict {
-            Verdict::Again => rounds.start_clock(&self.lanes, now),
+            Verdict::Again => {
+                rounds.start_clock(&self.lanes, now);
+                Ok(Step::Judged)
+            }
             Verdict::Throttle(percent) => {
                 rounds.start_clock(&self.lanes, now);
-                return Ok(Step::Throttle(percent));
+                Ok(Step::Throttle(percent))
             }
-            Verdict::SwitchOver | Verdict::Force(_) => return Ok(Step::Pause),
+            Verdict::SwitchOver | Verdict::Force(_) => Ok(Step::Pause),
             Verdict::PostCopy(_) if self.post_copy => {
                 rounds.leave();
-                return Ok(Step::Pause);
+                Ok(Step::Pause)
             }
             Verdict::GiveUp(reason) | Verdict::PostCopy(reason) => {
                 let dirty_rate = rounds.reports().last().map_or(0.0, |round| round.dirty_rate);
-                return Err(ErrorKind::NotConverging { reason, dirty_rate });
+                Err(ErrorKind::NotConverging { reason, dirty_rate })
             }
         }
-        Ok(Step::Did)
     }
 
     /// The guest stands still: what was written last, and what waited, is sent now, and `blobs` with it.

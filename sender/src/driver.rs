@@ -22,10 +22,12 @@ use std::time::{Duration, Instant};
 
 mod control;
 mod fill;
+mod notice;
 
 use control::Controlled;
-pub use control::{Action, GuestControl};
+pub use control::{Action, Approval, GuestControl};
 pub use fill::{FillSummary, fill};
+pub use notice::{LivePhase, Notice};
 
 /// What a session did, however it ended.
 #[derive(Debug, Default)]
@@ -104,7 +106,7 @@ pub fn send<M: GuestMemory>(
     config: SenderConfig,
     route: Route,
     stop: &Stop,
-    mut observe: impl FnMut(Progress),
+    mut observe: impl FnMut(Notice),
 ) -> (Summary, Result<(), SenderError>, Option<Remainder<M>>) {
     let (mut summary, mut left) = (Summary::default(), None);
     let session = drive(cargo, config, route, stop, &mut observe, (&mut summary, &mut left));
@@ -121,7 +123,7 @@ async fn drive<M: GuestMemory>(
     config: SenderConfig,
     route: Route,
     stop: &Stop,
-    observe: &mut impl FnMut(Progress),
+    observe: &mut impl FnMut(Notice),
     (summary, left): (&mut Summary, &mut Option<Remainder<M>>),
 ) -> Result<(), ErrorKind> {
     let start = Instant::now();
@@ -143,6 +145,7 @@ async fn drive<M: GuestMemory>(
     let mut stopped = false;
     let mut stopping = std::pin::pin!(stop.wait());
     let result = loop {
+        guest.told.tell(&mut pump, observe);
         let event = tokio::select! {
             biased;
             kind = &mut stopping, if !stopped => {
@@ -155,22 +158,23 @@ async fn drive<M: GuestMemory>(
                 continue;
             }
             _ = tick.tick() => {
-                observe(progress(&mut pump));
+                observe(Notice::Progress(progress(&mut pump)));
                 continue;
             }
             event = pump.next() => event,
         };
-        match (event, &address) {
-            (Some(Event::Accepted { lanes }), Some(address)) => {
-                let joined = (0..lanes).map(LaneId::bulk).try_for_each(|lane| join(&mut pump, address, lane));
-                joined.unwrap_or_else(|kind| pump.machine().cancel(kind));
-            }
-            (Some(event), _) => guest.handle(event, &mut pump),
-            (None, _) => break pump.machine().outcome(),
+        if let (Some(Event::Accepted { lanes }), Some(address)) = (&event, &address) {
+            let joined = (0..*lanes).map(LaneId::bulk).try_for_each(|lane| join(&mut pump, address, lane));
+            joined.unwrap_or_else(|kind| pump.machine().cancel(kind));
+        }
+        match event {
+            Some(event) => guest.handle(event, &mut pump),
+            None => break pump.machine().outcome(),
         }
     };
     guest.end().await;
-    observe(progress(&mut pump));
+    guest.told.tell(&mut pump, observe);
+    observe(Notice::Progress(progress(&mut pump)));
     summary.rounds = pump.machine().rounds().to_vec();
     summary.hot = pump.machine().hot();
     summary.wire = pump.wire();

@@ -116,6 +116,9 @@ pub enum Event {
         /// Bulk lanes granted.
         lanes: u8,
     },
+    /// A round has ended, and another begins: [`rounds`](SenderEngine::rounds) and [`decisions`](SenderEngine::decisions)
+    /// have more.
+    Judged,
     /// The guest has to stand still: [`SenderEngine::paused`] says that it does.
     Pause,
     /// The guest runs on here, at full speed: it was paused, or may have been.
@@ -558,6 +561,10 @@ impl<M: GuestMemory> Machine for SenderEngine<M> {
         }
         match self.sending.as_mut().map(|sending| sending.step(now)) {
             Some(Ok(Step::Did)) => true,
+            Some(Ok(Step::Judged)) => {
+                self.events.push_back(Event::Judged);
+                true
+            }
             Some(Ok(Step::Pause)) => {
                 self.pausing = true;
                 self.events.push_back(Event::Pause);

@@ -65,6 +65,9 @@ pub enum ErrorKind {
     /// The receiver did not get ready.
     #[error("the receiver was not ready {0:?} after it had been told everything")]
     Late(std::time::Duration),
+    /// Whoever had the last word did not let it go.
+    #[error("the guest was not handed over: {0}")]
+    NotApproved(String),
     /// The receiver has everything and will not start the guest.
     #[error("the receiver rejected the guest")]
     Rejected,
@@ -99,6 +102,7 @@ impl ErrorKind {
             | Self::NoPostCopy
             | Self::Pause(_)
             | Self::Late(_)
+            | Self::NotApproved(_)
             | Self::Rejected
             | Self::InDoubt
             | Self::Split { .. }

@@ -38,6 +38,8 @@ pub(crate) enum Step {
     Did,
     /// It waits for the receiver or the link.
     Waits,
+    /// A round was judged, and the next begins.
+    Judged,
     /// The guest has to stand still now.
     Pause,
     /// The guest has to be slowed down to so many per cent less.

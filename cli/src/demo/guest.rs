@@ -1,7 +1,8 @@
-//! A guest: a file that stands for its memory, and the small key-value workload that writes to it.
+//! A guest's memory: the file that stands for it, what is in its pages, and whether two of them are equal.
 
 use anyhow::{Context, Result, ensure};
 use pagewire::CancellationToken;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -16,6 +17,9 @@ const UNTOUCHED_SHARE: u64 = 16;
 const LIBRARY_SHARE: u64 = 16;
 /// Pages of that library.
 const LIBRARY_PAGES: u64 = 16;
+
+/// Pages that were written, and the number that decides what is in each.
+pub(super) type Written = BTreeMap<u64, u64>;
 
 /// Gives a guest its first memory.
 pub(super) fn create(path: &Path, pages: u64, seed: u64, cancel: &CancellationToken) -> Result<()> {
@@ -38,58 +42,47 @@ pub(super) fn create(path: &Path, pages: u64, seed: u64, cancel: &CancellationTo
     Ok(file.sync_all()?)
 }
 
-/// The guest works for a while: it writes `percent` of its pages in use anew, here and there. Returns how many.
-pub(super) fn work(path: &Path, percent: u64, seed: u64, cancel: &CancellationToken) -> Result<u64> {
-    let file = File::options().write(true).open(path)?;
-    let pages = file.metadata()?.len() / PAGE as u64;
-    let mut rewritten = 0;
-    let mut text = Vec::with_capacity(PAGE);
-    for page in (0..used(pages)).filter(|page| mixed(!seed, *page) % 100 < percent) {
-        ensure!(!cancel.is_cancelled(), "stopped");
-        text.clear();
-        records(mixed(seed, page), &mut text);
-        file.write_all_at(&text, page.saturating_mul(PAGE as u64))?;
-        rewritten += 1;
-    }
-    file.sync_all()?;
-    Ok(rewritten)
-}
-
-/// Compares two images page by page.
+/// Compares two images page by page. Pages of `written` have to be in the right one what was written to them there.
 ///
 /// # Errors
 /// They differ.
-pub(super) fn compare(left: &Path, right: &Path, cancel: &CancellationToken) -> Result<()> {
+pub(super) fn compare(left: &Path, right: &Path, written: &Written, cancel: &CancellationToken) -> Result<()> {
     let open = |path: &Path| File::open(path).with_context(|| path.display().to_string());
     let (mut one, mut other) = (open(left)?, open(right)?);
     let (mut here, mut there) = (Vec::with_capacity(PIECE), Vec::with_capacity(PIECE));
-    let mut first = 0;
+    let (mut first, mut text) = (0, Vec::with_capacity(PAGE));
     loop {
         ensure!(!cancel.is_cancelled(), "stopped");
         here.clear();
         there.clear();
         one.by_ref().take(PIECE as u64).read_to_end(&mut here)?;
         other.by_ref().take(PIECE as u64).read_to_end(&mut there)?;
-        let (here, there) = (here.chunks(PAGE), there.chunks(PAGE));
-        let pages = here.len();
-        ensure!(pages == there.len(), "{} and {} have different lengths", left.display(), right.display());
-        if let Some(page) = here.zip(there).position(|(here, there)| here != there) {
-            let page = page.saturating_add(first);
-            anyhow::bail!("page {page} of {} is not that of {}", right.display(), left.display());
-        }
-        if pages == 0 {
+        ensure!(here.len() == there.len(), "{} and {} have different lengths", left.display(), right.display());
+        if here.is_empty() {
             return Ok(());
         }
-        first = first.saturating_add(pages);
+        for (page, (here, there)) in (first..).zip(here.chunks(PAGE).zip(there.chunks(PAGE))) {
+            let is_equal = match written.get(&page) {
+                None => here == there,
+                Some(content) => {
+                    text.clear();
+                    records(*content, &mut text);
+                    text == there
+                }
+            };
+            ensure!(is_equal, "page {page} of {} is not that of {}", right.display(), left.display());
+        }
+        first = first.saturating_add((here.len() / PAGE) as u64);
     }
 }
 
-fn used(pages: u64) -> u64 {
+/// Pages that are in use, from the first on.
+pub(super) fn used(pages: u64) -> u64 {
     pages - pages / UNTOUCHED_SHARE
 }
 
 /// A number that neighbours say nothing about.
-fn mixed(seed: u64, page: u64) -> u64 {
+pub(super) fn mixed(seed: u64, page: u64) -> u64 {
     let mut state = seed.wrapping_add(page).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     state = (state ^ (state >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -97,7 +90,7 @@ fn mixed(seed: u64, page: u64) -> u64 {
 }
 
 /// Appends a page of records that a content number decides: text that compresses about as memory does.
-fn records(content: u64, page: &mut Vec<u8>) {
+pub(super) fn records(content: u64, page: &mut Vec<u8>) {
     const WORDS: [&[u8; 6]; 8] =
         [b"digest", b"memory", b"guests", b"rounds", b"visits", b"images", b"region", b"switch"];
     const HEX: &[u8; 16] = b"0123456789abcdef";
@@ -124,23 +117,27 @@ mod tests {
     const PAGES: u64 = 1000;
 
     #[test]
-    fn rewrites_the_share_it_is_told_and_a_difference_is_named() {
+    fn a_difference_is_named_and_what_was_written_is_looked_at_too() {
         let dir = tempfile::tempdir().unwrap();
         let (left, right, cancel) = (dir.path().join("left"), dir.path().join("right"), CancellationToken::new());
         create(&left, PAGES, 7, &cancel).unwrap();
         create(&right, PAGES, 7, &cancel).unwrap();
-        compare(&left, &right, &cancel).unwrap();
-        let rewritten = work(&right, 20, 8, &cancel).unwrap();
-        assert!((150..230).contains(&rewritten), "{rewritten}");
-        assert!(compare(&left, &right, &cancel).is_err());
-        std::fs::copy(&left, &right).unwrap();
+        let none = Written::new();
+        compare(&left, &right, &none, &cancel).unwrap();
         let file = File::options().write(true).open(&right).unwrap();
         file.write_all_at(b"!", 700 * PAGE as u64 + 4095).unwrap();
-        let why = compare(&left, &right, &cancel).unwrap_err().to_string();
+        let why = compare(&left, &right, &none, &cancel).unwrap_err().to_string();
         assert!(why.starts_with("page 700 of") && why.contains("right"), "{why}");
+        let written = Written::from([(700, 5)]);
+        assert!(compare(&left, &right, &written, &cancel).is_err(), "that is not what was written");
+        let mut text = Vec::new();
+        records(5, &mut text);
+        file.write_all_at(&text, 700 * PAGE as u64).unwrap();
+        compare(&left, &right, &written, &cancel).unwrap();
+        assert!(compare(&left, &left, &written, &cancel).is_err(), "nor is what was there before");
         std::fs::copy(&left, &right).unwrap();
         file.set_len(PAGES * PAGE as u64 - 1).unwrap();
-        assert!(compare(&left, &right, &cancel).is_err(), "shorter by a byte");
+        assert!(compare(&left, &right, &none, &cancel).is_err(), "shorter by a byte");
     }
 
     #[test]

@@ -1,14 +1,16 @@
-//! `pagewire demo`: 5, 10 and 15 guests move from host A to host B at once, run there, and move back.
+//! `pagewire demo`: 5, 10 and 15 guests that run move from host A to host B at once, are busy there, and move back.
 //!
 //! It repeats, on one machine, the table of the paper that pagewire comes from. The hosts are two folders, each with a
-//! store and a real receiver on loopback TCP; a guest is a file that stands for its memory. After each leg all images
-//! are compared page by page: a difference is a failure of the demo, never a footnote.
+//! store, a journal and a real receiver on loopback TCP; a guest is a thread that writes to a file that stands for its
+//! memory, also while it moves. After each leg all images are compared page by page: a difference is a failure of the
+//! demo, never a footnote.
 
 mod guest;
 mod host;
 mod peak;
 mod place;
 mod row;
+mod running;
 mod table;
 
 use crate::args::Demo;

@@ -7,7 +7,6 @@ use super::{Plan, peak, say};
 use anyhow::{Context, Result, anyhow, ensure};
 use pagewire::{CancellationToken, Pages, Report};
 use serde::Serialize;
-use std::path::Path;
 use std::time::Instant;
 
 /// What one leg took, all guests together.
@@ -19,14 +18,23 @@ pub(super) struct Leg {
     pub(super) pages_travelled: u64,
     /// By the way they were stated.
     pub(super) pages: Pages,
-    /// From the first connection to the last image that is whole and synced under its name.
+    /// From the first connection to the last guest that is started on the other host.
     pub(super) seconds: f64,
     /// Until everything that stays was kept, too.
     pub(super) seconds_until_kept: f64,
+    /// What the guests changed a second while they moved, when that was looked at last before they were paused.
+    pub(super) dirty_pages_a_second: f64,
+    /// Of the guest that had the fewest rounds, the last one counted, and of that which had the most.
+    pub(super) rounds_min: usize,
+    pub(super) rounds_max: usize,
+    /// Of the guest that stood still for the longest, from its pause until it was the other host's.
+    pub(super) downtime_seconds_max: f64,
+    /// Pages that the guests wrote on the host they left.
+    pub(super) pages_rewritten: u64,
 }
 
 impl Leg {
-    fn of(reports: &[Report], seconds_until_kept: f64) -> Self {
+    fn of(reports: &[Report], seconds_until_kept: f64, pages_rewritten: u64) -> Self {
         let sum = |of: fn(&Report) -> u64| reports.iter().map(of).sum();
         let pages = Pages {
             zero: sum(|report| report.pages.zero),
@@ -42,6 +50,15 @@ impl Leg {
             // All begin at once: the slowest is the leg.
             seconds: reports.iter().map(|report| report.seconds).fold(0.0, f64::max),
             seconds_until_kept,
+            dirty_pages_a_second: reports
+                .iter()
+                .filter_map(|report| report.rounds.iter().nth_back(1))
+                .map(|round| round.dirty_rate)
+                .sum(),
+            rounds_min: reports.iter().map(|report| report.rounds.len()).min().unwrap_or(0),
+            rounds_max: reports.iter().map(|report| report.rounds.len()).max().unwrap_or(0),
+            downtime_seconds_max: reports.iter().map(|report| report.downtime_seconds).fold(0.0, f64::max),
+            pages_rewritten,
         }
     }
 }
@@ -52,6 +69,7 @@ pub(super) struct Row {
     pub(super) guests: usize,
     pub(super) memory_bytes: u64,
     pub(super) pages_total: u64,
+    /// Written on host B, each page counted once.
     pub(super) pages_rewritten: u64,
     pub(super) out: Leg,
     pub(super) back: Leg,
@@ -91,21 +109,23 @@ impl<'a> Scene<'a> {
         let seeds: Vec<(&str, u64)> =
             self.guests.iter().map(String::as_str).zip((1..).map(|seed| seed << 40)).collect();
         say(&format!("{title}: they start on A"));
-        at_once(&seeds, |guest, seed| guest::create(&a.image(guest), self.pages, seed, cancel))?;
+        at_once(&seeds, |guest, seed| {
+            guest::create(&a.image(guest), self.pages, seed, cancel)?;
+            a.boot(guest)
+        })?;
         let forgotten = peak::forget();
-        say(&format!("{title}: all move to B at once"));
+        say(&format!("{title}: all move to B at once, and run meanwhile"));
         let out = self.leg(a, b)?;
         say(&format!("{title}: they run on B and write {} % of their pages anew", plan.rewritten_percent));
-        let rewrite = |guest: &str, seed: u64| guest::work(&b.image(guest), plan.rewritten_percent, !seed, cancel);
-        let rewritten = at_once(&seeds, rewrite)?;
-        say(&format!("{title}: all move back to A at once"));
+        at_once(&seeds, |guest, _| b.guest(guest)?.work(plan.rewritten_percent, cancel))?;
+        say(&format!("{title}: all move back to A at once, and run meanwhile"));
         let back = self.leg(b, a)?;
         let pages_total = self.pages.saturating_mul(self.guests.len() as u64);
         Ok(Row {
             guests: plan.guests,
             memory_bytes: pages_total.saturating_mul(PAGE as u64),
             pages_total,
-            pages_rewritten: rewritten.iter().sum(),
+            pages_rewritten: back.pages_rewritten,
             out,
             back,
             memory_peak_bytes: peak::bytes(),
@@ -119,18 +139,16 @@ impl<'a> Scene<'a> {
         let begin = Instant::now();
         let reports = at_once(&guests, |guest, ()| from.send(guest, to, self.cancel))?;
         to.settle(guests.len())?;
-        let leg = Leg::of(&reports, begin.elapsed().as_secs_f64());
-        at_once(&guests, |guest, ()| {
-            let (left, arrived) = (from.image(guest), to.image(guest));
-            guest::compare(&left, &arrived, self.cancel)?;
-            remove(&left)
+        let kept = begin.elapsed().as_secs_f64();
+        let rewritten = at_once(&guests, |guest, ()| {
+            // It stands still on the host that it left, and runs on the other: what it wrote there it knows.
+            to.guest(guest)?.compare(&from.image(guest), self.cancel)?;
+            let rewritten = from.guest(guest)?.rewritten();
+            from.forget(guest)?;
+            Ok(rewritten)
         })?;
-        Ok(leg)
+        Ok(Leg::of(&reports, kept, rewritten.iter().sum()))
     }
-}
-
-fn remove(path: &Path) -> Result<()> {
-    std::fs::remove_file(path).with_context(|| path.display().to_string())
 }
 
 /// Does `work` for every guest at once, each on a thread of its own.

@@ -1,7 +1,7 @@
 //! The table, for people and for programs.
 
 use super::place::Place;
-use super::row::Row;
+use super::row::{Leg, Row};
 use serde_json::{Value, json};
 
 /// In powers of ten, as the paper's table counts.
@@ -17,7 +17,8 @@ fn percent(part: u64, whole: u64) -> f64 {
 /// A column: two lines of heading, and how a row reads.
 type Column = (&'static str, &'static str, fn(&Row) -> String);
 
-const COLUMNS: [Column; 9] = [
+/// What moved.
+const MOVED: [Column; 9] = [
     ("", "guests", |row| row.guests.to_string()),
     ("memory", "in all", |row| megabytes(row.memory_bytes)),
     ("moved", "out", |row| megabytes(row.out.wire_bytes)),
@@ -29,24 +30,47 @@ const COLUMNS: [Column; 9] = [
     ("memory", "peak", |row| row.memory_peak_bytes.map_or_else(|| "?".to_owned(), megabytes)),
 ];
 
-/// The table as people read it.
-pub(super) fn text(rows: &[Row]) -> String {
+/// How the guests ran meanwhile.
+const RAN: [Column; 7] = [
+    ("", "guests", |row| row.guests.to_string()),
+    ("rounds", "out", |row| rounds(&row.out)),
+    ("rounds", "back", |row| rounds(&row.back)),
+    ("changed", "out", |row| format!("{:.0} /s", row.out.dirty_pages_a_second)),
+    ("changed", "back", |row| format!("{:.0} /s", row.back.dirty_pages_a_second)),
+    ("downtime", "out", |row| format!("{:.1} ms", row.out.downtime_seconds_max * 1e3)),
+    ("downtime", "back", |row| format!("{:.1} ms", row.back.downtime_seconds_max * 1e3)),
+];
+
+fn rounds(leg: &Leg) -> String {
+    let Leg { rounds_min, rounds_max, .. } = leg;
+    if rounds_min == rounds_max { rounds_max.to_string() } else { format!("{rounds_min} to {rounds_max}") }
+}
+
+fn table(columns: &[Column], rows: &[Row]) -> String {
     let line = |cell: &dyn Fn(&Column) -> String| {
-        let cells: String = COLUMNS.iter().map(|column| format!("{:>10}", cell(column))).collect();
+        let cells: String = columns.iter().map(|column| format!("{:>10}", cell(column))).collect();
         format!("{}\n", cells.get(2..).unwrap_or_default())
     };
     let mut text = line(&|column| column.0.to_owned()) + &line(&|column| column.1.to_owned());
     for row in rows {
         text += &line(&|column| (column.2)(row));
     }
+    text
+}
+
+/// The table as people read it.
+pub(super) fn text(rows: &[Row]) -> String {
+    let text = table(&MOVED, rows) + "\n" + &table(&RAN, rows);
     let peak = match rows.iter().all(|row| row.memory_peak_is_of_this_row) {
         true => "of this process with both hosts (VmHWM) in that row",
         false => "of this process with both hosts (VmHWM) since it began",
     };
     text + "\nmoved: bytes on the wire, both directions, uncompressed; back/out, pages: those that travelled with bytes\n\
-            time: from connecting to the last image synced under its name; what the stores still keep then is not in it\n"
+            time: from connecting to the last guest started on the other host; what the stores still keep then is not in it\n\
+            rounds: with the last one, for which a guest stands still; changed: pages that all guests write while they move\n\
+            downtime: of the guest that stood still for the longest, until it is the other host's\n"
         + &format!("memory peak: {peak}\n")
-        + "all images were compared page by page after each leg: equal\n"
+        + "all guests' memory was compared page by page after each leg: equal\n"
 }
 
 /// The table with all figures behind it.

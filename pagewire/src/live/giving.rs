@@ -1,10 +1,11 @@
 //! The sender's side: the guest's hooks and its journal behind one control, which outlives the session.
 
-use super::{Arbiter, GuestHooks, LiveOptions, lineage_of};
+use super::{Arbiter, GuestHooks, LiveOptions, Operator, lineage_of};
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::journal::{GuestJournal, Journal};
-use crate::report::Report;
+use crate::observe::{Event, Observer, Phase};
+use crate::report::{Decision, Report};
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::error::{GuestAt, chain};
@@ -25,6 +26,13 @@ struct Holding {
     journal: GuestJournal,
     host: HostId,
     lease: Option<Arc<dyn Arbiter>>,
+    operator: Option<Arc<dyn Operator>>,
+    /// Since when he is asked.
+    asked: Option<Instant>,
+    /// When he said what.
+    word: Option<(Instant, String)>,
+    /// By how many per cent the guest is slowed down.
+    throttled: u8,
     handover: Option<Handover>,
     paused: Option<Instant>,
     downtime: Option<Duration>,
@@ -64,6 +72,10 @@ pub(crate) fn give(
         journal,
         host,
         lease: options.lease.clone(),
+        operator: options.pause_before_switchover.clone(),
+        asked: None,
+        word: None,
+        throttled: 0,
         handover: None,
         paused: None,
         downtime: None,
@@ -95,15 +107,26 @@ impl Giving {
         result: Result<(), Failure>,
         (to, options): (Option<&Address>, &LiveOptions),
         session: [u8; 16],
-        report: &mut Report,
+        (report, observer): (&mut Report, &mut dyn Observer),
     ) -> Option<Error> {
         let mut holding = self.holding();
+        let (began, ended) = (Instant::now(), report.seconds);
+        let mut tell = |phase| {
+            let seconds = ended + began.elapsed().as_secs_f64();
+            observer.event(&Event::Phase { seconds, phase });
+        };
+        if let Some((at, what)) = holding.word.take() {
+            let seconds = (ended - began.saturating_duration_since(at).as_secs_f64()).max(0.0);
+            report.decisions.push(Decision { seconds, what });
+        }
         holding.journal.close(session);
         let mut kind = result.err();
         if kind.is_some() && holding.handover.is_some() && !holding.released {
-            holding.follow_up(Input::Timeout);
-            let until = Instant::now() + options.patience;
-            while holding.guest_at() == GuestAt::InDoubt && !holding.ask_again(to, until) {}
+            holding.settle(to, began + options.patience, &mut tell);
+        }
+        if holding.throttled > 0 {
+            holding.throttle(0);
+            tell(Phase::Throttled { percent: 0 });
         }
         report.downtime_seconds = holding.downtime.map_or(0.0, |downtime| downtime.as_secs_f64());
         report.warnings.append(&mut holding.warnings);
@@ -134,12 +157,28 @@ impl Holding {
         known.unwrap_or(GuestAt::Sender)
     }
 
+    /// The session ended too early: what that means for the guest, and what its receiver says, until `until`.
+    fn settle(&mut self, to: Option<&Address>, until: Instant, tell: &mut impl FnMut(Phase)) {
+        let stood = self.paused.is_some();
+        self.follow_up(Input::Timeout);
+        if self.guest_at() == GuestAt::InDoubt {
+            tell(Phase::InDoubt);
+            while self.guest_at() == GuestAt::InDoubt && !self.ask_again(to, until) {}
+        }
+        if self.guest_at() == GuestAt::Receiver {
+            tell(Phase::Started);
+        } else if stood && self.paused.is_none() {
+            tell(Phase::Stays);
+        }
+    }
+
     /// Does what follows from an input when there is no session that could say anything.
     fn follow_up(&mut self, input: Input) -> Vec<Message> {
         let actions = self.input(input);
         let said = actions.into_iter().filter_map(|action| match action {
             Action::Say(message) => Some(message),
-            Action::Release | Action::Fill(_) | Action::Stop(_) => None,
+            // READY comes in a session alone.
+            Action::Release | Action::Fill(_) | Action::Stop(_) | Action::Wait(_) => None,
         });
         said.collect()
     }
@@ -167,7 +206,13 @@ impl Holding {
     fn follow(&mut self, output: Output, actions: &mut Vec<Action>) {
         match output {
             Output::Send(message) => actions.push(Action::Say(message)),
-            Output::Verified(_) => actions.extend(self.input(Input::Commit)),
+            Output::Verified(_) => match self.operator.clone() {
+                Some(operator) => {
+                    self.asked = Some(Instant::now());
+                    actions.push(Action::Wait(Box::new(move |over| operator.approve(over))));
+                }
+                None => actions.extend(self.input(Input::Commit)),
+            },
             Output::Resume(_) => {
                 self.resume();
                 actions.push(Action::Stop(self.why.take().unwrap_or(Failure::Rejected)));
@@ -196,6 +241,13 @@ impl Holding {
         self.downtime = self.downtime.or_else(|| self.paused.map(|since| since.elapsed()));
     }
 
+    fn throttle(&mut self, percent: u8) {
+        self.throttled = percent;
+        if let Err(error) = self.hooks.throttle(percent) {
+            self.warnings.push(format!("throttle: {error}"));
+        }
+    }
+
     fn resume(&mut self) {
         if let Err(error) = self.hooks.resume() {
             self.warnings.push(format!("the guest was not let run: {error}"));
@@ -216,7 +268,7 @@ impl GuestControl for Giving {
     }
 
     fn throttle(&mut self, percent: u8) {
-        self.holding().hooks.throttle(percent);
+        self.holding().throttle(percent);
     }
 
     fn offer(&mut self, handover: Handover) -> Vec<Action> {
@@ -238,6 +290,20 @@ impl GuestControl for Giving {
         let mut holding = self.holding();
         let Some(from) = holding.handover.map(|handover| handover.receiver) else { return Vec::new() };
         holding.input(Input::Message { from, message })
+    }
+
+    fn approved(&mut self, result: Result<(), String>) -> Vec<Action> {
+        let mut holding = self.holding();
+        let waited = holding.asked.map_or(0.0, |since| since.elapsed().as_secs_f64());
+        let said = if result.is_ok() { "hand over" } else { "let it run on here" };
+        holding.word = Some((Instant::now(), format!("the operator, asked for {waited:.3} s: {said}")));
+        match result {
+            Ok(()) => holding.input(Input::Commit),
+            Err(why) => {
+                holding.why = Some(Failure::NotApproved(why));
+                holding.input(Input::Cancel)
+            }
+        }
     }
 
     fn cancel(&mut self, why: Failure) -> Vec<Action> {

@@ -17,6 +17,8 @@ use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::handover::{Grant, Handover, HostId, Whereabouts};
 use pagewire_protocol::time::Span;
 use pagewire_sender::converge::Limits;
+use pagewire_sender::memory::DirtyBitmap;
+use pagewire_transport::CancellationToken;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,8 +33,14 @@ pub struct LiveOptions {
     pub journal: Arc<Journal>,
     /// Who grants a guest to one host, if anybody does.
     pub lease: Option<Arc<dyn Arbiter>>,
+    /// Who is asked whether the guest may be handed over, when it stands still and the receiver has all of it; without
+    /// it that goes on at once.
+    pub pause_before_switchover: Option<Arc<dyn Operator>>,
     /// How long a receiver that does not answer is asked what became of the guest, before that is left to an operator.
     pub patience: Duration,
+    /// Who writes to the file of [`send_live`](crate::send_live) marks here what was written, over pages of 4 KiB. Without
+    /// it each round reads all of the file again.
+    pub writes: Option<DirtyBitmap>,
     /// Keep what the guest is found to write in this file, for simulations: see [`trace`](crate::trace).
     pub trace: Option<PathBuf>,
 }
@@ -40,8 +48,26 @@ pub struct LiveOptions {
 impl LiveOptions {
     /// The defaults, with the records in `journal`.
     pub fn new(journal: Arc<Journal>) -> Self {
-        Self { limits: Limits::default(), journal, lease: None, patience: Duration::from_secs(30), trace: None }
+        Self {
+            limits: Limits::default(),
+            journal,
+            lease: None,
+            pause_before_switchover: None,
+            patience: Duration::from_secs(30),
+            writes: None,
+            trace: None,
+        }
     }
+}
+
+/// Has the last word before a guest is handed over.
+pub trait Operator: std::fmt::Debug + Send + Sync + 'static {
+    /// The guest stands still, and the receiver has all of it. Blocks until it may be handed over, for 90 s at most: then
+    /// it stays. Called on a thread of its own, which returns soon when `over` is cancelled: the session has ended.
+    ///
+    /// # Errors
+    /// It may not be handed over; it runs on here.
+    fn approve(&self, over: &CancellationToken) -> Result<(), String>;
 }
 
 /// Grants each epoch of a guest to one host, durably, and tells everybody the same.
@@ -72,7 +98,7 @@ pub trait GuestHooks: Send + 'static {
     /// It cannot be stopped, or has no state to give. It is let run then.
     fn pause(&mut self) -> Result<Blobs, String>;
 
-    /// Lets it run on here, at full speed. It was paused, or was to be.
+    /// Lets it run on here. It was paused, or was to be.
     ///
     /// # Errors
     /// It cannot be; this becomes a warning of the report.
@@ -83,8 +109,16 @@ pub trait GuestHooks: Send + 'static {
         false
     }
 
-    /// Slows it down to so many per cent less.
-    fn throttle(&mut self, _percent: u8) {}
+    /// Slows it down to so many per cent less; 0 is full speed again, and is always said in the end where another
+    /// figure was, wherever the guest is then.
+    ///
+    /// Other than that of 0 it is called while the session goes on, on its thread: what takes long goes to another.
+    ///
+    /// # Errors
+    /// It cannot be; this becomes a warning of the report.
+    fn throttle(&mut self, percent: u8) -> Result<(), String> {
+        Err(format!("it cannot be slowed down by {percent} %"))
+    }
 }
 
 /// The blob that holds a hypervisor's device state.

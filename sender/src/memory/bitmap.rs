@@ -83,6 +83,18 @@ impl<M: GuestMemory> BitmapMemory<M> {
         Self { memory, dirty }
     }
 
+    /// Memory with a bitmap that is there already.
+    ///
+    /// # Errors
+    /// It is one of another number of pages.
+    pub fn with(memory: M, dirty: DirtyBitmap) -> io::Result<Self> {
+        if dirty.pages != memory.layout().pages() {
+            let (marked, pages) = (dirty.pages, memory.layout().pages());
+            return Err(io::Error::other(format!("a dirty bitmap of {marked} pages for a memory of {pages}")));
+        }
+        Ok(Self { memory, dirty })
+    }
+
     /// A handle to mark written pages with.
     pub fn dirty(&self) -> DirtyBitmap {
         self.dirty.clone()
@@ -153,6 +165,21 @@ mod tests {
             dirty.take(&mut again);
             assert_eq!(again, expected);
         }
+    }
+
+    #[test]
+    fn rejects_a_bitmap_of_another_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, [1; 3 * 4096]).unwrap();
+        let open = || crate::memory::FileMemory::open_live(&path, InstallSize::KIB_4).unwrap();
+        assert!(BitmapMemory::with(open(), bitmap(2)).is_err() && BitmapMemory::with(open(), bitmap(4)).is_err());
+        let dirty = bitmap(3);
+        let mut memory = BitmapMemory::with(open(), dirty.clone()).unwrap();
+        dirty.mark(1..2);
+        let mut taken = PageBitmap::new(3);
+        memory.harvest(&mut taken).unwrap();
+        assert!(taken.contains(1) && taken.count() == 1);
     }
 
     #[test]

@@ -217,9 +217,11 @@ fn tell_sender(script: &mut AgainstSender, host: &mut Host, guest: &mut Guest) {
                 Vec::new()
             }
             SenderEvent::Said(message) => host.hear(TO, message),
-            SenderEvent::Accepted { .. } | SenderEvent::Throttle(_) | SenderEvent::Stated | SenderEvent::Finished => {
-                Vec::new()
-            }
+            SenderEvent::Accepted { .. }
+            | SenderEvent::Judged
+            | SenderEvent::Throttle(_)
+            | SenderEvent::Stated
+            | SenderEvent::Finished => Vec::new(),
         };
         for action in actions {
             match action {
