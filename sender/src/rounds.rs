@@ -31,6 +31,9 @@ pub(crate) enum Stage {
     Running,
     /// It is stated, and what is under way has to become less before it can be judged.
     Draining,
+    /// It was judged to be the last in which the guest runs, and all of it has to be at the receiver before the guest is
+    /// stopped: what waits in queues then would make it wait.
+    Settling,
     /// The embedder was asked to pause the guest.
     Pausing,
     /// The guest stands still and the rest is being sent.
@@ -76,8 +79,8 @@ pub(crate) struct Rounds {
     throttled: u8,
     reports: Vec<RoundReport>,
     trace: Option<Box<dyn Trace>>,
-    /// For the trace of memory of which nobody knows: what this round found changed.
-    compared: Option<PageBitmap>,
+    /// Of memory of which nobody knows: what this round found changed.
+    compared: PageBitmap,
 }
 
 impl Rounds {
@@ -110,14 +113,12 @@ impl Rounds {
             throttled: 0,
             reports: Vec::new(),
             trace: None,
-            compared: None,
+            compared: none(),
         })
     }
 
     /// Shows `trace` what is found to be written from here on.
     pub(crate) fn show(&mut self, trace: Option<Box<dyn Trace>>) {
-        self.compared =
-            (trace.is_some() && self.tracking == Tracking::Unknown).then(|| PageBitmap::new(self.dirty.len()));
         self.trace = trace;
     }
 
@@ -128,13 +129,13 @@ impl Rounds {
     }
 
     /// A round ends: what it found changed by reading. Round 0 has nothing to compare with.
-    fn record_compared(&mut self, now: Time) {
-        let empty = PageBitmap::new(self.dirty.len());
-        if let Some(pages) =
-            self.compared.as_mut().filter(|_| self.number > 0).map(|found| std::mem::replace(found, empty))
-        {
-            self.record(Seen::Compare, pages, now);
+    fn note_compared(&mut self, now: Time) {
+        if self.tracking != Tracking::Unknown || self.number == 0 {
+            return;
         }
+        let found = std::mem::replace(&mut self.compared, PageBitmap::new(self.dirty.len()));
+        self.history.note_compared(&found, &self.deferred);
+        self.record(Seen::Compare, found, now);
     }
 
     /// Whether the guest stands still, so that nothing may change any more.
@@ -163,8 +164,8 @@ impl Rounds {
     /// A page was found to have changed.
     pub(crate) fn note_changed(&mut self, place: u64) {
         self.round.changed = self.round.changed.saturating_add(1);
-        if let Some(compared) = &mut self.compared {
-            compared.insert(place);
+        if self.tracking == Tracking::Unknown {
+            self.compared.insert(place);
         }
     }
 
@@ -239,7 +240,8 @@ impl Rounds {
             Tracking::Unknown => {
                 let interval = self.before.map_or(0.0, |before| now.since(before.since).as_secs_f64() / 2.0);
                 self.dirty_rate = if interval > 0.0 { self.round.changed as f64 / interval } else { f64::INFINITY };
-                (scan, self.dirty_rate * spent.as_secs_f64() * bytes_a_page)
+                let changed = self.dirty_rate * spent.as_secs_f64() + self.deferred.count() as f64;
+                (scan * left as f64 / self.round.looked.max(1) as f64, changed * bytes_a_page)
             }
             _ => {
                 let share = left as f64 / self.round.looked.max(1) as f64;
@@ -249,7 +251,7 @@ impl Rounds {
         };
         let predicted = if left == 0 { 0.0 } else { scan + over_rate(expected, rate) } + under_way;
         self.note_stuck(left);
-        self.record_compared(now);
+        self.note_compared(now);
         let facts = Facts {
             round: self.number,
             elapsed: now.since(self.began),
@@ -305,7 +307,7 @@ impl Rounds {
                 self.stuck = 0;
                 self.begin_round(Some((rate, bytes_a_page)));
             }
-            Verdict::SwitchOver | Verdict::Force(_) => self.stage = Stage::Pausing,
+            Verdict::SwitchOver | Verdict::Force(_) => self.stage = Stage::Settling,
             Verdict::PostCopy(_) | Verdict::GiveUp(_) => {}
         }
     }
@@ -318,7 +320,7 @@ impl Rounds {
             todo.insert_range(0..pages);
         }
         todo.insert_all(&std::mem::replace(&mut self.deferred, PageBitmap::new(pages)));
-        if let Some((rate, bytes_a_page)) = hot {
+        if let Some((rate, bytes_a_page)) = hot.filter(|_| self.limits.defer_hot) {
             let hot = self.history.hot(&todo);
             let fits = rate * self.limits.downtime.as_secs_f64() * HOT_SHARE;
             if hot.count() as f64 * bytes_a_page <= fits {
@@ -350,7 +352,7 @@ impl Rounds {
 
     /// What the last round did.
     pub(crate) fn end_last(&mut self, lanes: &Lanes, now: Time) {
-        self.record_compared(now);
+        self.note_compared(now);
         let bytes = lanes.delivered().saturating_add(lanes.under_way()).saturating_sub(self.round.delivered);
         self.reports.push(RoundReport {
             number: self.number,
