@@ -223,12 +223,12 @@ impl Rounds {
             (seconds > 0.0 && bytes > 0).then(|| bytes as f64 / seconds)
         };
         let round = over(lanes.delivered().saturating_sub(self.round.delivered), now.since(self.round.since));
-        lanes.goodput.rate().or(round).or_else(|| over(lanes.delivered(), now.since(self.began))).unwrap_or(0.0)
+        lanes.goodput.shown().or(round).or_else(|| over(lanes.delivered(), now.since(self.began))).unwrap_or(0.0)
     }
 
     /// Judges the round that has ended, after a harvest, and begins the next one if there is one.
     ///
-    /// `bytes_a_page` is what a page cost so far whose bytes went.
+    /// `bytes_a_page` is what a page cost so far whose bytes went: it stands in for what round 0 tells nothing of.
     pub(crate) fn judge(&mut self, lanes: &Lanes, bytes_a_page: f64, now: Time) -> (Verdict, Decision) {
         let left = self.left();
         let rate = self.rate(lanes, now);
@@ -236,17 +236,20 @@ impl Rounds {
         let spent = now.since(self.round.since);
         let under_way = over_rate(lanes.under_way() as f64, rate);
         let scan = (spent.as_secs_f64() - over_rate(bytes as f64, rate)).max(0.0);
-        let (scan, expected) = match self.tracking {
+        let known = self.number > 0;
+        let over_pages = |pages: u64| if known && pages > 0 { bytes as f64 / pages as f64 } else { bytes_a_page };
+        let (scan, expected, each) = match self.tracking {
             Tracking::Unknown => {
                 let interval = self.before.map_or(0.0, |before| now.since(before.since).as_secs_f64() / 2.0);
                 self.dirty_rate = if interval > 0.0 { self.round.changed as f64 / interval } else { f64::INFINITY };
                 let changed = self.dirty_rate * spent.as_secs_f64() + self.deferred.count() as f64;
-                (scan * left as f64 / self.round.looked.max(1) as f64, changed * bytes_a_page)
+                let each = over_pages(self.round.changed);
+                (scan * left as f64 / self.round.looked.max(1) as f64, changed * bytes_a_page, each)
             }
             _ => {
                 let share = left as f64 / self.round.looked.max(1) as f64;
-                let each = if self.number == 0 { bytes_a_page } else { bytes as f64 / self.round.looked.max(1) as f64 };
-                (if self.number == 0 { 0.0 } else { scan * share }, each * left as f64)
+                let each = over_pages(self.round.looked);
+                (if self.number == 0 { 0.0 } else { scan * share }, each * left as f64, each)
             }
         };
         let predicted = if left == 0 { 0.0 } else { scan + over_rate(expected, rate) } + under_way;
@@ -277,7 +280,7 @@ impl Rounds {
             rate,
             predicted: Some(facts.predicted).filter(|_| predicted.is_finite()),
         });
-        self.follow(verdict, rate, bytes_a_page);
+        self.follow(verdict, rate, each);
         (verdict, decision)
     }
 
@@ -350,21 +353,31 @@ impl Rounds {
         self.start_clock(lanes, now);
     }
 
-    /// What the last round did.
+    /// All of the last round is stated. What of it has gone out is not known yet.
     pub(crate) fn end_last(&mut self, lanes: &Lanes, now: Time) {
         self.note_compared(now);
-        let bytes = lanes.delivered().saturating_add(lanes.under_way()).saturating_sub(self.round.delivered);
         self.reports.push(RoundReport {
             number: self.number,
             pages: self.round.looked,
             stated: self.round.changed,
-            bytes,
-            spent: now.since(self.round.since),
+            bytes: 0,
+            spent: Span::ZERO,
             dirty: 0,
             dirty_rate: 0.0,
             rate: self.rate(lanes, now),
             predicted: None,
         });
+        self.note_last(lanes, now);
+    }
+
+    /// Something of the last round has gone out or arrived since it was stated.
+    pub(crate) fn note_last(&mut self, lanes: &Lanes, now: Time) {
+        let bytes = lanes.delivered().saturating_add(lanes.under_way()).saturating_sub(self.round.delivered);
+        let (number, spent) = (self.number, now.since(self.round.since));
+        let report = self.reports.last_mut().filter(|report| self.stage == Stage::Last && report.number == number);
+        if let Some(report) = report {
+            (report.bytes, report.spent) = (bytes, spent);
+        }
     }
 
     /// The rounds so far.
