@@ -42,9 +42,9 @@ pub(crate) fn pause(setup: &Setup) -> Result<bool, Failure> {
     println!("Downtime beyond the link's: uncapped loopback, {TWO_PERCENT} pages a second written uniformly.\n");
     println!(
         "| guest, records and destination | downtime ms | last round | its bytes at the goodput before, ms | beyond that, ms \
-         | to stand still, ms | to last, ms | to start, ms | bar | result |"
+         | to stand still, ms | to last, ms | to start, ms | processor, both, ms | bar | result |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     let mut met = true;
     let small = Guest::mapped(Shape::full(GIB), Pattern::Uniform)?;
     met &= pause_row("1 GiB, dirty bitmap, tmpfs", &setup.tmpfs, &small, None, (setup.runs, Some(5.0)))?;
@@ -56,7 +56,8 @@ pub(crate) fn pause(setup: &Setup) -> Result<bool, Failure> {
     drop(large);
     let source = setup.tmpfs.join(format!("pagewire-live-{}.img", std::process::id()));
     let file = Guest::in_file(&source, Shape::full(GIB), Pattern::Uniform)?;
-    let row = pause_row("1 GiB, file compared (`--live SRC`), tmpfs", &setup.tmpfs, &file, Some(&source), (setup.runs, None));
+    let row =
+        pause_row("1 GiB, file compared (`--live SRC`), tmpfs", &setup.tmpfs, &file, Some(&source), (setup.runs, None));
     std::fs::remove_file(&source)?;
     row?;
     Ok(met)
@@ -74,12 +75,15 @@ fn pause_row(
     let trips = trips((runs, folder), guest, source, TWO_PERCENT, limits)?;
     let (downtime, link) = (each(&trips, |trip| trip.downtime), each(&trips, Trip::link_span));
     let beyond = each(&trips, |trip| trip.downtime - trip.link_span());
-    let [stand, last, start] = [0, 1, 2].map(|at: usize| each(&trips, |trip| trip.parts.get(at).copied().unwrap_or(0.0)));
-    let (pages, kib) = (each(&trips, |trip| trip.last().pages as f64), each(&trips, |trip| trip.last().bytes as f64 / 1024.0));
+    let [stand, last, start] =
+        [0, 1, 2].map(|at: usize| each(&trips, |trip| trip.parts.get(at).copied().unwrap_or(0.0)));
+    let busy = each(&trips, |trip| trip.busy);
+    let (pages, kib) =
+        (each(&trips, |trip| trip.last().pages as f64), each(&trips, |trip| trip.last().bytes as f64 / 1024.0));
     let met = bar.is_none_or(|bar| beyond.median <= bar);
     let (bar, result) = (bar.map_or_else(String::new, |bar| format!("≤ {bar}")), bar.map_or("", |_| judge(met)));
     println!(
-        "| {what} | {downtime} | {:.0} pages, {:.0} KiB | {link} | {beyond} | {stand} | {last} | {start} | {bar} | {result} |",
+        "| {what} | {downtime} | {:.0} pages, {:.0} KiB | {link} | {beyond} | {stand} | {last} | {start} | {busy} | {bar} | {result} |",
         pages.median, kib.median
     );
     Ok(met)
@@ -103,7 +107,9 @@ pub(crate) fn uniform(setup: &Setup) -> Result<bool, Failure> {
 /// A guest that writes faster than the link carries.
 pub(crate) fn flood(setup: &Setup) -> Result<bool, Failure> {
     println!("256 MiB, 200000 pages a second written uniformly, 1 Gbit/s (30000 pages a second), 300 ms allowed.\n");
-    println!("| told to | recognised after round, counted from 1 | what became of the guest | downtime ms | bar | result |");
+    println!(
+        "| told to | recognised after round, counted from 1 | what became of the guest | downtime ms | bar | result |"
+    );
     println!("|---|---|---|---|---|---|");
     let guest = Guest::mapped(Shape::full(256 * MIB), Pattern::Uniform)?;
     let mut rounds = Vec::new();
@@ -113,7 +119,8 @@ pub(crate) fn flood(setup: &Setup) -> Result<bool, Failure> {
         let hosts = Hosts::new(&setup.tmpfs, limits(300))?;
         let outcome = hosts.send(&guest, None, CancellationToken::new())?;
         let why = outcome.error.map(|error| pagewire::chain(&error)).unwrap_or_default();
-        stays &= hosts.clock().paused.at().is_none() && outcome.report.guest_at == "sender" && why.contains("faster than");
+        stays &=
+            hosts.clock().paused.at().is_none() && outcome.report.guest_at == "sender" && why.contains("faster than");
         rounds.push(outcome.report.rounds.len() as f64);
     }
     let rounds = Spread::of(rounds);
@@ -132,7 +139,9 @@ pub(crate) fn flood(setup: &Setup) -> Result<bool, Failure> {
 pub(crate) fn hot(setup: &Setup) -> Result<bool, Failure> {
     // A twentieth of 256 MiB is 13.4 MB, 115 ms of the link: with the cold tenth written at a third of the link's speed,
     // rounds that send it every time come to rest at 170 ms.
-    println!("256 MiB, 100000 writes a second, nine of ten into 5 % of the pages, 1 Gbit/s, 160 ms allowed, else force.\n");
+    println!(
+        "256 MiB, 100000 writes a second, nine of ten into 5 % of the pages, 1 Gbit/s, 160 ms allowed, else force.\n"
+    );
     println!("| hot pages | rounds | MiB sent | downtime ms | seconds |");
     println!("|---|---|---|---|---|");
     let guest = Guest::mapped(Shape::full(256 * MIB), Pattern::HotSet)?;

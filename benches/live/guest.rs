@@ -269,16 +269,27 @@ pub(crate) struct Clock {
     pub(crate) started: Moment,
 }
 
-/// When something happened, if it has.
+/// When something happened, if it has, and how much processor time this process had taken until then.
 #[derive(Debug, Default)]
-pub(crate) struct Moment(Mutex<Option<Instant>>);
+pub(crate) struct Moment(Mutex<Option<(Instant, Duration)>>);
 
 impl Moment {
     fn note(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
+        let busy = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        let busy = Duration::try_from(busy).unwrap_or_default();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| (Instant::now(), busy));
     }
 
     pub(crate) fn at(&self) -> Option<Instant> {
+        self.noted().map(|(at, _)| at)
+    }
+
+    /// Processor time of this process until then.
+    pub(crate) fn busy(&self) -> Duration {
+        self.noted().map_or(Duration::ZERO, |(_, busy)| busy)
+    }
+
+    fn noted(&self) -> Option<(Instant, Duration)> {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -69,6 +69,7 @@ impl Hosts {
         let (stands, prepared) = (clock.stands.at().unwrap_or(paused), clock.prepared.at().unwrap_or(started));
         Ok(Trip {
             downtime: millis(started - paused),
+            busy: millis(clock.started.busy().saturating_sub(clock.stands.busy())),
             parts: [stands - paused, prepared - stands, started - prepared].map(millis),
             report,
         })
@@ -89,13 +90,17 @@ pub(crate) struct Trip {
     pub(crate) report: Report,
     /// Milliseconds from the beginning of the pause until the guest's new host starts it.
     pub(crate) downtime: f64,
-    /// Of these until it stands still, until all of it lasts at its new host, and until it may start there.
+    /// Processor time of both hosts from when it stands still until then, in milliseconds: what a busy machine leaves as
+    /// it is.
+    pub(crate) busy: f64,
+    /// Of the downtime until it stands still, until all of it lasts at its new host, and until it may start there.
     pub(crate) parts: [f64; 3],
 }
 
 impl Trip {
     fn rounds(&self) -> (&[Round], Round) {
-        let (last, before) = self.report.rounds.split_last().map_or((Round::default(), &[][..]), |(last, all)| (*last, all));
+        let (last, before) =
+            self.report.rounds.split_last().map_or((Round::default(), &[][..]), |(last, all)| (*last, all));
         (before, last)
     }
 

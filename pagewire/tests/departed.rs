@@ -4,8 +4,8 @@
 mod support;
 
 use pagewire::{
-    AtLimit, Blobs, GuestHooks, GuestStarter, Journal, KeepWhat, Limits, LiveOptions, NoObserver, ReceiveOptions, SendOptions, Server,
-    ServerEvent, Started, TakeOptions, send_live,
+    AtLimit, Blobs, GuestHooks, GuestStarter, Journal, KeepWhat, Limits, LiveOptions, NoObserver, ReceiveOptions,
+    SendOptions, Server, ServerEvent, Started, TakeOptions, send_live,
 };
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -97,12 +97,10 @@ fn what_a_guest_wrote_all_the_time_until_it_left_is_not_kept() {
     });
 
     // Slow enough for every round to see each hot page written anew, whatever else the machine does.
-    let options = SendOptions {
-        bandwidth_limit: Some(2 << 20),
-        reuse: Some(a.reuse(KeepWhat::Visit)),
-        ..SendOptions::default()
-    };
-    let limits = Limits { at_limit: AtLimit::Force, rounds: 6, downtime: pagewire::milliseconds(0), ..Limits::default() };
+    let options =
+        SendOptions { bandwidth_limit: Some(2 << 20), reuse: Some(a.reuse(KeepWhat::Visit)), ..SendOptions::default() };
+    let limits =
+        Limits { at_limit: AtLimit::Force, rounds: 6, downtime: pagewire::milliseconds(0), ..Limits::default() };
     let live = LiveOptions { limits, ..LiveOptions::new(journal(&a)) };
     let guest = Box::new(Guest::start(&a.image()));
     let sent = send_live(&a.image(), &name(), &to, &options, (&live, guest), &mut NoObserver).into_result().unwrap();
