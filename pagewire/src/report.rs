@@ -75,6 +75,8 @@ pub struct ReuseCounts {
     pub others: u64,
     /// Pages that the kept visit lacks: they were written to before they were copied.
     pub unkept: u64,
+    /// Pages that the kept visit lacks because the guest wrote them all the time until it left.
+    pub hot: u64,
 }
 
 /// Which image of a guest: what a hint of unchanged pages has to be bound to. Written as hex.

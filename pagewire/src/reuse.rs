@@ -9,7 +9,7 @@ use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::chain;
 use pagewire_protocol::frame::{ImageName, Open};
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::{Layout, RegionId, common_pages};
+use pagewire_protocol::page::{Layout, Place, RegionId, common_pages};
 use pagewire_protocol::tree::{DigestTree, Manifest};
 use pagewire_receiver::memory::GuestRam;
 use pagewire_sender::Base;
@@ -70,9 +70,16 @@ impl Reuse {
         visits
     }
 
-    /// Keeps an image, and removes the visits that it supersedes. Returns how many of its pages had changed already.
-    fn keep(&self, keep: &Keep<'_>, manifest: &Manifest, image: Option<Image<'_>>) -> Result<u64, StoreError> {
-        let store = |image| self.store.keep(keep, &manifest.trees, None, image);
+    /// Keeps an image, of its pages those that `worth` names (all without one), and removes the visits that it
+    /// supersedes. Returns how many of its pages had changed already.
+    fn keep(
+        &self,
+        keep: &Keep<'_>,
+        manifest: &Manifest,
+        worth: Option<&PageBitmap>,
+        image: Option<Image<'_>>,
+    ) -> Result<u64, StoreError> {
+        let store = |image| self.store.keep(keep, &manifest.trees, worth, image);
         let Kept { head, changed } = match image {
             None => store(None),
             Some(Image::File(path)) => {
@@ -188,15 +195,23 @@ impl Departure {
     }
 }
 
-/// Keeps what left this host: its pages by default, where they are in a file.
-pub(crate) fn keep_departed(
-    reuse: &Reuse,
-    lineage: Lineage,
-    (name, session): (&ImageName, [u8; 16]),
-    manifest: &Manifest,
-    source: Option<&Path>,
-    report: &mut Report,
-) {
+/// What left this host, and what became of it.
+pub(crate) struct Departed<'a> {
+    /// What it is called.
+    pub(crate) name: &'a ImageName,
+    /// By which session it left.
+    pub(crate) session: [u8; 16],
+    /// Its digests.
+    pub(crate) manifest: &'a Manifest,
+    /// Where its pages are, if they are in a file.
+    pub(crate) source: Option<&'a Path>,
+    /// Pages that its guest wrote all the time: when it comes back they will be others.
+    pub(crate) hot: Option<&'a PageBitmap>,
+}
+
+/// Keeps what left this host: its pages by default, where they are in a file, but for hot ones.
+pub(crate) fn keep_departed(reuse: &Reuse, lineage: Lineage, departed: &Departed<'_>, report: &mut Report) {
+    let Departed { name, session, manifest, source, hot } = *departed;
     let pages = match reuse.keep.unwrap_or(KeepWhat::Visit) {
         KeepWhat::Nothing => return,
         KeepWhat::Manifest => None,
@@ -204,10 +219,27 @@ pub(crate) fn keep_departed(
     };
     let (kind, layout, root) = (VisitKind::Departed, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: name.clone(), session, kind, layout, root };
-    match reuse.keep(&keep, manifest, pages) {
-        Ok(changed) => report.reuse.unkept = changed,
+    let worth = hot.filter(|_| pages.is_some()).map(|hot| worth_keeping(manifest, hot));
+    match reuse.keep(&keep, manifest, worth.as_ref(), pages) {
+        Ok(changed) => {
+            report.reuse.unkept = changed;
+            report.reuse.hot = worth.map_or(0, |worth| layout.pages().saturating_sub(worth.count()));
+        }
         Err(error) => report.warn("the image was not kept", &error),
     }
+}
+
+/// All pages but the hot ones; a hot page that is zero takes no room.
+fn worth_keeping(manifest: &Manifest, hot: &PageBitmap) -> PageBitmap {
+    let layout = &manifest.layout;
+    let mut worth = PageBitmap::full(layout.pages());
+    for place in hot.runs(0..layout.pages()).flatten() {
+        let (region, page) = layout.locate(Place(u32::try_from(place).unwrap_or(u32::MAX)));
+        if manifest.trees.get(usize::from(region.0)).is_some_and(|tree| !tree.is_zero(page.0)) {
+            worth.remove(place);
+        }
+    }
+    worth
 }
 
 /// Keeps what arrived on this host: its manifest by default.
@@ -226,7 +258,7 @@ pub(crate) fn keep_arrived(
     let Some(lineage) = claimed(open) else { return };
     let (kind, layout, root) = (VisitKind::Arrived, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: open.name.clone(), session: open.session, kind, layout, root };
-    match reuse.keep(&keep, manifest, pages) {
+    match reuse.keep(&keep, manifest, None, pages) {
         Ok(changed) => report.reuse.unkept = changed,
         Err(error) => report.warn("the image was not kept", &error),
     }

@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind};
 use crate::live::{GuestHooks, LiveOptions, give};
 use crate::observe::{Event, Observer};
 use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round};
-use crate::reuse::{Departure, Reuse, keep_departed};
+use crate::reuse::{Departed, Departure, Reuse, keep_departed};
 use crate::trace::Recording;
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::page::{InstallSize, Layout};
@@ -127,7 +127,7 @@ pub fn send_live(
             Err(error) => unreadable(source, error, name),
         };
     };
-    match memory.and_then(|memory| BitmapMemory::with(memory, writes.clone())) {
+    match memory.and_then(|memory| BitmapMemory::over(memory, writes.clone())) {
         Ok(memory) => send_from(Sent { memory, source: path, guest }, name, to, options, observer),
         Err(error) => unreadable(source, error, name),
     }
@@ -242,7 +242,8 @@ pub(crate) fn run<M: GuestMemory>(
     report.warnings.extend(recording.and_then(Recording::end));
     report.image = summary.manifest.as_ref().map(|manifest| ImageId { root: manifest.root.0, session });
     if let (Some(reuse), Some(manifest)) = (reuse.filter(|_| lineage.key != [0; 32]), &summary.manifest) {
-        keep_departed(reuse, lineage, (name, session), manifest, source, &mut report);
+        let departed = Departed { name, session, manifest, source, hot: summary.hot.as_ref() };
+        keep_departed(reuse, lineage, &departed, &mut report);
     }
     report.close(error)
 }

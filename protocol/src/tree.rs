@@ -30,6 +30,8 @@ pub struct DigestTree {
     pages: u64,
     leaves: Vec<Option<Box<Leaves>>>,
     nodes: Vec<Digest>,
+    /// The lowest node over zero pages alone, once one was asked for.
+    zero_node: Option<Digest>,
 }
 
 impl DigestTree {
@@ -42,6 +44,7 @@ impl DigestTree {
             pages,
             leaves: vec![None; subtrees],
             nodes: vec![UNSET; subtrees],
+            zero_node: None,
         }
     }
 
@@ -161,7 +164,13 @@ impl DigestTree {
         let stale = |index: &u64| {
             usize::try_from(*index).ok().and_then(|at| self.nodes.get(at)).is_some_and(|node| *node == UNSET)
         };
-        let stale: Vec<u64> = subtrees.filter(stale).collect();
+        let stale = subtrees.filter(stale).collect();
+        self.hash_nodes(stale);
+    }
+
+    /// Hashes these lowest nodes.
+    fn hash_nodes(&mut self, mut stale: Vec<u64>) {
+        stale.retain(|&index| !self.is_known_zero(index));
         let is_whole = |pages: &Range<u64>| pages.end.saturating_sub(pages.start) == SUBTREE_PAGES as u64;
         for batch in stale.chunks(SUBTREES_AT_ONCE) {
             let mut whole: Vec<SubtreeBytes> = Vec::with_capacity(batch.len());
@@ -184,6 +193,31 @@ impl DigestTree {
             let indexes: Vec<u64> = indexes.collect();
             indexes.into_iter().zip(digests).for_each(|(index, digest)| self.set_node(index, digest));
         }
+    }
+
+    /// A whole lowest node over zero pages alone is the same everywhere: it is hashed once.
+    fn is_known_zero(&mut self, index: u64) -> bool {
+        let pages = self.subtree_pages(index);
+        let is_whole = pages.end.saturating_sub(pages.start) == SUBTREE_PAGES as u64;
+        if !is_whole || self.leaves(index).is_some() {
+            return false;
+        }
+        let zero = *self.zero_node.get_or_insert_with(|| {
+            let leaves = core::iter::repeat_n(self.zero.0.as_slice(), SUBTREE_PAGES);
+            self.hasher.domain().subtree.hash(leaves)
+        });
+        self.set_node(index, zero);
+        true
+    }
+
+    /// Hashes up to `most` of the lowest nodes that are not known; says how many. When there are none left,
+    /// [`root`](Self::root) costs little, whatever the size of the region.
+    pub fn hash_some(&mut self, most: u64) -> u64 {
+        let nodes = self.nodes.iter().zip(0u64..).filter(|(node, _)| **node == UNSET).map(|(_, index)| index);
+        let stale: Vec<u64> = nodes.take(usize::try_from(most).unwrap_or(usize::MAX)).collect();
+        let found = stale.len() as u64;
+        self.hash_nodes(stale);
+        found
     }
 
     fn set_node(&mut self, index: u64, digest: Digest) {
@@ -302,6 +336,7 @@ mod tests {
                 tree.set(page, digest);
                 if let Some(slot) = twin.get_mut(page as usize) { *slot = digest; }
                 if step % 7 == 0 { tree.root(); }
+                if step % 3 == 0 { tree.hash_some(2); }
             }
             let lowest = |leaves: &[Digest]| hasher.domain().subtree.hash(leaves.iter().map(|leaf| leaf.0.as_slice()));
             let mut level: Vec<Digest> = twin.chunks(256).map(lowest).collect();
@@ -312,6 +347,7 @@ mod tests {
             }
             let expected = level.first().copied().unwrap_or_else(|| lowest(&[]));
             prop_assert_eq!(tree.root(), expected);
+            prop_assert_eq!(tree.hash_some(u64::MAX), 0, "the root needs every node");
             let mut loaded = DigestTree::new(&hasher, pages);
             for index in 0..tree.subtrees() {
                 if let Some(leaves) = tree.leaves(index) { loaded.set_leaves(index, leaves); }

@@ -257,6 +257,11 @@ impl PageMap {
         tree.hash_subtrees(pages.start / SUBTREE_PAGES as u64..pages.end / SUBTREE_PAGES as u64);
     }
 
+    /// Hashes up to `most` of those nodes that are left in each region; says whether there were any.
+    pub fn hash_some(&mut self, most: u64) -> bool {
+        self.trees.iter_mut().any(|tree| tree.hash_some(most) > 0)
+    }
+
     /// The digest over the first pages of a subtree as they are known.
     pub fn subtree(&mut self, region: RegionId, index: u64) -> Digest {
         self.trees.get_mut(usize::from(region.0)).map(|tree| tree.subtree(index)).unwrap_or_default()

@@ -29,6 +29,8 @@ use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::tree::live_root;
 use std::io;
 
+/// Lowest nodes of trees that one step hashes: half a millisecond.
+const NODES_A_STEP: u64 = 256;
 /// PAGES frames of a lane that are acknowledged without waiting for more.
 const ACK_AT_ONCE: u64 = 8;
 /// Pages that have waited and get their turn in one step.
@@ -94,6 +96,8 @@ pub(crate) struct Receiving<S> {
     pub(crate) host: Option<HostId>,
     /// All of it is present, verified and lasting.
     pub(crate) lasts: bool,
+    /// A round of a guest that runs has ended: nodes of trees may be left to hash, while nobody waits for the root.
+    hashes: bool,
     /// Gone while the finish job has it.
     pub(crate) sink: Option<S>,
     pub(crate) finish: Option<FinishJob<S>>,
@@ -171,6 +175,7 @@ impl<S: GuestSink> Receiving<S> {
             post_copy,
             host,
             lasts: false,
+            hashes: false,
             sink: Some(sink),
             finish: None,
             open,
@@ -278,10 +283,15 @@ impl<S: GuestSink> Receiving<S> {
     pub(crate) fn step(&mut self, counts: &mut Counts, now: Time) -> Result<Option<Option<Have>>, ErrorKind> {
         let Some(sink) = self.sink.as_mut() else { return Ok(None) };
         let have = if self.scan.is_finished() {
-            if !self.look_again(counts, now)? {
+            if self.look_again(counts, now)? {
+                None
+            } else if std::mem::take(&mut self.hashes) {
+                // No sign of the peer's: nothing has moved.
+                self.hashes = self.map.hash_some(NODES_A_STEP);
+                return Ok(Some(None));
+            } else {
                 return Ok(None);
             }
-            None
         } else {
             self.scan.step(&mut self.map, sink, &self.hasher, counts).map_err(unreadable)?
         };
@@ -383,6 +393,7 @@ impl<S: GuestSink> Receiving<S> {
         let Some(state) = self.lanes.get_mut(lane.index()) else { return Ok(()) };
         state.end(end)?;
         state.ack_due = Some(now);
+        self.hashes = self.open.live.is_some();
         Ok(())
     }
 

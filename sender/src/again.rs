@@ -17,6 +17,8 @@ use std::ops::Range;
 
 /// Pages that one frame may span where few of them have changed (8 MiB), with one lane: what it skips is in its proof.
 const SPAN_PAGES: u64 = 2048;
+/// Lowest nodes of trees that one step hashes: half a millisecond.
+const NODES_A_STEP: u64 = 256;
 
 impl<M: GuestMemory> Sending<M> {
     /// The next part of a later round: pages that may have changed, with those between them.
@@ -171,6 +173,10 @@ impl<M: GuestMemory> Sending<M> {
 
     /// All of a round is stated: what comes next.
     pub(crate) fn end_live_round(&mut self, now: Time) -> Result<Step, ErrorKind> {
+        let drains = self.rounds.as_ref().is_some_and(|rounds| rounds.stage == Stage::Draining);
+        if drains && self.hash_some_nodes() {
+            return Ok(Step::Did);
+        }
         let Some(rounds) = self.rounds.as_mut() else { return Ok(Step::Waits) };
         match rounds.stage {
             Stage::Running => {
@@ -180,7 +186,11 @@ impl<M: GuestMemory> Sending<M> {
                 Ok(Step::Did)
             }
             Stage::Draining if rounds.is_drained(&self.lanes, now) => self.judge_round(now),
-            Stage::Draining | Stage::Pausing => Ok(Step::Waits),
+            Stage::Settling if self.lanes.is_idle() => {
+                rounds.stage = Stage::Pausing;
+                Ok(Step::Pause)
+            }
+            Stage::Draining | Stage::Settling | Stage::Pausing => Ok(Step::Waits),
             Stage::Last => {
                 self.ended = true;
                 rounds.end_last(&self.lanes, now);
@@ -192,10 +202,16 @@ impl<M: GuestMemory> Sending<M> {
     /// Nothing is sent before the guest leaves.
     pub(crate) fn pause_at_once(&mut self) -> Step {
         if let Some(rounds) = self.rounds.as_mut().filter(|rounds| rounds.stage == Stage::Running) {
-            rounds.leave();
+            rounds.leave(Stage::Pausing);
             return Step::Pause;
         }
         Step::Waits
+    }
+
+    /// Hashes some of the nodes whose pages this round has stated, so that the root over all of them costs nothing of the
+    /// downtime but for those that the last round changes. Says whether there were any.
+    fn hash_some_nodes(&mut self) -> bool {
+        self.trees.iter_mut().any(|tree| tree.hash_some(NODES_A_STEP) > 0)
     }
 
     fn judge_round(&mut self, now: Time) -> Result<Step, ErrorKind> {
@@ -215,10 +231,10 @@ impl<M: GuestMemory> Sending<M> {
                 rounds.start_clock(&self.lanes, now);
                 Ok(Step::Throttle(percent))
             }
-            Verdict::SwitchOver | Verdict::Force(_) => Ok(Step::Pause),
+            Verdict::SwitchOver | Verdict::Force(_) => Ok(Step::Judged),
             Verdict::PostCopy(_) if self.post_copy => {
-                rounds.leave();
-                Ok(Step::Pause)
+                rounds.leave(Stage::Settling);
+                Ok(Step::Judged)
             }
             Verdict::GiveUp(reason) | Verdict::PostCopy(reason) => {
                 let dirty_rate = rounds.reports().last().map_or(0.0, |round| round.dirty_rate);

@@ -29,11 +29,21 @@ pub struct Limits {
     pub at_limit: AtLimit,
     /// The guest can be slowed down.
     pub throttles: bool,
+    /// Pages that the guest writes all the time wait for the last round, if all of them fit the downtime. Otherwise each
+    /// round sends them again, which only costs where somebody else needs them early.
+    pub defer_hot: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { downtime: Span::from_millis(300), rounds: 30, total: None, at_limit: AtLimit::Cancel, throttles: false }
+        Self {
+            downtime: Span::from_millis(300),
+            rounds: 30,
+            total: None,
+            at_limit: AtLimit::Cancel,
+            throttles: false,
+            defer_hot: true,
+        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! Which pages were dirty in the last harvests: a bit a harvest, a byte a page.
+//! Which pages were dirty in the last harvests: a bit a harvest, a byte a page. Of memory of which nobody knows, a round
+//! that compares counts as one.
 //!
 //! A page that was dirty in most of the last few will be dirty again when the guest stops, whatever is sent of it before:
 //! it is *hot*, and waits for the last round. How often harvests come decides what hot means, not how long rounds take.
@@ -29,6 +30,15 @@ impl History {
         for place in dirty.runs(0..dirty.len()).flatten() {
             let seen = usize::try_from(place).ok().and_then(|place| self.seen.get_mut(place));
             seen.into_iter().for_each(|seen| *seen |= 1);
+        }
+    }
+
+    /// A round found these pages changed by reading all but those that `waited`: of them it learnt nothing.
+    pub(crate) fn note_compared(&mut self, changed: &PageBitmap, waited: &PageBitmap) {
+        self.note(changed);
+        for place in waited.runs(0..waited.len()).flatten() {
+            let seen = usize::try_from(place).ok().and_then(|place| self.seen.get_mut(place));
+            seen.into_iter().for_each(|seen| *seen >>= 1);
         }
     }
 
@@ -72,5 +82,16 @@ mod tests {
         assert_eq!(history.hot(&dirty(&[9])), dirty(&[9]));
         (0..2).for_each(|_| history.note(&dirty(&[])));
         assert!(hot(&history).is_empty(), "it cools down");
+    }
+
+    #[test]
+    fn a_page_that_waits_neither_cools_down_nor_warms_up() {
+        let mut history = History::new(10);
+        let hot = |history: &History| history.hot(&PageBitmap::full(10)).runs(0..10).flatten().collect::<Vec<_>>();
+        (0..3).for_each(|_| history.note_compared(&dirty(&[1, 2]), &dirty(&[])));
+        (0..9).for_each(|_| history.note_compared(&dirty(&[]), &dirty(&[1, 5])));
+        assert_eq!(hot(&history), [1], "nobody looked at it");
+        (0..2).for_each(|_| history.note_compared(&dirty(&[]), &dirty(&[])));
+        assert!(hot(&history).is_empty());
     }
 }

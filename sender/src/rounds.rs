@@ -31,6 +31,9 @@ pub(crate) enum Stage {
     Running,
     /// It is stated, and what is under way has to become less before it can be judged.
     Draining,
+    /// It was judged to be the last in which the guest runs, and all of it has to be at the receiver before the guest is
+    /// stopped: what waits in queues then would make it wait.
+    Settling,
     /// The embedder was asked to pause the guest.
     Pausing,
     /// The guest stands still and the rest is being sent.
@@ -87,8 +90,8 @@ pub(crate) struct Rounds {
     leaving: Leave,
     reports: Vec<RoundReport>,
     trace: Option<Box<dyn Trace>>,
-    /// For the trace of memory of which nobody knows: what this round found changed.
-    compared: Option<PageBitmap>,
+    /// Of memory of which nobody knows: what this round found changed.
+    compared: PageBitmap,
 }
 
 impl Rounds {
@@ -122,7 +125,7 @@ impl Rounds {
             leaving: Leave::No,
             reports: Vec::new(),
             trace: None,
-            compared: None,
+            compared: none(),
         })
     }
 
@@ -137,9 +140,9 @@ impl Rounds {
     }
 
     /// The guest is to be paused, and leaves what has not been sent behind.
-    pub(crate) fn leave(&mut self) {
+    pub(crate) fn leave(&mut self, stage: Stage) {
         self.leaving = Leave::Yes;
-        self.stage = Stage::Pausing;
+        self.stage = stage;
     }
 
     /// Whether pages are left behind.
@@ -155,8 +158,6 @@ impl Rounds {
 
     /// Shows `trace` what is found to be written from here on.
     pub(crate) fn show(&mut self, trace: Option<Box<dyn Trace>>) {
-        self.compared =
-            (trace.is_some() && self.tracking == Tracking::Unknown).then(|| PageBitmap::new(self.dirty.len()));
         self.trace = trace;
     }
 
@@ -167,13 +168,13 @@ impl Rounds {
     }
 
     /// A round ends: what it found changed by reading. Round 0 has nothing to compare with.
-    fn record_compared(&mut self, now: Time) {
-        let empty = PageBitmap::new(self.dirty.len());
-        if let Some(pages) =
-            self.compared.as_mut().filter(|_| self.number > 0).map(|found| std::mem::replace(found, empty))
-        {
-            self.record(Seen::Compare, pages, now);
+    fn note_compared(&mut self, now: Time) {
+        if self.tracking != Tracking::Unknown || self.number == 0 {
+            return;
         }
+        let found = std::mem::replace(&mut self.compared, PageBitmap::new(self.dirty.len()));
+        self.history.note_compared(&found, &self.deferred);
+        self.record(Seen::Compare, found, now);
     }
 
     /// Whether the guest stands still, so that nothing may change any more.
@@ -202,8 +203,8 @@ impl Rounds {
     /// A page was found to have changed.
     pub(crate) fn note_changed(&mut self, place: u64) {
         self.round.changed = self.round.changed.saturating_add(1);
-        if let Some(compared) = &mut self.compared {
-            compared.insert(place);
+        if self.tracking == Tracking::Unknown {
+            self.compared.insert(place);
         }
     }
 
@@ -261,12 +262,12 @@ impl Rounds {
             (seconds > 0.0 && bytes > 0).then(|| bytes as f64 / seconds)
         };
         let round = over(lanes.delivered().saturating_sub(self.round.delivered), now.since(self.round.since));
-        lanes.goodput.rate().or(round).or_else(|| over(lanes.delivered(), now.since(self.began))).unwrap_or(0.0)
+        lanes.goodput.shown().or(round).or_else(|| over(lanes.delivered(), now.since(self.began))).unwrap_or(0.0)
     }
 
     /// Judges the round that has ended, after a harvest, and begins the next one if there is one.
     ///
-    /// `bytes_a_page` is what a page cost so far whose bytes went.
+    /// `bytes_a_page` is what a page cost so far whose bytes went: it stands in for what round 0 tells nothing of.
     pub(crate) fn judge(&mut self, lanes: &Lanes, bytes_a_page: f64, now: Time) -> (Verdict, Decision) {
         let left = self.left();
         let rate = self.rate(lanes, now);
@@ -274,21 +275,25 @@ impl Rounds {
         let spent = now.since(self.round.since);
         let under_way = over_rate(lanes.under_way() as f64, rate);
         let scan = (spent.as_secs_f64() - over_rate(bytes as f64, rate)).max(0.0);
-        let (scan, expected) = match self.tracking {
+        let known = self.number > 0;
+        let over_pages = |pages: u64| if known && pages > 0 { bytes as f64 / pages as f64 } else { bytes_a_page };
+        let (scan, expected, each) = match self.tracking {
             Tracking::Unknown => {
                 let interval = self.before.map_or(0.0, |before| now.since(before.since).as_secs_f64() / 2.0);
                 self.dirty_rate = if interval > 0.0 { self.round.changed as f64 / interval } else { f64::INFINITY };
-                (scan, self.dirty_rate * spent.as_secs_f64() * bytes_a_page)
+                let changed = self.dirty_rate * spent.as_secs_f64() + self.deferred.count() as f64;
+                let each = over_pages(self.round.changed);
+                (scan * left as f64 / self.round.looked.max(1) as f64, changed * bytes_a_page, each)
             }
             _ => {
                 let share = left as f64 / self.round.looked.max(1) as f64;
-                let each = if self.number == 0 { bytes_a_page } else { bytes as f64 / self.round.looked.max(1) as f64 };
-                (if self.number == 0 { 0.0 } else { scan * share }, each * left as f64)
+                let each = over_pages(self.round.looked);
+                (if self.number == 0 { 0.0 } else { scan * share }, each * left as f64, each)
             }
         };
         let predicted = if left == 0 { 0.0 } else { scan + over_rate(expected, rate) } + under_way;
         self.note_stuck(left);
-        self.record_compared(now);
+        self.note_compared(now);
         let facts = Facts {
             round: self.number,
             elapsed: now.since(self.began),
@@ -314,7 +319,7 @@ impl Rounds {
             rate,
             predicted: Some(facts.predicted).filter(|_| predicted.is_finite()),
         });
-        self.follow(verdict, rate, bytes_a_page);
+        self.follow(verdict, rate, each);
         (verdict, decision)
     }
 
@@ -344,7 +349,7 @@ impl Rounds {
                 self.stuck = 0;
                 self.begin_round(Some((rate, bytes_a_page)));
             }
-            Verdict::SwitchOver | Verdict::Force(_) => self.stage = Stage::Pausing,
+            Verdict::SwitchOver | Verdict::Force(_) => self.stage = Stage::Settling,
             Verdict::PostCopy(_) | Verdict::GiveUp(_) => {}
         }
     }
@@ -357,7 +362,7 @@ impl Rounds {
             todo.insert_range(0..pages);
         }
         todo.insert_all(&std::mem::replace(&mut self.deferred, PageBitmap::new(pages)));
-        if let Some((rate, bytes_a_page)) = hot {
+        if let Some((rate, bytes_a_page)) = hot.filter(|_| self.limits.defer_hot) {
             let hot = self.history.hot(&todo);
             let fits = rate * self.limits.downtime.as_secs_f64() * HOT_SHARE;
             if hot.count() as f64 * bytes_a_page <= fits {
@@ -387,21 +392,31 @@ impl Rounds {
         self.start_clock(lanes, now);
     }
 
-    /// What the last round did.
+    /// All of the last round is stated. What of it has gone out is not known yet.
     pub(crate) fn end_last(&mut self, lanes: &Lanes, now: Time) {
-        self.record_compared(now);
-        let bytes = lanes.delivered().saturating_add(lanes.under_way()).saturating_sub(self.round.delivered);
+        self.note_compared(now);
         self.reports.push(RoundReport {
             number: self.number,
             pages: self.round.looked,
             stated: self.round.changed,
-            bytes,
-            spent: now.since(self.round.since),
+            bytes: 0,
+            spent: Span::ZERO,
             dirty: 0,
             dirty_rate: 0.0,
             rate: self.rate(lanes, now),
             predicted: None,
         });
+        self.note_last(lanes, now);
+    }
+
+    /// Something of the last round has gone out or arrived since it was stated.
+    pub(crate) fn note_last(&mut self, lanes: &Lanes, now: Time) {
+        let bytes = lanes.delivered().saturating_add(lanes.under_way()).saturating_sub(self.round.delivered);
+        let (number, spent) = (self.number, now.since(self.round.since));
+        let report = self.reports.last_mut().filter(|report| self.stage == Stage::Last && report.number == number);
+        if let Some(report) = report {
+            (report.bytes, report.spent) = (bytes, spent);
+        }
     }
 
     /// The rounds so far.

@@ -166,6 +166,7 @@ impl<M: GuestMemory> Sending<M> {
 
     pub(crate) fn handle_ack(&mut self, lane: LaneId, ack: &Ack, now: Time) -> Result<(), ErrorKind> {
         let applied = self.lanes.acknowledge(lane, ack, now)?;
+        self.rounds.iter_mut().for_each(|rounds| rounds.note_last(&self.lanes, now));
         for want in &ack.wants {
             let malformed = |source: DecodeError| PeerError::Decode { kind: FrameKind::ACK, source };
             let range = self.layout.range(want.region, want.first, want.count).map_err(malformed)?;

@@ -80,6 +80,8 @@ fn average(old: Option<f64>, sample: f64, weight: f64) -> Option<f64> {
 #[derive(Debug, Default)]
 pub(crate) struct Goodput {
     rate: Option<f64>,
+    /// The same, never raised in the hope that the link can do more.
+    shown: Option<f64>,
     since: Option<Time>,
     bytes: u64,
     blocked: Span,
@@ -130,8 +132,10 @@ impl Goodput {
             let share = blocked.as_nanos() as f64 / span.as_nanos() as f64;
             self.rate = if share > if self.rate.is_some() { LIMITED_SHARE } else { LIMITED_SHARE_FIRST } {
                 self.raised = now;
+                self.shown = blend(self.shown, rate);
                 blend(self.rate, rate)
             } else {
+                self.shown = self.shown.map(|known| known.max(rate));
                 // Something else is the brake: the link can do at least this, and perhaps more than was thought.
                 let patient = now.since(self.raised) >= RAISE_SPAN;
                 self.raised = if patient { now } else { self.raised };
@@ -146,9 +150,10 @@ impl Goodput {
         }
     }
 
-    /// Bytes a second, if the link has ever been the brake.
-    pub(crate) fn rate(&self) -> Option<f64> {
-        self.rate.map(|rate| rate * 1e9)
+    /// Bytes a second that the link was seen to carry, if it has ever been the brake. What a guest's downtime is
+    /// predicted by hopes for nothing.
+    pub(crate) fn shown(&self) -> Option<f64> {
+        self.shown.map(|rate| rate * 1e9)
     }
 
     /// Nanoseconds a byte, if anything at all is known of the link.
@@ -413,6 +418,23 @@ mod tests {
         assert!(switch(1.0).choose(None, &link(10), at(1), &mut decisions).is_none());
         assert!(switch(0.25).choose(None, &Goodput::default(), at(1), &mut decisions).is_none());
         assert!(decisions.iter().any(|decision| decision.what.contains("zstd level")));
+    }
+
+    /// A guest's downtime is predicted by it: a link that was not the brake for long has not become faster.
+    #[test]
+    fn what_the_link_has_shown_is_never_raised_by_hope() {
+        let mut goodput = link(10);
+        let shown = goodput.shown().unwrap();
+        goodput.unblock(at(500));
+        for step in 0..2000 {
+            goodput.delivered(10_000, 1, at(500 + step * 10));
+        }
+        assert!(goodput.nanos_a_byte().unwrap() < 1e9 / shown / 1.2, "compression may hope");
+        assert_eq!(goodput.shown(), Some(shown));
+        for step in 0..100 {
+            goodput.delivered(1_000_000, 1, at(20_500 + step * 10));
+        }
+        assert!(goodput.shown().unwrap() > 5.0 * shown, "it was seen to carry more");
     }
 
     #[test]

@@ -83,14 +83,13 @@ impl<M: GuestMemory> BitmapMemory<M> {
         Self { memory, dirty }
     }
 
-    /// Memory with a bitmap that is there already.
+    /// Memory over a bitmap that was there before, for another attempt: what an earlier session put back is in it.
     ///
     /// # Errors
-    /// It is one of another number of pages.
-    pub fn with(memory: M, dirty: DirtyBitmap) -> io::Result<Self> {
+    /// The bitmap has not as many pages as the memory.
+    pub fn over(memory: M, dirty: DirtyBitmap) -> io::Result<Self> {
         if dirty.pages != memory.layout().pages() {
-            let (marked, pages) = (dirty.pages, memory.layout().pages());
-            return Err(io::Error::other(format!("a dirty bitmap of {marked} pages for a memory of {pages}")));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the bitmap is not of this memory"));
         }
         Ok(Self { memory, dirty })
     }
@@ -173,9 +172,9 @@ mod tests {
         let path = dir.path().join("image");
         std::fs::write(&path, [1; 3 * 4096]).unwrap();
         let open = || crate::memory::FileMemory::open_live(&path, InstallSize::KIB_4).unwrap();
-        assert!(BitmapMemory::with(open(), bitmap(2)).is_err() && BitmapMemory::with(open(), bitmap(4)).is_err());
+        assert!(BitmapMemory::over(open(), bitmap(2)).is_err() && BitmapMemory::over(open(), bitmap(4)).is_err());
         let dirty = bitmap(3);
-        let mut memory = BitmapMemory::with(open(), dirty.clone()).unwrap();
+        let mut memory = BitmapMemory::over(open(), dirty.clone()).unwrap();
         dirty.mark(1..2);
         let mut taken = PageBitmap::new(3);
         memory.harvest(&mut taken).unwrap();
@@ -189,5 +188,25 @@ mod tests {
         let mut taken = PageBitmap::new(130);
         dirty.take(&mut taken);
         assert_eq!(taken, PageBitmap::full(130));
+    }
+
+    #[test]
+    fn a_bitmap_outlives_the_memory_that_a_session_took() {
+        let mapping = std::sync::Arc::new(crate::memory::Mapping::private(3 * 4096).unwrap());
+        let memory = || {
+            let region = crate::memory::MappedRegion::of(mapping.clone(), InstallSize::KIB_4);
+            crate::memory::MappedMemory::new(vec![region]).unwrap()
+        };
+        let mut first = BitmapMemory::new(memory());
+        let dirty = first.dirty();
+        dirty.mark(1..2);
+        let mut taken = PageBitmap::new(3);
+        first.harvest(&mut taken).unwrap();
+        first.put_back(&taken);
+        drop(first);
+        let mut again = PageBitmap::new(3);
+        BitmapMemory::over(memory(), dirty).unwrap().harvest(&mut again).unwrap();
+        assert_eq!(again, taken);
+        assert!(BitmapMemory::over(memory(), bitmap(4)).is_err());
     }
 }

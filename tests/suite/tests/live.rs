@@ -148,23 +148,61 @@ fn a_guest_that_writes_faster_than_the_link_carries_is_handled_as_told() {
     assert!(outcome.decisions.iter().any(|what| what.contains("slowed down by 20 %")), "{:?}", outcome.decisions);
 }
 
+/// A guest with a hot set over a slow link, and what came of it; with several rounds, so that history can tell.
+fn with_hot_set(tracking: Tracking, defer_hot: bool, seed: u64) -> Outcome {
+    let guest = guest(Pattern::HotSet, 5 * PAGES, tracking, seed);
+    let sink = ImageSink::empty(&guest.state().image);
+    let mut config = config(&guest, seed, Limits { defer_hot, at_limit: AtLimit::Force, ..limits(140) });
+    config.link.rate = Some(RATE / 8);
+    let outcome = run(&guest, &sink, config);
+    moved(&guest, &sink, &outcome);
+    outcome
+}
+
 #[test]
 fn pages_that_are_written_all_the_time_wait_for_the_last_round() {
-    let sent = |tracking| {
-        let guest = guest(Pattern::HotSet, 2 * PAGES, tracking, 5);
-        let sink = ImageSink::empty(&guest.state().image);
-        let mut config = config(&guest, 4, limits(120));
-        config.link.rate = Some(RATE / 8);
-        let outcome = run(&guest, &sink, config);
-        moved(&guest, &sink, &outcome);
-        outcome
-    };
-    let outcome = sent(Tracking::Dirty);
-    let last = outcome.rounds.last().unwrap();
-    assert!(outcome.rounds.len() >= 3, "{:?}", outcome.rounds);
-    let middle = &outcome.rounds[1..outcome.rounds.len() - 1];
-    assert!(middle.iter().any(|round| round.dirty > 0 && round.pages < PAGES / 2), "{middle:?}");
-    assert!(last.pages >= PAGES / 20 / 2, "the hot ones came at the end: {last:?}");
+    for tracking in [Tracking::Dirty, Tracking::Unknown] {
+        let (mut sums, mut spent) = ([0, 0], 0.0);
+        for seed in 5..15 {
+            let [waiting, eager] = [true, false].map(|defer| with_hot_set(tracking, defer, seed));
+            let last = waiting.rounds.last().unwrap();
+            assert!(waiting.rounds.len() >= 3, "{:?}", waiting.rounds);
+            let middle = &waiting.rounds[1..waiting.rounds.len() - 1];
+            // By reading all, a round would look at every page if none waited.
+            let most = if tracking == Tracking::Dirty { PAGES / 2 } else { PAGES - PAGES / 20 / 2 };
+            assert!(middle.iter().any(|round| round.dirty > 0 && round.pages < most), "{tracking:?} {middle:?}");
+            assert!(last.pages >= PAGES / 20 / 2, "the hot ones came at the end: {last:?}");
+            if tracking == Tracking::Unknown {
+                assert!(eager.rounds.iter().all(|round| round.pages == PAGES), "none waits: {:?}", eager.rounds);
+            }
+            let bytes = |outcome: &Outcome| outcome.rounds.iter().map(|round| round.bytes).sum::<u64>();
+            sums = [sums[0] + bytes(&waiting), sums[1] + bytes(&eager)];
+            spent += last.spent.as_secs_f64();
+            assert!(last.bytes > 0 && last.spent > Span::ZERO, "what the last round cost is told: {last:?}");
+        }
+
+        assert!(sums[0] * 100 < sums[1] * 95, "{tracking:?}: {sums:?}");
+        assert!(spent / 10.0 < 0.16, "about as long as is allowed: {spent}");
+    }
+}
+
+/// What the guest wrote all the time until it left is named, whoever found it out; what it wrote now and then is not.
+#[test]
+fn the_pages_that_a_guest_wrote_all_the_time_are_known_when_it_has_left() {
+    for tracking in [Tracking::Dirty, Tracking::Unknown] {
+        for defer_hot in [true, false] {
+            let outcome = with_hot_set(tracking, defer_hot, 5);
+            let hot = outcome.hot.unwrap();
+            let written = hot.runs(0..PAGES / 20).flatten().count() as u64;
+            assert!(written > PAGES / 20 * 3 / 4, "{tracking:?}: {written} of {}", PAGES / 20);
+            let others = hot.count() - written;
+            assert!(others < PAGES / 8, "{tracking:?}: {others} of {PAGES}");
+            let stays = guest(Pattern::HotSet, 0, tracking, 5);
+            let sink = ImageSink::empty(&stays.state().image);
+            let idle = run(&stays, &sink, config(&stays, 5, limits(1)));
+            assert_eq!(idle.hot.map(|hot| hot.count()), Some(0), "{tracking:?}");
+        }
+    }
 }
 
 #[test]

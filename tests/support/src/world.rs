@@ -163,6 +163,8 @@ pub struct Outcome {
     pub decisions: Vec<String>,
     /// The rounds of a guest that ran.
     pub rounds: Vec<RoundReport>,
+    /// Pages that the guest wrote all the time, once it has left.
+    pub hot: Option<PageBitmap>,
     /// Bytes to the receiver and to the sender.
     pub wire: [u64; 2],
     /// When the first PAGES frame arrived at the receiver.
@@ -484,6 +486,7 @@ impl World {
             received: self.receiver.machine.counts(),
             rounds: self.sender.machine.rounds().to_vec(),
             harmed: self.harmed,
+            hot: self.sender.machine.hot(),
             hosts: self.config.hosts,
             words: self.words,
             blobs: self.blobs,
