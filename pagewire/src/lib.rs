@@ -78,7 +78,7 @@ pub use inspect::{Inspection, inspect};
 pub use journal::{GuestJournal, GuestStatus, Journal, JournalError};
 pub use lease::Lease;
 pub use live::{
-    Arbiter, GuestHooks, GuestStarter, LiveOptions, Operator, Started, TakeOptions, device_state_name, milliseconds,
+    Arbiter, GuestHooks, GuestStarter, LiveOptions, Operator, PostCopy, Started, TakeOptions, device_state_name, milliseconds,
 };
 pub use observe::{Event, NoObserver, Observer, Phase};
 pub use pagewire_protocol::bitmap::PageBitmap;
@@ -90,7 +90,8 @@ pub use pagewire_protocol::frame::ImageName;
 pub use pagewire_protocol::handover;
 pub use pagewire_protocol::page::{InstallSize, Layout, Region, RegionId};
 pub use pagewire_receiver::GuestSink;
-pub use pagewire_receiver::memory::{GuestRam, RamRegion};
+pub use pagewire_receiver::memory::uffd::FaultsOf;
+pub use pagewire_receiver::memory::{Backing, GuestRam, PostcopyMemory, RamRegion};
 pub use pagewire_sender::converge::{AtLimit, Limits};
 pub use pagewire_sender::memory::{BitmapMemory, DirtyBitmap, FileMemory, MappedMemory, MappedRegion, Mapping};
 pub use pagewire_sender::{GuestMemory, Tracking};

@@ -3,7 +3,7 @@
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::ground::{Ground, Search};
-use crate::live::{TakeOptions, Taking};
+use crate::live::{MemorySlot, TakeOptions, Taking};
 use crate::observe::Event;
 use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
 use crate::reuse::{Image, KeepWhat, Reuse, keep_arrived};
@@ -13,8 +13,12 @@ use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
 use pagewire_protocol::tree::Manifest;
-use pagewire_receiver::driver::{Beginning, Entropy, GuestTaker, Landed, Progress, Refusal, Summary};
-use pagewire_receiver::memory::{FileSink, GuestRam, RamSink};
+use pagewire_protocol::time::Span;
+use pagewire_receiver::driver::{
+    Beginning, Entropy, FillSummary, GuestTaker, Landed, Parking, Progress, Refusal, Summary,
+};
+use pagewire_receiver::memory::uffd::FaultsOf;
+use pagewire_receiver::memory::{Backing, FileSink, GuestRam, PostcopyMemory, PostcopySink, RamSink};
 use pagewire_receiver::{GuestSink, Offer};
 use pagewire_store::{Landing, LandingError, LandingOptions};
 use pagewire_transport::{Address, Arrival, CancellationToken, Listener, Sessions, Socket};
@@ -40,6 +44,14 @@ pub enum Into {
     /// Into memory of this process: [`ServerEvent::Arrived`] hands it over. A visit that the guest left here is mapped
     /// copy-on-write, so that a guest that comes back costs what it changed.
     Memory,
+    /// Into memory of this process that a guest can run in before all of it is there: for guests that run, which
+    /// [`GuestStarter`](crate::GuestStarter) is given with it.
+    PostCopy {
+        /// What the memory is made of.
+        backing: Backing,
+        /// Who may touch what is absent.
+        faults_of: FaultsOf,
+    },
 }
 
 /// How to receive.
@@ -142,6 +154,8 @@ struct Shared {
     strangers: AtomicUsize,
     open: AtomicUsize,
     count: AtomicU64,
+    /// Guests that run here and lack pages.
+    parking: Arc<Parking<PostcopySink>>,
 }
 
 type Tell = Arc<dyn Fn(ServerEvent<'_>) + Send + Sync>;
@@ -155,8 +169,8 @@ impl Server {
         check_plaintext(address, options.insecure_plaintext).map_err(ErrorKind::at_sender)?;
         let failed = |source| ErrorKind::Listen { address: address.to_string(), source }.at_sender();
         let listener = Listener::bind(address).map_err(failed)?;
-        let (strangers, open, count) = Default::default();
-        let shared = Shared { options, sessions: Sessions::default(), strangers, open, count };
+        let (strangers, open, count, parking) = Default::default();
+        let shared = Shared { options, sessions: Sessions::default(), strangers, open, count, parking };
         Ok(Self { listener, shared: Arc::new(shared) })
     }
 
@@ -236,7 +250,8 @@ impl Shared {
                 let arriving = Arriving { socket, framer, single_stream: false, lanes: self.options.lanes, start };
                 let (named, outcome) = self.receive(session, arriving, stranger, tell);
                 tell(ServerEvent::Ended { session, outcome: &outcome });
-                if self.options.once && named {
+                // A guest that lacks pages needs this process until it has them.
+                if self.options.once && named && self.parking.is_empty() {
                     self.options.cancel.cancel();
                 }
             }
@@ -259,12 +274,13 @@ impl Shared {
                 let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
                     keep(open, manifest, Some(Image::File(&dir.join(open.name.as_str()))), report);
                 };
-                self.run(arriving, stranger, place, keep, observe)
+                self.run(arriving, stranger, (place, None), keep, observe)
             }
             Into::File(path) => {
                 let place = |offer: &Offer, _: &mut Vec<String>| into_file(path, offer, options);
-                self.run(arriving, stranger, place, |_, _, _| (), observe)
+                self.run(arriving, stranger, (place, None), |_, _, _| (), observe)
             }
+            Into::PostCopy { backing, faults_of } => self.receive_post_copy(arriving, stranger, (*backing, *faults_of), observe),
             Into::Memory => {
                 let shared = Cell::new(None);
                 let place = |offer: &Offer, warnings: &mut Vec<String>| {
@@ -291,9 +307,32 @@ impl Shared {
                         keep(open, manifest, None, report);
                     }
                 };
-                self.run(arriving, stranger, place, keep, observe)
+                self.run(arriving, stranger, (place, None), keep, observe)
             }
         }
+    }
+
+    /// Runs one session into memory that a guest can run in before all of it is there, or one that fills such a guest.
+    fn receive_post_copy(
+        &self,
+        arriving: Arriving,
+        stranger: Stranger,
+        (backing, faults_of): (Backing, FaultsOf),
+        observe: impl FnMut(&Event),
+    ) -> (bool, Outcome) {
+        let slot = MemorySlot::default();
+        let place = |offer: &Offer, _: &mut Vec<String>| {
+            if offer.open.live.is_none() {
+                let reason = "this memory is for guests that run: send it with --live".to_owned();
+                return Err(Refusal { code: CloseCode::REFUSED, reason });
+            }
+            let memory = PostcopyMemory::new(offer.open.layout.clone(), backing).map(Arc::new);
+            let memory = memory.map_err(|error| no_memory(&error))?;
+            let _ = slot.set(Arc::clone(&memory));
+            Ok(Ground::plain(memory).landed(|memory| PostcopySink::new(memory, faults_of)))
+        };
+        let at = Some((Arc::clone(&slot), &self.parking));
+        self.run(arriving, stranger, (place, at), |_, _, _| (), observe)
     }
 
     /// Runs one session. Until it names an image its peer is a stranger.
@@ -301,7 +340,10 @@ impl Shared {
         &self,
         arriving: Arriving,
         stranger: Stranger,
-        mut place: impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>,
+        (mut place, waiting): (
+            impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>,
+            Option<(MemorySlot, &Arc<Parking<S>>)>,
+        ),
         keep: impl FnOnce(&Open, &Manifest, &mut Report),
         observe: impl FnMut(&Event),
     ) -> (bool, Outcome) {
@@ -320,9 +362,10 @@ impl Shared {
             }
             place(offer, &mut warnings)
         };
-        let taking = options.live.as_ref().map(Taking::new);
+        let (slot, parking) = waiting.unzip();
+        let taking = options.live.as_ref().map(|live| Taking::new(live, slot.unwrap_or_default()));
         let host = (&self.sessions, &options.cancel);
-        let (named, mut outcome) = session(arriving, host, taking, decide, keep, observe);
+        let (named, mut outcome) = session(arriving, host, (taking, parking), decide, keep, observe);
         outcome.report.warnings.splice(0..0, warnings);
         if stranger.is_none() {
             self.open.fetch_sub(1, Ordering::Relaxed);
@@ -345,7 +388,7 @@ pub(crate) struct Arriving {
 pub(crate) fn session<S: GuestSink>(
     arriving: Arriving,
     (sessions, cancel): (&Sessions, &CancellationToken),
-    mut taking: Option<Taking<'_>>,
+    (mut taking, parking): (Option<Taking<'_>>, Option<&Arc<Parking<S>>>),
     decide: impl FnMut(&Offer) -> Result<Landed<S>, Refusal>,
     keep: impl FnOnce(&Open, &Manifest, &mut Report),
     mut observe: impl FnMut(&Event),
@@ -364,7 +407,8 @@ pub(crate) fn session<S: GuestSink>(
     let begin = Beginning { socket, framer, single_stream, lanes, start, entropy };
     let observe = |progress: Progress| observe(&progress.into());
     let taker = taking.as_mut().map(|taking| taking as &mut dyn GuestTaker);
-    let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, taker, observe);
+    let to = (taker, parking);
+    let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, to, observe);
     let mut report = report(&summary);
     if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
         report.image = Some(ImageId { root: manifest.root.0, session: offer.open.session });
@@ -384,7 +428,7 @@ pub(crate) fn session<S: GuestSink>(
         }
         (None, _) => None,
     };
-    (summary.offer.is_some(), report.close(error))
+    (summary.offer.is_some() || summary.filled.is_some(), report.close(error))
 }
 
 fn report(summary: &Summary) -> Report {
@@ -403,7 +447,26 @@ fn report(summary: &Summary) -> Report {
         ..ReuseCounts::default()
     };
     report.wire = summary.wire.into();
+    report.faults.lacking = summary.lacking;
+    if let Some(filled) = &summary.filled {
+        fill_report(&mut report, filled);
+    }
     report
+}
+
+/// What of a guest came while it ran here.
+fn fill_report(report: &mut Report, filled: &FillSummary) {
+    let counts = filled.counts;
+    let micros = |span: Span| span.as_secs_f64() * 1e6;
+    let faults = &mut report.faults;
+    (faults.count, faults.local, faults.remote) = (counts.faults, counts.local, counts.faults);
+    faults.background = counts.inline.saturating_add(counts.zero).saturating_sub(counts.faults);
+    if let Some(times) = &filled.times {
+        faults.p50_us = micros(times.quantile(500));
+        faults.p99_us = micros(times.quantile(990));
+        faults.max_us = micros(times.longest());
+        faults.blocked_seconds = times.total().as_secs_f64();
+    }
 }
 
 /// Whether an offered image is to be built on nothing.
@@ -447,10 +510,11 @@ fn into_memory(
         Some(reuse) => Search { reuse, open: &offer.open, seed: seed()?, warnings }.in_memory(),
         None => GuestRam::new(offer.open.layout.clone()).map(Ground::plain),
     };
-    ram.map_err(|error| Refusal {
-        code: CloseCode::DESTINATION,
-        reason: format!("no memory for the guest: {}", chain(&error)),
-    })
+    ram.map_err(|error| no_memory(&error))
+}
+
+fn no_memory(error: &dyn std::error::Error) -> Refusal {
+    Refusal { code: CloseCode::DESTINATION, reason: format!("no memory for the guest: {}", chain(error)) }
 }
 
 /// A seed for the index of other guests' pages.

@@ -136,16 +136,31 @@ impl From<&pagewire_sender::RoundReport> for Round {
     }
 }
 
-/// Faults of a post-copy.
+/// What came while the guest ran at the receiver: of a post-copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-#[expect(missing_docs, reason = "the names say it; there is no post-copy yet")]
 pub struct Faults {
+    /// Pages that the guest touched before they had come.
     pub count: u64,
+    /// Pages that were found at the receiver by their digests.
     pub local: u64,
+    /// Pages that the guest touched and that came over the network.
     pub remote: u64,
+    /// Half of the threads that touched an absent page waited no longer than this, in microseconds; at the receiver.
     pub p50_us: f64,
+    /// 99 of 100 waited no longer.
     pub p99_us: f64,
+    /// None waited longer.
     pub max_us: f64,
+    /// All of them together, in seconds.
+    pub blocked_seconds: f64,
+    /// Pages that came in the background.
+    pub background: u64,
+    /// Pages that the guest lacks still.
+    pub lacking: u64,
+    /// Sessions that it took.
+    pub sessions: u64,
+    /// From the first of them to the end of the last.
+    pub seconds: f64,
 }
 
 /// Something that was decided.

@@ -2,7 +2,7 @@
 
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
-use crate::live::{GuestHooks, LiveOptions, give};
+use crate::live::{GuestHooks, LiveOptions, bring, give};
 use crate::observe::{Event, Observer};
 use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round};
 use crate::reuse::{Departed, Departure, Reuse, keep_departed};
@@ -70,10 +70,19 @@ impl SendOptions {
             fresh: self.fresh,
             dedup: self.dedup,
             compress: self.compress,
-            workers: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(WORKERS_MAX)),
+            workers: self.workers(),
             bandwidth_limit: self.bandwidth_limit,
             ..SenderConfig::new(name)
         })
+    }
+
+    pub(crate) fn workers(&self) -> usize {
+        std::thread::available_parallelism().map_or(1, |cores| cores.get().min(WORKERS_MAX))
+    }
+
+    /// What stops a session once the guest has left: no time that passes.
+    pub(crate) fn stop_by_hand(&self) -> Stop {
+        Stop { cancel: self.cancel.clone(), deadline: None }
     }
 
     pub(crate) fn stop(&self) -> Stop {
@@ -224,7 +233,7 @@ pub(crate) fn run<M: GuestMemory>(
     };
     let (recording, trace) = record(live, memory.layout(), &mut report).unzip();
     let control = giving.clone().map(|giving| Box::new(giving) as Box<dyn GuestControl>);
-    let (summary, result) =
+    let (summary, result, remainder) =
         pagewire_sender::driver::send(Cargo { memory, bases, control, trace }, config, route, &stop, |notice| {
             observer.event(&match notice {
                 Notice::Progress(progress) => Progress { pages_total, ..progress }.into(),
@@ -235,7 +244,13 @@ pub(crate) fn run<M: GuestMemory>(
     let error = match (giving, live) {
         (Some(giving), Some(live)) => {
             let result = result.map_err(|error| error.kind);
-            giving.end(result, (to.as_ref(), live), session, (&mut report, observer))
+            let ended = giving.end(result, (to.as_ref(), live), session, (&mut report, observer));
+            match (remainder.filter(|_| giving.is_serving()), &to) {
+                (Some(remainder), Some(to)) => {
+                    bring(&giving, remainder, to, (options, live), (&mut report, observer))
+                }
+                _ => ended,
+            }
         }
         _ => result.err().map(Error::from),
     };

@@ -1,6 +1,6 @@
 //! The sender's side: the guest's hooks and its journal behind one control, which outlives the session.
 
-use super::{Arbiter, GuestHooks, LiveOptions, Operator, lineage_of};
+use super::{Arbiter, GuestHooks, LiveOptions, Operator, PostCopy, lineage_of};
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::journal::{GuestJournal, Journal};
@@ -12,6 +12,7 @@ use pagewire_protocol::error::{GuestAt, chain};
 use pagewire_protocol::frame::{ImageName, LiveOpen};
 use pagewire_protocol::handover::{Handover, HostId, Input, Message, Output, Whereabouts, Word};
 use pagewire_sender::driver::{Action, GuestControl, ask};
+use pagewire_sender::converge::AtLimit;
 use pagewire_sender::{ErrorKind as Failure, Live};
 use pagewire_transport::Address;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -64,9 +65,12 @@ pub(crate) fn give(
         Error { kind: ErrorKind::Sender(Failure::Handover(format!("guest {name}: {refusal}"))), guest_at }
     })?;
     let host = options.journal.host();
-    let handover = LiveOpen { guest, epoch, host, arbiter: options.lease.is_some(), post_copy: false };
+    let handover = LiveOpen { guest, epoch, host, arbiter: options.lease.is_some(), post_copy: options.post_copy != PostCopy::Never };
     let mut limits = options.limits;
     limits.throttles = hooks.throttles();
+    if options.post_copy == PostCopy::Auto {
+        limits.at_limit = AtLimit::PostCopy;
+    }
     let holding = Holding {
         hooks,
         journal,
@@ -83,7 +87,7 @@ pub(crate) fn give(
         why: None,
         warnings: Vec::new(),
     };
-    Ok((Giving(Arc::new(Mutex::new(holding))), Live { limits, handover, at_once: false }))
+    Ok((Giving(Arc::new(Mutex::new(holding))), Live { limits, handover, at_once: options.post_copy == PostCopy::Now }))
 }
 
 /// The guest that is called `name` here, and what is recorded of it.
@@ -99,6 +103,26 @@ fn restore(name: &ImageName, lineage: LineageId, journal: &Journal) -> Result<(L
 impl Giving {
     fn holding(&self) -> MutexGuard<'_, Holding> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest is the receiver's and lacks pages: that is known, and nothing more is said of it yet.
+    pub(crate) fn is_serving(&self) -> bool {
+        self.holding().journal.serving().is_some()
+    }
+
+    /// The receiver has all of the guest: that is made durable, and this word says so.
+    pub(crate) fn filled(&self) -> Result<Message, String> {
+        let mut holding = self.holding();
+        let Some(handover) = holding.handover else { return Err("there is no hand-over".to_owned()) };
+        let actions = holding.input(Input::Filled(handover));
+        let gone = actions.into_iter().find_map(|action| match action {
+            Action::Say(message) if message.word == Word::Gone => Some(message),
+            _ => None,
+        });
+        gone.ok_or_else(|| match holding.journal.owed() {
+            Some(error) => chain(error),
+            None => "the memory cannot be given up".to_owned(),
+        })
     }
 
     /// The session is over: what became of the guest. A receiver that owes an answer is asked for it.
@@ -130,10 +154,6 @@ impl Giving {
         }
         report.downtime_seconds = holding.downtime.map_or(0.0, |downtime| downtime.as_secs_f64());
         report.warnings.append(&mut holding.warnings);
-        if holding.journal.serving().is_some() {
-            let told = "the guest runs at the receiver, which lacks pages of it: keep its memory here and run `pagewire resume`";
-            report.warnings.push(told.to_owned());
-        }
         let guest_at = if holding.handover.is_some() { holding.guest_at() } else { GuestAt::Sender };
         match (guest_at, kind.take()) {
             (GuestAt::Receiver, Some(lost)) => {

@@ -3,11 +3,14 @@
 //! Both sides keep what they decided in a [`Journal`] before they act on it, so a crash or a lost
 //! connection leaves the guest at one of them, or in a doubt that both can name.
 
+mod bringing;
 mod giving;
 mod taking;
 
+pub use bringing::PostCopy;
+pub(crate) use bringing::bring;
 pub(crate) use giving::give;
-pub(crate) use taking::Taking;
+pub(crate) use taking::{MemorySlot, Taking};
 pub use taking::{GuestStarter, Started};
 
 use crate::journal::{Journal, JournalError};
@@ -36,6 +39,8 @@ pub struct LiveOptions {
     /// Who is asked whether the guest may be handed over, when it stands still and the receiver has all of it; without
     /// it that goes on at once.
     pub pause_before_switchover: Option<Arc<dyn Operator>>,
+    /// When the guest may start at the receiver before all of its pages are there. The receiver must be able to.
+    pub post_copy: PostCopy,
     /// How long a receiver that does not answer is asked what became of the guest, before that is left to an operator.
     pub patience: Duration,
     /// Who writes to the file of [`send_live`](crate::send_live) marks here what was written, over pages of 4 KiB. Without
@@ -53,6 +58,7 @@ impl LiveOptions {
             journal,
             lease: None,
             pause_before_switchover: None,
+            post_copy: PostCopy::Never,
             patience: Duration::from_secs(30),
             writes: None,
             trace: None,

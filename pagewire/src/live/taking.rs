@@ -9,6 +9,11 @@ use pagewire_protocol::frame::{ImageName, Open};
 use pagewire_protocol::handover::{Handover, HostId, Input, Message, Output, ReceiverPhase};
 use pagewire_receiver::ErrorKind as Failure;
 use pagewire_receiver::driver::{Action, GuestTaker, Refusal};
+use pagewire_receiver::memory::PostcopyMemory;
+use std::sync::{Arc, OnceLock};
+
+/// The memory of the guest of a session, once it has a place.
+pub(crate) type MemorySlot = Arc<OnceLock<Arc<PostcopyMemory>>>;
 
 /// A guest that is this host's now.
 #[derive(Debug)]
@@ -17,6 +22,9 @@ pub struct Started<'a> {
     pub name: &'a ImageName,
     /// By which hand-over it came.
     pub handover: &'a Handover,
+    /// Its memory, if it came into memory that guests can run in before all of it is there. Pages may be absent: who
+    /// touches one waits until it has come.
+    pub memory: Option<&'a Arc<PostcopyMemory>>,
 }
 
 /// Starts guests that have come.
@@ -46,12 +54,14 @@ pub(crate) struct Taking<'a> {
     guest: Option<GuestJournal>,
     name: Option<ImageName>,
     handover: Option<Handover>,
+    memory: MemorySlot,
     warnings: Vec<String>,
 }
 
 impl<'a> Taking<'a> {
-    pub(crate) fn new(options: &'a TakeOptions) -> Self {
-        Self { options, guest: None, name: None, handover: None, warnings: Vec::new() }
+    /// `memory` is filled by whoever finds a place for the guest.
+    pub(crate) fn new(options: &'a TakeOptions, memory: MemorySlot) -> Self {
+        Self { options, guest: None, name: None, handover: None, memory, warnings: Vec::new() }
     }
 
     /// The session is over: what became of the guest, if there was one.
@@ -85,9 +95,12 @@ impl<'a> Taking<'a> {
             Output::Send(message) => actions.push(Action::Say(message)),
             Output::Run(handover) => {
                 let Some(name) = &self.name else { return };
-                let started = self.options.starter.start(&Started { name, handover: &handover });
+                let started = self.options.starter.start(&Started { name, handover: &handover, memory: self.memory.get() });
                 self.warnings
                     .extend(started.err().map(|error| format!("the guest is here and was not started: {error}")));
+                if handover.post_copy {
+                    actions.push(Action::Split);
+                }
             }
             Output::AskArbiter(handover) => {
                 let lease = self.options.lease.as_ref();

@@ -1,0 +1,101 @@
+//! Post-copy at the sender: what a guest lacks that runs at the receiver is brought, in as many sessions as it takes.
+
+use super::LiveOptions;
+use super::giving::Giving;
+use crate::entropy::random;
+use crate::error::{Error, ErrorKind};
+use crate::observe::Observer;
+use crate::report::{Decision, Report};
+use crate::send::SendOptions;
+use pagewire_protocol::error::{GuestAt, chain};
+use pagewire_sender::driver::{FillSummary, Route, fill};
+use pagewire_sender::fill::{FillConfig, Remainder};
+use pagewire_sender::{ErrorKind as Failure, GuestMemory};
+use pagewire_transport::Address;
+use std::time::{Duration, Instant};
+
+/// How long it is waited before the receiver is tried again: what broke is often back at once.
+const TRY_FIRST: Duration = Duration::from_millis(20);
+const TRY_LAST: Duration = Duration::from_secs(2);
+
+/// When a guest may start at the receiver before all of its pages are there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PostCopy {
+    /// Never: it stands still until all of it is there.
+    #[default]
+    Never,
+    /// When the rounds come to their limits and the downtime cannot be kept: then what is left follows.
+    Auto,
+    /// At once, before any of its pages goes.
+    Now,
+}
+
+/// Brings all that the guest lacks, or says why not: the guest runs at the receiver then, and the memory must be kept.
+pub(crate) fn bring<M: GuestMemory>(
+    giving: &Giving,
+    remainder: Remainder<M>,
+    to: &Address,
+    (options, live): (&SendOptions, &LiveOptions),
+    (report, observer): (&mut Report, &mut dyn Observer),
+) -> Option<Error> {
+    let (began, pages) = (Instant::now(), remainder.pages());
+    let (mut left, mut until, mut pause) = (Some(remainder), began + live.patience, TRY_FIRST);
+    report.faults.lacking = pages;
+    let why = loop {
+        let Some(remainder) = left.take() else { break "its memory is gone".to_owned() };
+        let config = match config(options) {
+            Ok(config) => config,
+            Err(error) => break chain(&error),
+        };
+        let route = Route::Connect(to.clone());
+        let observe = |progress: pagewire_transport::Progress| observer.event(&progress.into());
+        let (summary, result, rest) =
+            fill(remainder, config, route, &options.stop_by_hand(), || giving.filled(), observe);
+        note(report, &summary);
+        report.faults.seconds = began.elapsed().as_secs_f64();
+        let error = match result {
+            Ok(()) => {
+                report.faults.lacking = 0;
+                return None;
+            }
+            Err(error) => error,
+        };
+        left = rest;
+        if summary.wire.received_bytes > 0 && summary.counts != Default::default() {
+            (until, pause) = (Instant::now() + live.patience, TRY_FIRST);
+        }
+        let last = matches!(error, Failure::Cancelled | Failure::Source(_)) || Instant::now() >= until;
+        let what = format!("a session that fills the guest broke: {}", chain(&error));
+        report.decisions.push(Decision { seconds: report.seconds + began.elapsed().as_secs_f64(), what });
+        if last {
+            break chain(&error);
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(TRY_LAST);
+    };
+    Some(Error { kind: ErrorKind::Sender(Failure::Split { pages, why }), guest_at: GuestAt::Receiver })
+}
+
+fn config(options: &SendOptions) -> Result<FillConfig, ErrorKind> {
+    Ok(FillConfig {
+        session: random()?,
+        nonce: random()?,
+        lanes: options.lanes,
+        compress: options.compress,
+        workers: options.workers(),
+        bandwidth_limit: options.bandwidth_limit,
+        ..FillConfig::default()
+    })
+}
+
+fn note(report: &mut Report, summary: &FillSummary) {
+    let counts = summary.counts;
+    report.faults.sessions += 1;
+    report.faults.count += counts.faults;
+    report.faults.remote += counts.faults;
+    report.wire.sent_bytes += summary.wire.sent_bytes;
+    report.wire.received_bytes += summary.wire.received_bytes;
+    let seconds = report.seconds;
+    let decisions = summary.decisions.iter().map(Decision::from);
+    report.decisions.extend(decisions.map(|decision| Decision { seconds: seconds + decision.seconds, ..decision }));
+}

@@ -1,0 +1,201 @@
+//! A guest that runs at the receiver while its memory follows, over real sockets, through any number of cuts.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use pagewire::{
+    Backing, Blobs, FaultsOf, GuestAt, GuestHooks, GuestStarter, Into, Journal, LiveOptions, NoObserver, Outcome,
+    PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server, ServerEvent, Started, TakeOptions,
+    send_live,
+};
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use support::{Host, PAGE, name, noise};
+
+const PAGES: usize = 3000;
+
+/// The guest at the sender: memory that nobody writes to.
+struct Still;
+
+impl GuestHooks for Still {
+    fn pause(&mut self) -> Result<Blobs, String> {
+        Ok(Blobs::new())
+    }
+
+    fn resume(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// The guest at the receiver: its threads read all of its memory, each in an order of its own, and write to each page once
+/// they have read it.
+#[derive(Debug)]
+struct Runs {
+    expected: Arc<Vec<u8>>,
+    ended: Mutex<Sender<Result<(), String>>>,
+}
+
+const THREADS: usize = 3;
+
+fn run(memory: &PostcopyMemory, expected: &[u8], thread: usize) -> Result<(), String> {
+    let mut page = [0; PAGE];
+    for at in 0..PAGES {
+        // 1009 is prime to the number of pages: each is seen once.
+        let number = (at * if thread == 0 { 1 } else { 1009 } + thread * 701) % PAGES;
+        memory.read(RegionId(0), (number * PAGE) as u64, &mut page).map_err(|error| error.to_string())?;
+        // Word `1 + thread` of the page is what this thread writes, none but it.
+        let mut meant: [u8; PAGE] = expected[number * PAGE..][..PAGE].try_into().unwrap();
+        for word in 1..=THREADS {
+            let words = word * 8..word * 8 + 8;
+            if page[words.clone()] == [0xAB; 8] {
+                meant[words].fill(0xAB);
+            }
+        }
+        if page != meant {
+            return Err(format!("page {number} is not what it should be"));
+        }
+        let offset = (number * PAGE + 8 * (1 + thread)) as u64;
+        memory.store(RegionId(0), offset, u64::from_le_bytes([0xAB; 8])).map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+impl GuestStarter for Runs {
+    fn prepare(&self, _: &pagewire::ImageName, _: &Blobs) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn start(&self, started: &Started<'_>) -> Result<(), String> {
+        let memory = Arc::clone(started.memory.ok_or("it came into memory that can wait")?);
+        let (expected, ended) = (Arc::clone(&self.expected), self.ended.lock().unwrap().clone());
+        std::thread::spawn(move || {
+            let result = std::thread::scope(|scope| {
+                let run = |thread| scope.spawn({ let (memory, expected) = (&memory, &expected); move || run(memory, expected, thread) });
+                let threads: Vec<_> = (0..THREADS).map(run).collect();
+                threads.into_iter().try_for_each(|thread| thread.join().unwrap())
+            });
+            let _ = ended.send(result);
+        });
+        Ok(())
+    }
+}
+
+/// Carries connections to a socket, and can cut all of them.
+struct Network {
+    path: PathBuf,
+    open: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl Network {
+    fn to(server: PathBuf, dir: &Path) -> Self {
+        let path = dir.join("network");
+        let listener = UnixListener::bind(&path).unwrap();
+        let open = Arc::new(Mutex::new(Vec::new()));
+        let streams = Arc::clone(&open);
+        std::thread::spawn(move || {
+            for near in listener.incoming() {
+                let (near, far) = (near.unwrap(), UnixStream::connect(&server).unwrap());
+                let mut streams = streams.lock().unwrap();
+                for (from, to) in [(&near, &far), (&far, &near)] {
+                    streams.push(from.try_clone().unwrap());
+                    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    std::thread::spawn(move || {
+                        let mut buffer = vec![0; 1 << 16];
+                        while let Ok(read @ 1..) = from.read(&mut buffer) {
+                            if to.write_all(&buffer[..read]).is_err() {
+                                break;
+                            }
+                        }
+                        let _ = to.shutdown(std::net::Shutdown::Both);
+                    });
+                }
+            }
+        });
+        Self { path, open }
+    }
+
+    fn cut(&self) {
+        for stream in self.open.lock().unwrap().drain(..) {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+struct Moved {
+    sent: Outcome,
+    received: Vec<Report>,
+    ran: Receiver<Result<(), String>>,
+}
+
+/// Moves an image in post-copy, cutting the network at each of these times after the guest has started.
+fn moves(image: Vec<u8>, post_copy: PostCopy, options: &SendOptions, cuts: &[Duration]) -> Moved {
+    let (a, b) = (Host::new(), Host::new());
+    fs::write(a.image(), &image).unwrap();
+    let journal = |host: &Host| Arc::new(Journal::open(&host.dir.path().join("journal")).unwrap());
+    let (ended, ran) = channel();
+    let starter = Arc::new(Runs { expected: Arc::new(image), ended: Mutex::new(ended) });
+    let into = Into::PostCopy { backing: Backing::Private, faults_of: FaultsOf::Everybody };
+    let mut receiving = ReceiveOptions::new(into);
+    receiving.live = Some(TakeOptions { journal: journal(&b), lease: None, starter });
+    let cancel = receiving.cancel.clone();
+    let socket = b.dir.path().join("socket");
+    let server = Server::bind(&format!("unix:{}", socket.display()).parse().unwrap(), receiving).unwrap();
+    let reports = Arc::new(Mutex::new(Vec::new()));
+    let told = Arc::clone(&reports);
+    let serving = std::thread::spawn(move || {
+        server.serve(move |event: ServerEvent<'_>| {
+            if let ServerEvent::Ended { outcome, .. } = event {
+                told.lock().unwrap().push(outcome.report.clone());
+            }
+        })
+    });
+    let network = Network::to(socket, b.dir.path());
+    let to = format!("unix:{}", network.path.display()).parse().unwrap();
+    let live = LiveOptions { post_copy, ..LiveOptions::new(journal(&a)) };
+    let sent = std::thread::scope(|scope| {
+        let sending =
+            scope.spawn(|| send_live(&a.image(), &name(), &to, options, (&live, Box::new(Still)), &mut NoObserver));
+        for &cut in cuts {
+            std::thread::sleep(cut);
+            network.cut();
+        }
+        sending.join().unwrap()
+    });
+    cancel.cancel();
+    serving.join().unwrap();
+    let received = reports.lock().unwrap().clone();
+    Moved { sent, received, ran }
+}
+
+fn image() -> Vec<u8> {
+    let mut image = noise(7, PAGES);
+    image[100 * PAGE..180 * PAGE].fill(0);
+    image
+}
+
+#[test]
+fn a_guest_runs_at_the_receiver_before_any_of_its_memory_is_there() {
+    let Moved { sent, received, ran } = moves(image(), PostCopy::Now, &SendOptions::default(), &[]);
+    assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+    let report = sent.into_result().unwrap();
+    assert_eq!((report.guest_at, report.faults.lacking, report.faults.sessions), ("receiver", 0, 1), "{report:?}");
+    let filled = received.iter().find(|report| report.faults.count > 0).unwrap();
+    assert!(filled.error.is_none() && filled.faults.p50_us > 0.0, "{filled:?}");
+}
+
+#[test]
+fn it_runs_to_the_right_end_though_the_network_is_cut_five_times() {
+    // 12 MiB at 3 MiB a second.
+    let options = SendOptions { bandwidth_limit: Some(3 << 20), compress: false, ..SendOptions::default() };
+    let cuts = [Duration::from_millis(700); 5];
+    let Moved { sent, ran, .. } = moves(image(), PostCopy::Now, &options, &cuts);
+    assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+    let report = sent.into_result().unwrap();
+    assert!(report.faults.sessions >= 4, "{report:?}");
+    assert_eq!((report.guest_at, report.faults.lacking), (GuestAt::Receiver.name(), 0));
+}
