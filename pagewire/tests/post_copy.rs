@@ -181,6 +181,7 @@ fn image() -> Vec<u8> {
 #[test]
 fn a_guest_runs_at_the_receiver_before_any_of_its_memory_is_there() {
     let Moved { sent, received, ran } = moves(image(), PostCopy::Now, &SendOptions::default(), &[]);
+    eprintln!("{sent:?}\n{received:?}");
     assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
     let report = sent.into_result().unwrap();
     assert_eq!((report.guest_at, report.faults.lacking, report.faults.sessions), ("receiver", 0, 1), "{report:?}");

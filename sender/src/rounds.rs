@@ -88,6 +88,8 @@ pub(crate) struct Rounds {
     stuck: u32,
     throttled: u8,
     leaving: Leave,
+    /// No round was begun before the last.
+    no_rounds: bool,
     reports: Vec<RoundReport>,
     trace: Option<Box<dyn Trace>>,
     /// Of memory of which nobody knows: what this round found changed.
@@ -123,6 +125,7 @@ impl Rounds {
             stuck: 0,
             throttled: 0,
             leaving: Leave::No,
+            no_rounds: false,
             reports: Vec::new(),
             trace: None,
             compared: none(),
@@ -141,6 +144,7 @@ impl Rounds {
 
     /// The guest is to be paused, and leaves what has not been sent behind.
     pub(crate) fn leave(&mut self, stage: Stage) {
+        self.no_rounds = self.leaving == Leave::AtOnce;
         self.leaving = Leave::Yes;
         self.stage = stage;
     }
@@ -388,6 +392,9 @@ impl Rounds {
     /// The guest stands still and was harvested: the last round begins.
     pub(crate) fn begin_last(&mut self, lanes: &Lanes, now: Time) {
         self.begin_round(None);
+        if self.no_rounds {
+            self.number = 0;
+        }
         self.stage = Stage::Last;
         self.start_clock(lanes, now);
     }

@@ -115,6 +115,8 @@ impl Host {
 #[derive(Clone, Copy, Debug)]
 enum Story {
     Sends(Word),
+    /// Sends it with pages absent, and serves them.
+    Serves,
     Receives,
     Rejects,
 }
@@ -130,6 +132,10 @@ impl Story {
                 }
                 vec![says(Word::Ready, handover), Input::Commit, Input::Connected(OTHER), says(answer, handover)]
             }
+            Self::Serves => {
+                Self::Sends(Word::Started).tell(guest, handover, told);
+                vec![Input::Filled(handover)]
+            }
             Self::Receives => {
                 told.extend(guest.receive(OTHER, handover));
                 vec![says(Word::Commit, handover), Input::Connected(OTHER), says(Word::Gone, handover)]
@@ -144,8 +150,9 @@ impl Story {
         let mut journal = Journal::open_watched(dir, Some(host.clone()))?;
         journal.pause = Duration::ZERO;
         let mut guest = journal.guest(LINEAGE, Some(&ImageName::new("web").unwrap()), true)?;
-        let out = matches!(self, Self::Sends(_));
-        self.tell(&mut guest, handover(journal.host(), out, 1), told);
+        let out = matches!(self, Self::Sends(_) | Self::Serves);
+        let post_copy = matches!(self, Self::Serves);
+        self.tell(&mut guest, Handover { post_copy, ..handover(journal.host(), out, 1) }, told);
         Ok(())
     }
 }
@@ -173,6 +180,7 @@ fn check(dir: &Path, told: &[Output], what: &str) {
                 },
             ),
             Output::Run(handover) => (kind(handover), &[Some(R::Started), Some(R::Gone)]),
+            Output::Fill(handover) => (kind(handover), &[Some(R::Handed), Some(R::Gone)]),
             Output::Release(handover) => (kind(handover), &[Some(R::Gone)]),
             Output::Resume(handover) => (kind(handover), &[None, Some(R::Returned)]),
             _ => continue,
@@ -231,6 +239,11 @@ fn dies_everywhere(story: Story, last: RecordKind) {
 #[test]
 fn a_sender_that_dies_anywhere_has_said_nothing_without_its_record() {
     dies_everywhere(Story::Sends(Word::Started), RecordKind::Gone);
+}
+
+#[test]
+fn a_sender_that_dies_anywhere_while_it_serves_gives_nothing_up_without_its_record() {
+    dies_everywhere(Story::Serves, RecordKind::Gone);
 }
 
 #[test]

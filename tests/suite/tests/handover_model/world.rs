@@ -526,7 +526,9 @@ fn strays(state: &State, at: usize, actions: &mut Vec<Action>) {
             &[Word::Gone, Word::Commit][..]
         };
         for &word in words.iter().filter(|word| **word != Word::Commit || !state.strayed) {
-            let altered = altered(handover).into_iter().map(|handover| (IDS[1 - at], handover));
+            // Each field doubles what is on its way: the bit of post-copy is bent where it is set.
+            let is_bent = |other: &Handover| handover.post_copy || !other.post_copy;
+            let altered = altered(handover).into_iter().filter(is_bent).map(|handover| (IDS[1 - at], handover));
             for (from, handover) in altered.chain([(STRANGER, *handover)]) {
                 actions.push(Action::Stray(at, from, Message { word, handover }));
             }

@@ -25,7 +25,8 @@ fn binding(input: &mut Input<'_>) -> Handover {
         220..230 => handover.epoch = pagewire_protocol::handover::Epoch::new(input.number()),
         230..240 => handover.sender.0[0] ^= input.byte(),
         240..250 => handover.receiver.0[0] ^= input.byte(),
-        _ => handover.arbiter = true,
+        250..253 => handover.arbiter = true,
+        _ => handover.post_copy = true,
     }
     handover
 }
