@@ -85,8 +85,9 @@ fn join(
     let options = SendOptions { lanes: 1, ..options.send.clone() };
     std::thread::scope(|scope| {
         let sessions = Sessions::default();
-        let receiver = scope
-            .spawn(move || session(arriving, (&sessions, &Default::default()), (None, None), decide, |_, _, _| (), |_| ()));
+        let receiver = scope.spawn(move || {
+            session(arriving, (&sessions, &Default::default()), (None, None), decide, |_, _, _| (), |_| ())
+        });
         let sent = run(Sent { memory, source: None, guest: None }, &name, Route::Over(here), &options, observer);
         drop(receiver.join());
         sent

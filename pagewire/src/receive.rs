@@ -12,8 +12,8 @@ use pagewire_protocol::error::{CloseCode, GuestAt, chain};
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
-use pagewire_protocol::tree::Manifest;
 use pagewire_protocol::time::Span;
+use pagewire_protocol::tree::Manifest;
 use pagewire_receiver::driver::{
     Beginning, Entropy, FillSummary, GuestTaker, Landed, Parking, Progress, Refusal, Summary,
 };
@@ -280,7 +280,9 @@ impl Shared {
                 let place = |offer: &Offer, _: &mut Vec<String>| into_file(path, offer, options);
                 self.run(arriving, stranger, (place, None), |_, _, _| (), observe)
             }
-            Into::PostCopy { backing, faults_of } => self.receive_post_copy(arriving, stranger, (*backing, *faults_of), observe),
+            Into::PostCopy { backing, faults_of } => {
+                self.receive_post_copy(arriving, stranger, (*backing, *faults_of), observe)
+            }
             Into::Memory => {
                 let shared = Cell::new(None);
                 let place = |offer: &Offer, warnings: &mut Vec<String>| {

@@ -246,9 +246,7 @@ pub(crate) fn run<M: GuestMemory>(
             let result = result.map_err(|error| error.kind);
             let ended = giving.end(result, (to.as_ref(), live), session, (&mut report, observer));
             match (remainder.filter(|_| giving.is_serving()), &to) {
-                (Some(remainder), Some(to)) => {
-                    bring(&giving, remainder, to, (options, live), (&mut report, observer))
-                }
+                (Some(remainder), Some(to)) => bring(&giving, remainder, to, (options, live), (&mut report, observer)),
                 _ => ended,
             }
         }

@@ -203,7 +203,8 @@ async fn drive<S: GuestSink>(
                     let (filled, result) = fill::fill(pump, parking, taker, with, &mut observe).await;
                     drop(guard);
                     (summary.lacking, summary.filled) = (filled.lacking, Some(filled));
-                    summary.spent = Time::from_nanos(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)).since(Time::ZERO);
+                    summary.spent = Time::from_nanos(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX))
+                        .since(Time::ZERO);
                     return result;
                 }
                 (None, _) => {

@@ -5,9 +5,9 @@
 
 use crate::engine::{Agreed, FinishJob, Terms};
 use crate::error::ErrorKind;
+use crate::fill::Incomplete;
 use crate::memory::GuestSink;
 use crate::page_map::PageMap;
-use crate::fill::Incomplete;
 use crate::report::{Counts, FillCounts};
 use crate::resolve::{Base, Others, Resolved, Resolver, Target};
 use crate::scan::Scan;
@@ -109,7 +109,12 @@ fn unreadable(source: io::Error) -> ErrorKind {
 
 impl<S: GuestSink> Receiving<S> {
     /// What an image that was offered goes into, and the ACCEPT that says so, but for its transcript.
-    pub(crate) fn new(open: Open, terms: Terms<S>, (codecs, can_wait): (u32, bool), now: Time) -> io::Result<(Self, Accept)> {
+    pub(crate) fn new(
+        open: Open,
+        terms: Terms<S>,
+        (codecs, can_wait): (u32, bool),
+        now: Time,
+    ) -> io::Result<(Self, Accept)> {
         let Terms { sink, lanes, window, secret, seed, agreed, others, challenge, host } = terms;
         let host = host.filter(|_| open.live.is_some());
         // SPEC 4.22

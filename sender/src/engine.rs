@@ -473,7 +473,8 @@ impl<M: GuestMemory> SenderEngine<M> {
             let post_copy = left.is_some_and(|leaving| leaving.absent.count() > 0);
             let session = self.config.session;
             self.pausing = false;
-            let handover = Handover { lineage, session, epoch, root: root.digest, sender, receiver, arbiter, post_copy };
+            let handover =
+                Handover { lineage, session, epoch, root: root.digest, sender, receiver, arbiter, post_copy };
             self.offered = Some(handover);
             self.events.push_back(Event::Offer(handover));
         }

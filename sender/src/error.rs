@@ -57,7 +57,9 @@ pub enum ErrorKind {
         dirty_rate: f64,
     },
     /// Post-copy was asked for and is not possible.
-    #[error("the receiver cannot run a guest before all of its memory is there; send it in rounds, or receive it into memory that can wait for pages")]
+    #[error(
+        "the receiver cannot run a guest before all of its memory is there; send it in rounds, or receive it into memory that can wait for pages"
+    )]
     NoPostCopy,
     /// The guest could not be paused.
     #[error("the guest cannot be paused: {0}")]
@@ -75,7 +77,9 @@ pub enum ErrorKind {
     #[error("the guest was handed over, and the receiver has not answered: it may run there, and stays paused here")]
     InDoubt,
     /// The guest runs at the receiver and lacks pages that are here alone.
-    #[error("the guest runs at the receiver and lacks {pages} pages that are here alone ({why}): keep its memory, and bring them by `pagewire resume`")]
+    #[error(
+        "the guest runs at the receiver and lacks {pages} pages that are here alone ({why}): keep its memory, and bring them by `pagewire resume`"
+    )]
     Split {
         /// How many, at most.
         pages: u64,

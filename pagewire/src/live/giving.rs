@@ -11,8 +11,8 @@ use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::error::{GuestAt, chain};
 use pagewire_protocol::frame::{ImageName, LiveOpen};
 use pagewire_protocol::handover::{Handover, HostId, Input, Message, Output, Whereabouts, Word};
-use pagewire_sender::driver::{Action, GuestControl, ask};
 use pagewire_sender::converge::AtLimit;
+use pagewire_sender::driver::{Action, GuestControl, ask};
 use pagewire_sender::{ErrorKind as Failure, Live};
 use pagewire_transport::Address;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -65,7 +65,13 @@ pub(crate) fn give(
         Error { kind: ErrorKind::Sender(Failure::Handover(format!("guest {name}: {refusal}"))), guest_at }
     })?;
     let host = options.journal.host();
-    let handover = LiveOpen { guest, epoch, host, arbiter: options.lease.is_some(), post_copy: options.post_copy != PostCopy::Never };
+    let handover = LiveOpen {
+        guest,
+        epoch,
+        host,
+        arbiter: options.lease.is_some(),
+        post_copy: options.post_copy != PostCopy::Never,
+    };
     let mut limits = options.limits;
     limits.throttles = hooks.throttles();
     if options.post_copy == PostCopy::Auto {

@@ -10,8 +10,8 @@ mod taking;
 pub use bringing::PostCopy;
 pub(crate) use bringing::bring;
 pub(crate) use giving::give;
-pub(crate) use taking::{MemorySlot, Taking};
 pub use taking::{GuestStarter, Started};
+pub(crate) use taking::{MemorySlot, Taking};
 
 use crate::journal::{Journal, JournalError};
 use pagewire_protocol::blobs::Blobs;

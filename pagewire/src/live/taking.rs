@@ -95,7 +95,8 @@ impl<'a> Taking<'a> {
             Output::Send(message) => actions.push(Action::Say(message)),
             Output::Run(handover) => {
                 let Some(name) = &self.name else { return };
-                let started = self.options.starter.start(&Started { name, handover: &handover, memory: self.memory.get() });
+                let started =
+                    self.options.starter.start(&Started { name, handover: &handover, memory: self.memory.get() });
                 self.warnings
                     .extend(started.err().map(|error| format!("the guest is here and was not started: {error}")));
                 if handover.post_copy {

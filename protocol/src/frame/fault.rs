@@ -45,7 +45,10 @@ impl Fault {
         let (urgency, reserved): (u8, [u8; 7]) = (reader.u8("urgency")?, reader.array("reserved")?);
         // SPEC 13.7
         if !(1..=2).contains(&urgency) || reserved != [0; 7] {
-            return Err(DecodeError::Unknown { field: "urgency or reserved bytes of FAULT", value: u64::from(urgency) });
+            return Err(DecodeError::Unknown {
+                field: "urgency or reserved bytes of FAULT",
+                value: u64::from(urgency),
+            });
         }
         let pages = decode_wants(reader.rest())?;
         if pages.is_empty() {

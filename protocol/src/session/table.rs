@@ -179,7 +179,8 @@ mod tests {
     #[test]
     fn the_matrix_is_the_one_of_spec() {
         let spec = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/SPEC.md")).unwrap();
-        let tables = [(Agreed::AtRest, None), (Agreed::Live, Some(Agreed::AtRest)), (Agreed::PostCopy, Some(Agreed::Live))];
+        let tables =
+            [(Agreed::AtRest, None), (Agreed::Live, Some(Agreed::AtRest)), (Agreed::PostCopy, Some(Agreed::Live))];
         for table in tables.map(|(agreed, less)| matrix(agreed, less)) {
             assert!(spec.contains(&table), "SPEC must hold exactly:\n{table}");
         }

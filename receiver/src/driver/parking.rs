@@ -118,7 +118,8 @@ impl<S: GuestSink> Parking<S> {
                 let mut places = self.places();
                 let place = places.get_mut(&handover.lineage).filter(|place| place.handover == *handover);
                 let Some(place) = place else {
-                    let reason = "no guest of this hand-over is here that lacks pages: it was lost in a restart, or has all";
+                    let reason =
+                        "no guest of this hand-over is here that lacks pages: it was lost in a restart, or has all";
                     return Err(Refusal { code: CloseCode::REFUSED, reason: reason.to_owned() });
                 };
                 if let Some(guest) = place.guest.take() {

@@ -9,7 +9,7 @@ use pagewire_protocol::compress::Decompressor;
 use pagewire_protocol::digest::{Digest, PageBytes, batch_digest, is_zero, page_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
-    Ack, Codec, EntryKind, Fault, Frame, FrameKind, LaneId, Lacking, Pages, SKIPPED_DIGEST, Urgency, Want,
+    Ack, Codec, EntryKind, Fault, Frame, FrameKind, Lacking, LaneId, Pages, SKIPPED_DIGEST, Urgency, Want,
 };
 use pagewire_protocol::limits::{
     ACK_BYTES, ACK_DELAY_MAX, FAULTS_A_PAGE_MAX, LACKING_BYTES_MAX, PAGE_BYTES, WANTS_MAX,
@@ -116,11 +116,8 @@ impl<S: GuestSink> Filling<S> {
     /// The next frame for the urgent lane: what the guest waits for, else what it will touch.
     // SPEC 13.9
     pub(super) fn next_fault(&mut self) -> Option<Outgoing> {
-        let (urgency, queue) = if self.touched.is_empty() {
-            (Urgency::AHEAD, &mut self.ahead)
-        } else {
-            (Urgency::NOW, &mut self.touched)
-        };
+        let (urgency, queue) =
+            if self.touched.is_empty() { (Urgency::AHEAD, &mut self.ahead) } else { (Urgency::NOW, &mut self.touched) };
         let pages: Vec<Want> = queue.drain(..queue.len().min(WANTS_MAX)).collect();
         if pages.is_empty() {
             return None;
@@ -389,7 +386,8 @@ impl<S: GuestSink> Filling<S> {
                 if is_stated && missing.iter().any(|page| (first..next).contains(page)) {
                     self.wants.ask(self.guest.map.layout(), range.region, first, next.saturating_sub(first));
                 } else if is_stated {
-                    let offset = |page: u64| usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(0) * PAGE_BYTES;
+                    let offset =
+                        |page: u64| usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(0) * PAGE_BYTES;
                     let bytes = whole.get(offset(first)..offset(next)).unwrap_or_default();
                     self.install_run(range, first..next, Some(bytes))?;
                 }

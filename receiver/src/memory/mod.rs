@@ -13,9 +13,9 @@ pub use postcopy::{
 };
 pub use ram::{GuestRam, RamRegion, RamSink};
 
+use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageBytes};
 use pagewire_protocol::page::RegionId;
-use pagewire_protocol::bitmap::PageBitmap;
 use std::io;
 use std::os::fd::BorrowedFd;
 

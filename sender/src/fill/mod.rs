@@ -51,7 +51,8 @@ impl<M: GuestMemory> Remainder<M> {
             let mut tree = DigestTree::new(&hasher, region.pages());
             for first in (0..region.pages()).step_by(SUBTREE_PAGES) {
                 let count = region.pages().saturating_sub(first).min(SUBTREE_PAGES as u64);
-                buffer.resize(usize::try_from(count).unwrap_or(0).saturating_mul(pagewire_protocol::limits::PAGE_BYTES));
+                buffer
+                    .resize(usize::try_from(count).unwrap_or(0).saturating_mul(pagewire_protocol::limits::PAGE_BYTES));
                 memory.read(RegionId(number), first, &mut buffer)?;
                 digests.clear();
                 hasher.digest_nonzero(buffer.as_chunks().0, &mut digests);

@@ -15,7 +15,7 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, batch_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
-    Ack, Codec, EntryKind, Fault, FrameKind, LaneId, Lack, Lacking, PagesHead, SKIPPED_DIGEST, Urgency, Want, seal,
+    Ack, Codec, EntryKind, Fault, FrameKind, Lack, Lacking, LaneId, PagesHead, SKIPPED_DIGEST, Urgency, Want, seal,
 };
 use pagewire_protocol::limits::{BATCH_PAGES_MAX, FAULTS_A_PAGE_MAX, PAGE_BYTES, WANTS_A_PAGE_MAX};
 use pagewire_protocol::page::{PageRange, Place};
@@ -280,11 +280,8 @@ impl<M: GuestMemory> Serving<M> {
         let batch = self.batch(range, &parts, announces)?;
         let raw = batch.payload.len();
         self.counts.inline_bytes = self.counts.inline_bytes.saturating_add(raw as u64);
-        let way = if raw == 0 {
-            None
-        } else {
-            self.compress.choose(None, &self.lanes.goodput, now, &mut self.decisions)
-        };
+        let way =
+            if raw == 0 { None } else { self.compress.choose(None, &self.lanes.goodput, now, &mut self.decisions) };
         if way.is_none() {
             self.counts.payload_bytes = self.counts.payload_bytes.saturating_add(raw as u64);
         }

@@ -20,7 +20,8 @@ pub const FROM: HostId = HostId([1; 32]);
 /// The host that it comes to.
 pub const TO: HostId = HostId([2; 32]);
 /// What every scripted live session opens.
-pub const LIVE: LiveOpen = LiveOpen { guest: GUEST, epoch: Epoch::new(1), host: FROM, arbiter: false, post_copy: false };
+pub const LIVE: LiveOpen =
+    LiveOpen { guest: GUEST, epoch: Epoch::new(1), host: FROM, arbiter: false, post_copy: false };
 
 /// What goes with every scripted guest.
 pub fn blobs() -> Blobs {
