@@ -107,7 +107,7 @@ impl Handler {
     fn wait_until_it_serves(&mut self) {
         let (stdout, mut byte) = (self.0.stdout.as_mut().unwrap(), [0]);
         while byte != [SERVES] {
-            stdout.read_exact(&mut byte).expect("the handler serves");
+            stdout.read_exact(&mut byte).unwrap();
         }
     }
 
@@ -161,7 +161,7 @@ fn kill_handlers(kills: u64, seed: u64) -> Option<(u64, u64)> {
     let region = Region { bytes: PAGES * PAGE as u64, install_size: InstallSize::KIB_4 };
     let memory = PostcopyMemory::new(Layout::new(vec![region]).unwrap(), Backing::Private).unwrap();
     if let Err(error) = memory.arm(&PageBitmap::full(PAGES), FaultsOf::Everybody) {
-        writeln!(io::stderr(), "SKIPPED: the death of handlers: {error}").unwrap();
+        io::stderr().write_all(format!("SKIPPED: the death of handlers: {error}\n").as_bytes()).unwrap();
         return None;
     }
     let (stop, read) = (AtomicBool::new(false), AtomicU64::new(0));

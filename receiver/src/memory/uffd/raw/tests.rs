@@ -22,7 +22,9 @@ fn watched(mapping: io::Result<(Mapping, Option<File>)>, features: Features, wat
         let ioctls = uffd.register_mapping(&mapping, 0..usize::MAX, watch)?;
         Ok(Watched { uffd, mapping: Arc::new(mapping), file, ioctls })
     };
-    let skip = |error: Box<dyn std::error::Error>| writeln!(io::stderr(), "SKIPPED: userfaultfd: {error}").unwrap();
+    let skip = |error: Box<dyn std::error::Error>| {
+        io::stderr().write_all(format!("SKIPPED: userfaultfd: {error}\n").as_bytes()).unwrap()
+    };
     start().map_err(skip).ok()
 }
 
