@@ -42,13 +42,21 @@ fn contents(region: RegionId, pages: std::ops::Range<u64>) -> Vec<u8> {
     pages.flat_map(|page| content(region, page)).collect()
 }
 
+/// For everybody, else for programs alone, which needs no privilege.
+fn arm(memory: &PostcopyMemory, absent: &PageBitmap) -> Result<PageBitmap, PostcopyError> {
+    match memory.arm(absent, FaultsOf::Everybody) {
+        Err(PostcopyError::Uffd(UffdError::NotPermitted(_))) => memory.arm(absent, FaultsOf::Programs),
+        other => other,
+    }
+}
+
 /// New memory of which everything is absent; `None`, said aloud, where that cannot be had.
 fn armed(layout: Layout, backing: Backing) -> Option<Arc<PostcopyMemory>> {
     let all = PageBitmap::full(layout.pages());
     let start = || -> Result<Arc<PostcopyMemory>, PostcopyError> {
         let failed = |error| PostcopyError::Call { what: "memory cannot be mapped", error };
         let memory = PostcopyMemory::new(layout, backing).map_err(failed)?;
-        memory.arm(&all, FaultsOf::Everybody)?;
+        arm(&memory, &all)?;
         Ok(Arc::new(memory))
     };
     match start() {
@@ -401,7 +409,7 @@ fn plain_memory_is_written_as_often_as_one_likes_and_armed_once() {
         let mut absent = PageBitmap::new(layout.pages());
         absent.insert_range(5..10);
         absent.insert(40 + 8);
-        match memory.arm(&absent, FaultsOf::Everybody) {
+        match arm(&memory, &absent) {
             Ok(said) => assert_eq!(said.bytes(), absent.bytes()),
             Err(error) => return io::stderr().write_all(format!("SKIPPED: hybrid: {error}\n").as_bytes()).unwrap(),
         }

@@ -324,7 +324,7 @@ mod tests {
         let skip = |error| {
             io::stderr().write_all(format!("SKIPPED: the order of messages and pages: {error}\n").as_bytes()).unwrap()
         };
-        memory.arm(&PageBitmap::full(8), FaultsOf::Everybody).map_err(skip).ok()?;
+        memory.arm(&PageBitmap::full(8), FaultsOf::Programs).map_err(skip).ok()?;
         Some(Arc::new(memory))
     }
 
