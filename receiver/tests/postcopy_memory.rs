@@ -537,3 +537,29 @@ fn rejects_a_hostile_hand_over() {
     let installed = elsewhere.install(MAIN, 0, &[1; 2 * PAGE], now()).unwrap();
     assert_eq!((installed.pages, installed.gone), (0, 2));
 }
+
+/// The table says huge pages, and they are small ones: who touches one that was thrown away waits, and its neighbours
+/// are not made zero with it.
+#[test]
+fn a_table_that_lies_about_huge_pages_makes_no_zeros() {
+    const HUGE: u64 = 2 << 20;
+    let Some(memory) = armed(layout(&[(6 << 20, InstallSize::KIB_4)]), Backing::Private) else { return };
+    let start = memory.table()[0].address;
+    let address = start.next_multiple_of(HUGE);
+    let first = (address - start) / PAGE as u64;
+    let table = [HandedRegion { address, bytes: HUGE, page_bytes: HUGE }];
+    let liar = PostcopyMemory::handed_over(memory.duplicate().unwrap(), &table).unwrap();
+    let balloon = spawn({
+        let memory = memory.clone();
+        move || memory.discard(MAIN, first + 7, 1).unwrap()
+    });
+    gather_until(&liar, |news| news.removed_pages == 1);
+    balloon.join().unwrap();
+    let waiting = [reader(&memory, MAIN, first + 7), reader(&memory, MAIN, first + 8)];
+    let news = gather_until(&liar, |news| news.odd > 0 && news.faults > 0);
+    assert_eq!((news.zeroed, news.odds[0]), (0, Odd::Lost { region: MAIN, page: 7 }));
+    memory.install(MAIN, first, &contents(MAIN, first..first + 16), now()).unwrap();
+    for (page, waiting) in (first + 7..).zip(waiting) {
+        assert_eq!(waiting.join().unwrap(), content(MAIN, page));
+    }
+}

@@ -259,12 +259,20 @@ impl PostcopyMemory {
         self.answer(uffd, region, place, address, news);
     }
 
+    /// Whether all of a page of the kernel's was thrown away. Where a table says that pages are huge and they are small,
+    /// zeros for one of them would be zeros for its neighbours.
+    fn is_removed(&self, region: RegionId, place: u64) -> bool {
+        let (all, pages) = (self.all_places(region), self.page_bytes(region) / SMALL);
+        let start = place.saturating_sub(place.saturating_sub(all.start) % pages);
+        self.removed.runs(start..start.saturating_add(pages).min(all.end), false).is_empty()
+    }
+
     /// Somebody waits for a page that nobody has to bring.
     fn answer(&self, uffd: &Uffd, region: RegionId, place: u64, address: u64, news: &mut Gathered) {
         let page_bytes = self.page_bytes(region);
         let start = address.saturating_sub(address % page_bytes);
         let addresses = start..start.saturating_add(page_bytes);
-        if self.removed.contains(place) {
+        if self.is_removed(region, place) {
             let filled = put_zeros(uffd, addresses.clone(), page_bytes);
             if filled.stop.is_some() {
                 // Whatever it was, the thread comes again if it still misses the page.
