@@ -148,7 +148,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn main() -> Result<(), Failure> {
     let mut file = File::options().read(true).write(true).create_new(true).open("/dev/shm/pagewire-bench-faults")?;
     std::fs::remove_file("/dev/shm/pagewire-bench-faults")?;
-    let bytes: Vec<u8> = (0..PAGES * PAGE).map(|at| (at / PAGE % 255 + 1) as u8).collect();
+    let bytes: Vec<u8> = (1..=u8::MAX).cycle().take(PAGES).flat_map(|byte| [byte; PAGE]).collect();
     file.write_all(&bytes)?;
     // SAFETY: the file is this program's alone, as long as it runs.
     let image = unsafe { std::slice::from_raw_parts(map(Some(&file))?, PAGES * PAGE) };

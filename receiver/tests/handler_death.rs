@@ -8,7 +8,7 @@
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::page::{InstallSize, Layout, Region, RegionId};
 use pagewire_protocol::time::Time;
-use pagewire_receiver::memory::uffd::FaultsOf;
+use pagewire_receiver::memory::uffd::{FaultsOf, UffdError};
 use pagewire_receiver::memory::{Backing, HandedRegion, PostcopyError, PostcopyMemory};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
@@ -107,7 +107,7 @@ impl Handler {
     fn wait_until_it_serves(&mut self) {
         let (stdout, mut byte) = (self.0.stdout.as_mut().unwrap(), [0]);
         while byte != [SERVES] {
-            stdout.read_exact(&mut byte).expect("the handler serves");
+            stdout.read_exact(&mut byte).unwrap();
         }
     }
 
@@ -156,12 +156,21 @@ fn fill(memory: &PostcopyMemory) -> u64 {
     there
 }
 
+/// For everybody, else for programs alone, which needs no privilege.
+fn arm(memory: &PostcopyMemory) -> Result<PageBitmap, PostcopyError> {
+    let all = PageBitmap::full(PAGES);
+    match memory.arm(&all, FaultsOf::Everybody) {
+        Err(PostcopyError::Uffd(UffdError::NotPermitted(_))) => memory.arm(&all, FaultsOf::Programs),
+        other => other,
+    }
+}
+
 /// Sixteen handlers over one memory. Gives how many pages they put in, and how many the guest read.
 fn kill_handlers(kills: u64, seed: u64) -> Option<(u64, u64)> {
     let region = Region { bytes: PAGES * PAGE as u64, install_size: InstallSize::KIB_4 };
     let memory = PostcopyMemory::new(Layout::new(vec![region]).unwrap(), Backing::Private).unwrap();
-    if let Err(error) = memory.arm(&PageBitmap::full(PAGES), FaultsOf::Everybody) {
-        writeln!(io::stderr(), "SKIPPED: the death of handlers: {error}").unwrap();
+    if let Err(error) = arm(&memory) {
+        io::stderr().write_all(format!("SKIPPED: the death of handlers: {error}\n").as_bytes()).unwrap();
         return None;
     }
     let (stop, read) = (AtomicBool::new(false), AtomicU64::new(0));

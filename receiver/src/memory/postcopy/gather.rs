@@ -259,12 +259,20 @@ impl PostcopyMemory {
         self.answer(uffd, region, place, address, news);
     }
 
+    /// Whether all of a page of the kernel's was thrown away. Where a table says that pages are huge and they are small,
+    /// zeros for one of them would be zeros for its neighbours.
+    fn is_removed(&self, region: RegionId, place: u64) -> bool {
+        let (all, pages) = (self.all_places(region), self.page_bytes(region) / SMALL);
+        let start = place.saturating_sub(place.saturating_sub(all.start) % pages);
+        self.removed.runs(start..start.saturating_add(pages).min(all.end), false).is_empty()
+    }
+
     /// Somebody waits for a page that nobody has to bring.
     fn answer(&self, uffd: &Uffd, region: RegionId, place: u64, address: u64, news: &mut Gathered) {
         let page_bytes = self.page_bytes(region);
         let start = address.saturating_sub(address % page_bytes);
         let addresses = start..start.saturating_add(page_bytes);
-        if self.removed.contains(place) {
+        if self.is_removed(region, place) {
             let filled = put_zeros(uffd, addresses.clone(), page_bytes);
             if filled.stop.is_some() {
                 // Whatever it was, the thread comes again if it still misses the page.
@@ -302,4 +310,75 @@ pub(super) fn put_zeros(uffd: &Uffd, addresses: Range<u64>, page_bytes: u64) -> 
         all.stop = one.stop;
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Backing;
+    use super::*;
+    use crate::memory::uffd::FaultsOf;
+    use pagewire_protocol::bitmap::PageBitmap;
+    use pagewire_protocol::page::{InstallSize, Layout, Region};
+    use std::io::{self, Write};
+    use std::sync::Arc;
+    use std::thread::{sleep, spawn};
+    use std::time::Duration;
+
+    const MAIN: RegionId = RegionId(0);
+
+    fn armed() -> Option<Arc<PostcopyMemory>> {
+        let layout = Layout::new(vec![Region { bytes: 8 * SMALL, install_size: InstallSize::KIB_4 }]).unwrap();
+        let memory = PostcopyMemory::new(layout, Backing::Private).unwrap();
+        let skip = |error| {
+            io::stderr().write_all(format!("SKIPPED: the order of messages and pages: {error}\n").as_bytes()).unwrap()
+        };
+        memory.arm(&PageBitmap::full(8), FaultsOf::Programs).map_err(skip).ok()?;
+        Some(Arc::new(memory))
+    }
+
+    /// What keeps old bytes out of a page that was just thrown away, however the threads run.
+    #[test]
+    fn messages_are_not_read_while_a_loader_is_at_work_and_the_other_way_round() {
+        let Some(memory) = armed() else { return };
+        let balloon = spawn({
+            let memory = memory.clone();
+            move || memory.discard(MAIN, 2, 1).unwrap()
+        });
+        // A loader has looked at the state of a page, and has not put it in yet.
+        let looked = memory.gate.read().unwrap();
+        let gatherer = spawn({
+            let memory = memory.clone();
+            move || memory.gather(Time::ZERO).unwrap()
+        });
+        sleep(Duration::from_millis(50));
+        assert!(!gatherer.is_finished() && !balloon.is_finished() && !memory.is_present(MAIN, 2));
+        drop(looked);
+        let mut removed = gatherer.join().unwrap().removed_pages;
+        while !balloon.is_finished() {
+            removed += memory.gather(Time::ZERO).unwrap().removed_pages;
+        }
+        assert_eq!(removed, 1);
+        // Messages are read, and not taken into account yet.
+        let read = memory.gate.write().unwrap();
+        let loader = spawn({
+            let memory = memory.clone();
+            move || memory.install(MAIN, 0, &[1; 8 * SMALL as usize], Time::ZERO).unwrap()
+        });
+        sleep(Duration::from_millis(50));
+        assert!(!loader.is_finished() && memory.absent_pages() == 7);
+        drop(read);
+        let installed = loader.join().unwrap();
+        assert_eq!((installed.pages, installed.already), (7, 1));
+    }
+
+    #[test]
+    fn a_unit_that_a_loader_has_is_left_to_it() {
+        let Some(memory) = armed() else { return };
+        assert!(memory.claimed.insert(3));
+        let installed = memory.install(MAIN, 0, &[1; 8 * SMALL as usize], Time::ZERO).unwrap();
+        assert_eq!((installed.pages, installed.elsewhere, installed.already), (7, 1, 0));
+        memory.claimed.remove(3);
+        assert_eq!(memory.install_zeros(MAIN, 3, 1, Time::ZERO).unwrap().pages, 1);
+        assert!(memory.claimed.runs(0..8, true).is_empty(), "no claim is left behind");
+    }
 }

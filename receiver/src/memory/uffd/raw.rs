@@ -36,7 +36,8 @@ use thiserror::Error;
 const MESSAGES: usize = 64;
 /// `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`, and `UFFDIO_POISON`: bindings leave them out.
 const IOC_NEW: Opcode = opcode::none(0xAA, 0);
-const IOC_POISON: Opcode = opcode::read_write::<uffdio_poison>(0xAA, _UFFDIO_POISON as u8);
+const IOC_POISON: Opcode = opcode::read_write::<uffdio_poison>(0xAA, 8);
+const _: () = assert!(_UFFDIO_POISON == 8, "the number in the opcode");
 /// `UFFDIO_WRITEPROTECT_MODE_WP` and `UFFDIO_CONTINUE_MODE_DONTWAKE`, `UFFDIO_POISON_MODE_DONTWAKE`: shifts in the headers.
 const PROTECT: u64 = 1 << 0;
 const DONTWAKE: u64 = 1 << 0;

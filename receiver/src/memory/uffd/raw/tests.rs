@@ -18,11 +18,17 @@ const PAGE: usize = PAGE_BYTES;
 fn watched(mapping: io::Result<(Mapping, Option<File>)>, features: Features, watch: Watch) -> Option<Watched> {
     let start = || -> Result<Watched, Box<dyn std::error::Error>> {
         let (mapping, file) = mapping?;
-        let uffd = Uffd::open(FaultsOf::Everybody, features)?;
+        // Programs alone need no privilege.
+        let uffd = match Uffd::open(FaultsOf::Everybody, features) {
+            Err(UffdError::NotPermitted(_)) => Uffd::open(FaultsOf::Programs, features)?,
+            other => other?,
+        };
         let ioctls = uffd.register_mapping(&mapping, 0..usize::MAX, watch)?;
         Ok(Watched { uffd, mapping: Arc::new(mapping), file, ioctls })
     };
-    let skip = |error: Box<dyn std::error::Error>| writeln!(io::stderr(), "SKIPPED: userfaultfd: {error}").unwrap();
+    let skip = |error: Box<dyn std::error::Error>| {
+        io::stderr().write_all(format!("SKIPPED: userfaultfd: {error}\n").as_bytes()).unwrap()
+    };
     start().map_err(skip).ok()
 }
 
