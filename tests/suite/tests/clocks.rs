@@ -34,7 +34,7 @@ const WALL: &[&str] = &[
 
 /// Who may look at it, and for what.
 const MAY: &[(&str, &str)] = &[
-    ("store/src/store.rs", "a visit's date for people, which also orders visits of equal sequence"),
+    ("store/src/store.rs", "a visit's date: for people, and which of several visits is looked at, or makes room, first"),
     ("store/src/visit.rs", "when a visit was last of use: which one makes room first, and no other question"),
     ("sender/src/memory/file.rs", "whether a file's times are those that they were, never which is later"),
 ];
