@@ -206,7 +206,7 @@ fn a_process_that_stands_still_at_any_moment_leaves_one_runner_or_a_named_doubt(
         let (receiver, to) = guest.receive(&["--leave-paused"]);
         let sender = guest.send(&to, &["--patience", "5", "--bandwidth-limit", "40MB"]).spawn().unwrap();
         std::thread::sleep(Duration::from_micros(at * 37_919 % 500_000));
-        let victim = if at % 2 == 0 { sender.id() } else { receiver.id() };
+        let victim = if at.is_multiple_of(2) { sender.id() } else { receiver.id() };
         signal(victim, "-STOP");
         std::thread::sleep(stop_span());
         // While one of them stands still, too.
