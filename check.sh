@@ -68,6 +68,13 @@ long() {
     step "long: a guest whose page faults are served by a process that is killed"
     PAGEWIRE_KILLS=${PAGEWIRE_KILLS:-10000} cargo test --release --package pagewire-receiver --test handler_death -- --nocapture
 
+    step "long: live sessions by seed"
+    PAGEWIRE_SEEDS=${PAGEWIRE_SEEDS:-100000} cargo test --release --package pagewire-test-suite --test live_seeds -- --nocapture
+
+    step "long: processes that are killed, or stand still for longer than a peer waits"
+    PAGEWIRE_KILLS=${PAGEWIRE_KILLS:-1000} PAGEWIRE_STOPS=${PAGEWIRE_STOPS:-100} PAGEWIRE_STOP_SECONDS=17 \
+        cargo test --release --package pagewire-cli --test live --test live_ends
+
     step "long: every state of the hand-over in wider bounds"
     cargo test --release --package pagewire-test-suite --test handover_model -- --ignored --nocapture
 }

@@ -19,7 +19,28 @@ use support::*;
 /// The largest device state.
 const STATE_MAX: u64 = 16 << 20;
 
+/// A process that is not started yet when somebody is to signal it.
+#[derive(Clone, Default)]
+struct Victim(Arc<AtomicU32>);
+
+impl Victim {
+    fn is(&self, pid: u32) {
+        self.0.store(pid, Ordering::SeqCst);
+    }
+
+    /// Its id, as soon as it has one: zero would be everybody.
+    fn pid(&self) -> u32 {
+        loop {
+            match self.0.load(Ordering::SeqCst) {
+                0 => std::thread::sleep(Duration::from_millis(1)),
+                pid => return pid,
+            }
+        }
+    }
+}
+
 fn signal(pid: u32, name: &str) {
+    assert_ne!(pid, 0);
     Command::new("kill").args([name, &pid.to_string()]).stderr(Stdio::null()).status().unwrap();
 }
 
@@ -206,7 +227,7 @@ fn a_process_that_stands_still_at_any_moment_leaves_one_runner_or_a_named_doubt(
         let (receiver, to) = guest.receive(&["--leave-paused"]);
         let sender = guest.send(&to, &["--patience", "5", "--bandwidth-limit", "40MB"]).spawn().unwrap();
         std::thread::sleep(Duration::from_micros(at * 37_919 % 500_000));
-        let victim = if at % 2 == 0 { sender.id() } else { receiver.id() };
+        let victim = if at.is_multiple_of(2) { sender.id() } else { receiver.id() };
         signal(victim, "-STOP");
         std::thread::sleep(stop_span());
         // While one of them stands still, too.
@@ -244,10 +265,10 @@ fn a_process_that_stands_still_over_a_word_of_the_hand_over_leaves_one_runner() 
     let attempt = |kind: FrameKind, stops_sender: bool| {
         let guest = Guest::new();
         let (receiver, to) = guest.receive(&["--leave-paused"]);
-        let victim = Arc::new(AtomicU32::new(if stops_sender { 0 } else { receiver.id() }));
-        let of_proxy = Arc::clone(&victim);
+        let victim = Victim::default();
+        let of_proxy = victim.clone();
         let proxy = Proxy::new(&guest.path("between"), &to, kind, move || {
-            let victim = of_proxy.load(Ordering::SeqCst);
+            let victim = of_proxy.pid();
             signal(victim, "-STOP");
             std::thread::spawn(move || {
                 std::thread::sleep(stop_span());
@@ -256,9 +277,7 @@ fn a_process_that_stands_still_over_a_word_of_the_hand_over_leaves_one_runner() 
             Then::Pass
         });
         let sender = guest.send(&proxy.address, &["--patience", "20"]).spawn().unwrap();
-        if stops_sender {
-            victim.store(sender.id(), Ordering::SeqCst);
-        }
+        victim.is(if stops_sender { sender.id() } else { receiver.id() });
         let (code, said) = ended(sender);
         let what = format!("{kind:?} {stops_sender}: {said}");
         assert!(proxy.has_seen(), "{what}");
@@ -281,14 +300,14 @@ fn a_process_that_stands_still_over_a_word_of_the_hand_over_leaves_one_runner() 
 fn a_sender_that_dies_before_handed_can_send_the_guest_again() {
     let guest = Guest::new();
     let (receiver, to) = guest.receive(&["--leave-paused"]);
-    let victim = Arc::new(AtomicU32::new(0));
-    let of_proxy = Arc::clone(&victim);
+    let victim = Victim::default();
+    let of_proxy = victim.clone();
     let proxy = Proxy::new(&guest.path("between"), &to, FrameKind::READY, move || {
-        signal(of_proxy.load(Ordering::SeqCst), "-KILL");
+        signal(of_proxy.pid(), "-KILL");
         Then::Cut
     });
     let sender = guest.send(&proxy.address, &[]).spawn().unwrap();
-    victim.store(sender.id(), Ordering::SeqCst);
+    victim.is(sender.id());
     assert_eq!(ended(sender).0, None, "killed");
     assert_eq!((guest.at("journal-a"), guest.at("journal-b")), (Whereabouts::Unrecorded, Whereabouts::Unrecorded));
     // Whoever holds the guest finds it without a record, and lets it run.

@@ -1,6 +1,6 @@
 //! C40: the wall clock may jump by years, and nothing is decided by it. Sessions and hand-overs know spans of a monotonic
 //! clock only; what the wall clock says is for people, and for nothing that could harm a guest.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot read its inputs has failed")]
+#![expect(clippy::panic, reason = "a test that cannot read its inputs has failed")]
 
 use pagewire_test_suite::files;
 use std::collections::BTreeSet;
@@ -34,7 +34,10 @@ const WALL: &[&str] = &[
 
 /// Who may look at it, and for what.
 const MAY: &[(&str, &str)] = &[
-    ("store/src/store.rs", "a visit's date for people, which also orders visits of equal sequence"),
+    (
+        "store/src/store.rs",
+        "a visit's date: for people, and which of several visits is looked at, or makes room, first",
+    ),
     ("store/src/visit.rs", "when a visit was last of use: which one makes room first, and no other question"),
     ("sender/src/memory/file.rs", "whether a file's times are those that they were, never which is later"),
 ];

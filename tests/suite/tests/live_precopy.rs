@@ -126,22 +126,23 @@ fn c01_a_connection_that_is_never_made_leaves_the_guest_alone() {
 
 #[test]
 fn c02_hosts_that_do_not_fit_find_out_before_the_first_page() {
-    let mismatches: [(&dyn Fn(&mut WorldConfig), &[&str]); 3] = [
+    type Mismatch = fn(&mut WorldConfig);
+    let mismatches: [(Mismatch, &[&str]); 3] = [
         (
-            &|config| {
+            |config| {
                 (config.receiver_policy.version_min, config.receiver_policy.version_max) = (2, 3);
             },
             &["1-1", "2-3"],
         ),
         (
-            &|config| {
+            |config| {
                 let policy = &mut config.receiver_policy;
                 (policy.features_offered, policy.features_required) = (1 << 40, 1 << 40);
             },
             &["0x10000000000", "0x2"],
         ),
         (
-            &|config| {
+            |config| {
                 let text = "region 0: 2097152 bytes here, 1048576 there";
                 config.decision = Decision::Refuse(CloseCode::REFUSED, text.to_owned());
             },
@@ -149,7 +150,7 @@ fn c02_hosts_that_do_not_fit_find_out_before_the_first_page() {
         ),
     ];
     for (mismatch, values) in mismatches {
-        let attempt = attempt(|config| mismatch(config));
+        let attempt = attempt(mismatch);
         assert_eq!((sent_pages(&attempt.outcome), attempt.guest.state().turns.0), (0, 0));
         let error = attempt.outcome.sender.as_ref().unwrap_err().to_string();
         assert!(values.iter().all(|value| error.contains(value)), "{error}");
@@ -288,13 +289,11 @@ fn c10_a_cancel_at_the_receiver_reaches_the_sender_with_its_reason() {
 
 #[test]
 fn c11_a_guest_that_never_converges_stays_and_its_rate_is_named() {
-    let bounded: [(&dyn Fn(&mut Limits), Reason); 3] = [
-        (&|_| (), Reason::Dirtying),
-        (&|limits| limits.rounds = 1, Reason::Rounds),
-        (
-            &|limits| (limits.total, limits.downtime) = (Some(Span::from_millis(50)), Span::from_millis(1)),
-            Reason::Total,
-        ),
+    type Bound = fn(&mut Limits);
+    let bounded: [(Bound, Reason); 3] = [
+        (|_| (), Reason::Dirtying),
+        (|limits| limits.rounds = 1, Reason::Rounds),
+        (|limits| (limits.total, limits.downtime) = (Some(Span::from_millis(50)), Span::from_millis(1)), Reason::Total),
     ];
     for (at, (bound, reason)) in bounded.into_iter().enumerate() {
         // The first writes everything again and again; the others something, and always more than fits.

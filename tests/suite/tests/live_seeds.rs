@@ -390,7 +390,14 @@ fn run(seed: u64) -> Run {
     let mut attempt = Attempt::new(guest, plan.sink, plan.config);
     let reached = faults.iter().map(|&fault| (fault, is_reached(fault, &attempt))).collect();
     let failed = attempt.outcome.sender.is_err();
-    assert!(!attempt.guest.state().tracked, "nobody watches it any more: {what:?}");
+    {
+        // I5: what a session that failed had taken from the dirty log is there again.
+        let (state, outcome) = (attempt.guest.state(), &attempt.outcome);
+        assert!(!state.tracked, "nobody watches it any more: {what:?}");
+        let taken = outcome.rounds.iter().map(|round| round.dirty).max().unwrap_or_default();
+        let counts = failed && !outcome.hosts[0].dead && plan.tracking == Tracking::Dirty;
+        assert!(!counts || state.dirty.count() >= taken, "dirty bits are given back: {what:?}");
+    }
     let end = attempt.settle(rng.chance(70), &what);
     if end != End::Lost {
         attempt.replay(&what);

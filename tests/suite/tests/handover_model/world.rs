@@ -295,7 +295,7 @@ impl World {
     fn receive(&self, state: &mut State, handover: Handover) {
         let Some(at) = number(handover.receiver) else { return };
         let Some(mut desk) = state.hosts[at].desk.take() else { return };
-        if desk.guest_at(&handover).is_none() && desk.may_receive(handover.epoch).is_ok() {
+        if desk.guest_at(&handover).is_none() && desk.may_begin(handover.epoch).is_ok() {
             let host = &mut state.hosts[at];
             (host.memory, host.received) = (Some(handover.root.0[0]), Some(handover));
             host.lacks = if handover.post_copy { fill::PARTS } else { 0 };
