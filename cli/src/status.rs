@@ -108,7 +108,9 @@ fn show(guest: &GuestStatus, me: HostId) {
         say(&format!("  damaged: {}", plain(&chain(error))));
     }
     if is_in_doubt(guest) {
-        say(&format!("  if the other host cannot answer: pagewire resolve --help, then resolve {}", called(guest)));
+        let name = called(guest);
+        say(&format!("  ask the other host where it receives: pagewire resolve {name} --ask tcp://HOST:PORT"));
+        say(&format!("  if it cannot answer: pagewire resolve --help, then resolve {name} --here or --there"));
     }
 }
 
