@@ -60,6 +60,9 @@ pub(crate) enum Verb {
     /// A guest is in doubt when it was handed over and no answer came: the other host may run it, or may not. It stays
     /// frozen here until the other host answers; whoever knows more can say where it is.
     ///
+    /// --ask asks the other host at the address where it receives now, on this host, from which the guest was sent. That
+    /// is the way to take if the other host is up.
+    ///
     /// --here takes it back. Before you say it, make sure that the other host neither runs the guest nor ever will: it
     /// is switched off, or cut off from the guest's disks and network, and does not come back before its own records
     /// are dealt with (`pagewire resolve GUEST --there` there). Name it with --fenced. Nothing can check that for you:
@@ -90,11 +93,17 @@ pub(crate) struct Status {
 }
 
 #[derive(Debug, ClapArgs)]
-#[group(id = "where", required = true, args = ["here", "there"])]
+#[group(id = "where", required = true, args = ["ask", "here", "there"])]
 pub(crate) struct Resolve {
     /// The guest: its name, or the first digits of its lineage, as `pagewire status` shows them.
     #[arg(value_name = "GUEST")]
     pub(crate) guest: String,
+    /// Ask the other host, where it receives: its records know. Nothing is transferred.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) ask: Option<Address>,
+    /// How long it is asked, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds, requires = "ask")]
+    pub(crate) patience: Duration,
     /// It is this host's, and the other host is fenced off.
     #[arg(long, requires = "fenced")]
     pub(crate) here: bool,
@@ -102,7 +111,7 @@ pub(crate) struct Resolve {
     #[arg(long)]
     pub(crate) there: bool,
     /// The host that is fenced off, as `pagewire status` shows it; its first 8 digits are enough.
-    #[arg(long, value_name = "HOST", value_parser = host_digits, conflicts_with = "there")]
+    #[arg(long, value_name = "HOST", value_parser = host_digits, conflicts_with_all = ["there", "ask"])]
     pub(crate) fenced: Option<String>,
     /// The hand-over. By default the one that is in doubt.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]

@@ -7,7 +7,7 @@ use anyhow::Result;
 use pagewire::handover::{
     Epoch, Fence, Handover, HostId, Input, Output, Record, RecordKind, Resolve, Whereabouts, Word,
 };
-use pagewire::{GuestStatus, Journal, JournalError, chain};
+use pagewire::{Address, GuestStatus, Journal, JournalError, ask_receiver, chain};
 use serde_json::json;
 use std::process::ExitCode;
 
@@ -32,10 +32,37 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         guest.damaged.iter().for_each(|error| eprintln!("pagewire: {}", plain(&chain(error))));
         return Ok(ExitCode::from(WRONG));
     }
-    match input(args, guest, journal.host()) {
-        Ok(resolve) => tell(args, &journal, guest, resolve),
+    let way = match &args.ask {
+        Some(to) => question(args, guest, journal.host()).map(|handover| Way::Ask(handover, to)),
+        None => input(args, guest, journal.host()).map(Way::Say),
+    };
+    match way {
+        Ok(way) => settle(args, &journal, guest, &way),
         Err(why) => usage(why),
     }
+}
+
+/// How the doubt ends.
+enum Way<'a> {
+    /// The operator says where the guest is.
+    Say(Resolve),
+    /// The other host is asked about this hand-over.
+    Ask(Handover, &'a Address),
+}
+
+/// The hand-over that the other host can be asked about: one from here, without an answer.
+fn question(args: &Args, guest: &GuestStatus, me: HostId) -> Result<Handover, String> {
+    let is_it = |record: &&Record| {
+        let is_asked = args.epoch.is_none_or(|epoch| record.handover.epoch == Epoch::new(epoch));
+        is_asked && record.kind == RecordKind::Handed && record.handover.sender == me
+    };
+    let record = guest.records.iter().rev().find(is_it);
+    let name = called(guest);
+    record.map(|record| record.handover).ok_or_else(|| {
+        format!(
+            "{name}: no hand-over of it from here is without an answer: there is nothing to ask; see `pagewire status`"
+        )
+    })
 }
 
 /// The one guest that is called so, or whose lineage begins so.
@@ -91,7 +118,7 @@ fn input(args: &Args, guest: &GuestStatus, me: HostId) -> Result<Resolve, String
     Ok(Resolve::Here(Fence { epoch, host }))
 }
 
-fn tell(args: &Args, journal: &Journal, guest: &GuestStatus, resolve: Resolve) -> Result<ExitCode> {
+fn settle(args: &Args, journal: &Journal, guest: &GuestStatus, way: &Way<'_>) -> Result<ExitCode> {
     let name = called(guest);
     // What was started here and is given away is not here any more: that is what the operator says.
     let mut desk = match journal.guest(guest.lineage, None, args.here) {
@@ -102,7 +129,17 @@ fn tell(args: &Args, journal: &Journal, guest: &GuestStatus, resolve: Resolve) -
         }
         Err(error) => return Err(error.into()),
     };
-    let outputs = desk.handle(Input::Resolve(resolve));
+    let outputs = match way {
+        Way::Say(resolve) => desk.handle(Input::Resolve(*resolve)),
+        Way::Ask(handover, to) => match ask_receiver(&mut desk, handover, to, args.patience) {
+            Ok(outputs) => outputs,
+            Err(error) => {
+                eprintln!("pagewire: {name}: the other host does not say where it is: {}", plain(&chain(&error)));
+                eprintln!("pagewire: {name}: it is in doubt still, and must not run here");
+                return Ok(ExitCode::from(IN_DOUBT));
+            }
+        },
+    };
     let refusal = outputs.iter().find_map(|output| match output {
         Output::Refuse(refusal) => Some(refusal),
         _ => None,
@@ -116,9 +153,10 @@ fn tell(args: &Args, journal: &Journal, guest: &GuestStatus, resolve: Resolve) -
         return Ok(ExitCode::from(IN_DOUBT));
     }
     let whereabouts = desk.handovers().whereabouts();
-    let epoch = match resolve {
-        Resolve::Here(fence) => fence.epoch,
-        Resolve::There(epoch) => epoch,
+    let epoch = match way {
+        Way::Say(Resolve::Here(fence)) => fence.epoch,
+        Way::Say(Resolve::There(epoch)) => *epoch,
+        Way::Ask(handover, _) => handover.epoch,
     };
     if args.at.json {
         let (lineage, epoch) = (hex(&guest.lineage.0), epoch.number());
@@ -126,14 +164,17 @@ fn tell(args: &Args, journal: &Journal, guest: &GuestStatus, resolve: Resolve) -
         let at = name_of(whereabouts);
         print_json(&json!({"event": "resolved", "lineage": lineage, "name": name, "epoch": epoch, "whereabouts": at}));
     } else {
-        say(&format!("{name}: hand-over {epoch} is resolved: {}", meaning(&outputs)));
+        say(&format!("{name}: hand-over {epoch} is resolved: {}", meaning(&outputs, way)));
     }
     Ok(ExitCode::from(if whereabouts == Whereabouts::InDoubt { IN_DOUBT } else { 0 }))
 }
 
 /// What it means for whoever runs the guest.
-fn meaning(outputs: &[Output]) -> &'static str {
+fn meaning(outputs: &[Output], way: &Way<'_>) -> &'static str {
     let found = outputs.iter().find_map(|output| match output {
+        Output::Resume(_) if matches!(way, Way::Ask(..)) => {
+            Some("the other host has rejected it: the guest is this host's and may run here")
+        }
         Output::Resume(_) => {
             Some("the guest is this host's and may run here; the host that is fenced off must stay so")
         }

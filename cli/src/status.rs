@@ -123,7 +123,9 @@ fn show(guest: &GuestStatus, me: HostId) {
         say("  the other host may lack pages of it: keep its memory here, and run `pagewire resume`");
     }
     if is_in_doubt(guest) {
-        say(&format!("  if the other host cannot answer: pagewire resolve --help, then resolve {}", called(guest)));
+        let name = called(guest);
+        say(&format!("  ask the other host where it receives: pagewire resolve {name} --ask tcp://HOST:PORT"));
+        say(&format!("  if it cannot answer: pagewire resolve --help, then resolve {name} --here or --there"));
     }
 }
 

@@ -159,6 +159,38 @@ fn a_sender_in_doubt_asks_until_the_receiver_is_back() {
     assert_eq!((guest.at("journal-a"), guest.at("journal-b")), (Whereabouts::InDoubt, Whereabouts::Here));
 }
 
+/// C21: long after the session the other host can be asked again, and nothing else is done.
+#[test]
+fn a_guest_in_doubt_is_found_by_asking_the_other_host() {
+    let guest = Guest::new();
+    let (receiver, to) = guest.receive(&["--on-start", "kill -9 $PPID"]);
+    assert_eq!(ended(guest.send(&to, &["--patience", "0.1"]).spawn().unwrap()).0, Some(3));
+    ended(receiver);
+    let resolve = |name: &str, to: &str| {
+        let journal = guest.path("journal-a").display().to_string();
+        let output = pagewire(&["resolve", name, "--ask", to, "--patience", "0.1", "--journal", &journal]);
+        (output.status.code(), text(&output.stdout) + &text(&output.stderr))
+    };
+    let (code, said) = resolve("vm", &to);
+    assert!(code == Some(3) && said.contains("in doubt still"), "nobody is there: {said}");
+
+    // Another host answers at that address: it has no part in the hand-over.
+    fs::create_dir(guest.path("c")).unwrap();
+    let journal = guest.path("journal-c").display().to_string();
+    let stranger = Receiver::start(&guest.path("c"), &["--leave-paused", "--journal", &journal]);
+    let (code, said) = resolve("vm", &stranger.address);
+    assert!(code == Some(3) && said.contains("in doubt still"), "it is not believed: {said}");
+    assert_eq!(guest.at("journal-a"), Whereabouts::InDoubt);
+
+    let (receiver, _) = guest.receive(&["--leave-paused"]);
+    let (code, said) = resolve("vm", &to);
+    assert!(code == Some(0) && said.contains("the guest is the other host's"), "{said}");
+    assert_eq!((guest.at("journal-a"), guest.at("journal-b")), (Whereabouts::There, Whereabouts::Here));
+    let (code, said) = resolve("vm", &to);
+    assert!(code == Some(2) && said.contains("nothing to ask"), "{said}");
+    stop(receiver);
+}
+
 /// C04, C05, C16 to C22: kill -9 of either side at any moment leaves one host that may run the guest, or a doubt that the
 /// sender's journal names. `PAGEWIRE_KILLS` says how often; the long run has 1,000.
 #[test]

@@ -78,7 +78,8 @@ pub use inspect::{Inspection, inspect};
 pub use journal::{GuestJournal, GuestStatus, Journal, JournalError};
 pub use lease::Lease;
 pub use live::{
-    Arbiter, GuestHooks, GuestStarter, LiveOptions, Operator, PostCopy, Started, TakeOptions, device_state_name,
+    Arbiter, GuestHooks, GuestStarter, LiveOptions, Operator, PostCopy, Started, TakeOptions, ask_receiver,
+    device_state_name,
     milliseconds,
 };
 pub use observe::{Event, NoObserver, Observer, Phase};

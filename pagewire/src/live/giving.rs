@@ -1,6 +1,6 @@
 //! The sender's side: the guest's hooks and its journal behind one control, which outlives the session.
 
-use super::{Arbiter, GuestHooks, LiveOptions, Operator, PostCopy, lineage_of};
+use super::{ASK_EVERY, Arbiter, GuestHooks, LiveOptions, Operator, PostCopy, lineage_of};
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::journal::{GuestJournal, Journal};
@@ -17,9 +17,6 @@ use pagewire_sender::{ErrorKind as Failure, Live};
 use pagewire_transport::Address;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-/// How often a receiver that does not answer is asked.
-const ASK_EVERY: Duration = Duration::from_millis(500);
 
 /// The guest's side of a live session.
 struct Holding {

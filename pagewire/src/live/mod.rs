@@ -3,10 +3,12 @@
 //! Both sides keep what they decided in a [`Journal`] before they act on it, so a crash or a lost
 //! connection leaves the guest at one of them, or in a doubt that both can name.
 
+mod asking;
 mod bringing;
 mod giving;
 mod taking;
 
+pub use asking::ask_receiver;
 pub use bringing::PostCopy;
 pub(crate) use bringing::bring;
 pub(crate) use giving::give;
@@ -26,6 +28,9 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// How often a receiver that does not answer is asked.
+const ASK_EVERY: Duration = Duration::from_millis(500);
 
 /// How a guest that runs is sent.
 #[derive(Clone, Debug)]
