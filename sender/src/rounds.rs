@@ -72,6 +72,8 @@ pub(crate) struct Rounds {
     /// The pages of this round, from the second on; those before `next` are stated.
     todo: PageBitmap,
     next: u64,
+    /// All that were to be looked at in this round.
+    looked: PageBitmap,
     dirty: PageBitmap,
     deferred: PageBitmap,
     /// Everything that was harvested.
@@ -112,6 +114,7 @@ impl Rounds {
             number: 0,
             todo: none(),
             next: 0,
+            looked: PageBitmap::full(pages),
             dirty: none(),
             deferred: none(),
             ever: none(),
@@ -291,8 +294,13 @@ impl Rounds {
             }
             _ => {
                 let share = left as f64 / self.round.looked.max(1) as f64;
-                let each = over_pages(self.round.looked);
-                (if self.number == 0 { 0.0 } else { scan * share }, each * left as f64, each)
+                // What was written in this round before it was read has gone already; how much of such is known from what
+                // this round found. Every other page has to go.
+                let each = over_pages(self.round.changed);
+                let new =
+                    self.dirty.count_without(&self.looked).saturating_add(self.deferred.count_without(&self.dirty));
+                let again = over_pages(self.round.looked) * left.saturating_sub(new) as f64;
+                (if self.number == 0 { 0.0 } else { scan * share }, each * new as f64 + again, each)
             }
         };
         let predicted = if left == 0 { 0.0 } else { scan + over_rate(expected, rate) } + under_way;
@@ -377,6 +385,7 @@ impl Rounds {
             }
         }
         self.round.looked = todo.count();
+        self.looked.clone_from(&todo);
         (self.todo, self.next) = (todo, 0);
         self.number = self.number.saturating_add(1);
         self.stage = Stage::Running;
