@@ -130,7 +130,7 @@ fn receive(args: Receive) -> Result<ExitCode> {
     let live = match &into {
         Into::Folder(dir) => live::take(&args.take, dir.clone(), true)?,
         Into::File(file) => live::take(&args.take, file.clone(), false)?,
-        Into::Memory => None,
+        Into::Memory | Into::PostCopy { .. } => None,
     };
     let reuse = match reuse(&args.keeping, args.trust_store) {
         Ok(reuse) => reuse,

@@ -353,6 +353,7 @@ impl World {
                     let actions = self.config.hosts[1].hear(self.config.hosts[0].id, message);
                     self.act_at_receiver(actions);
                 }
+                ReceiverEvent::Fill(_) => self.receiver.machine.refuse(CloseCode::REFUSED, "no guest lacks pages here"),
                 ReceiverEvent::Verified | ReceiverEvent::Finished => {}
             }
         }

@@ -7,6 +7,7 @@ use crate::memory::ImageSink;
 use crate::peer::{AgainstReceiver, AgainstSender};
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::Digest;
+use pagewire_protocol::error::CloseCode;
 use pagewire_protocol::frame::{Ack, Blob, Done, Frame, FrameKind, ImageName, LaneId, Root, RoundEnd, Want};
 use pagewire_protocol::handover::{Handover, Input as Told, RecordKind, Word};
 use pagewire_protocol::session::{Machine, Phase};
@@ -115,6 +116,10 @@ fn tell_receiver(script: &mut AgainstReceiver, host: &mut Host, ready: &mut Vec<
                 host.ready(handover)
             }
             ReceiverEvent::Said(message) => host.hear(FROM, message),
+            ReceiverEvent::Fill(_) => {
+                script.engine.refuse(CloseCode::REFUSED, "no guest lacks pages here");
+                Vec::new()
+            }
             ReceiverEvent::Offered(_) | ReceiverEvent::Verified | ReceiverEvent::Finished => Vec::new(),
         };
         for action in actions {
