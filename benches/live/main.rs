@@ -1,7 +1,7 @@
 //! What moving a guest that runs costs it: real hosts of this process on loopback TCP, with journals and files.
 //!
 //! `cargo run --release -p pagewire-benches --bin live -- [--runs N] [--disk FOLDER] [CASE…]` prints a table for each case:
-//! `pause`, `uniform`, `flood`, `hot`, `cancel`; all without one. Figures are medians, with the least and the most.
+//! `pause`, `uniform`, `flood`, `hot`, `cancel`; all of them if none is named. Figures are medians, with the least and the most.
 //! Records and arriving images are on tmpfs (`/dev/shm`) but where a row says disk: then below FOLDER. All but `pause` run
 //! in a network namespace whose loopback is capped to 1 Gbit/s by tbf, which needs root. After every move the image that
 //! arrived is compared with the guest. Exit code 1: a bar was missed.

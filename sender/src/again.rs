@@ -10,7 +10,7 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::frame::{EntryKind, SKIPPED_DIGEST};
-use pagewire_protocol::limits::{PAGE_BYTES, RUNS_MAX};
+use pagewire_protocol::limits::{PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES};
 use pagewire_protocol::page::{GROUP_PAGES, PageNumber, PageRange, Place, RegionId};
 use pagewire_protocol::time::Time;
 use std::ops::Range;
@@ -121,6 +121,11 @@ impl<M: GuestMemory> Sending<M> {
         stated.extend((0..skipped).map(|_| SKIPPED_DIGEST));
         self.digests = stated;
         self.send(range, lane, entries, Sent::default(), now);
+        // While the receiver works on it, not when both wait for the root.
+        if let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) {
+            let pages = range.numbers();
+            tree.hash_subtrees(pages.start / SUBTREE_PAGES as u64..pages.end / SUBTREE_PAGES as u64);
+        }
     }
 
     /// A page has `digest` now: whether that is news. What it was before is not believed to be at the receiver any more.
