@@ -12,13 +12,13 @@ use pagewire_protocol::error::{CloseCode, GuestAt, chain};
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
-use pagewire_protocol::time::Span;
+use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::tree::Manifest;
 use pagewire_receiver::driver::{
     Beginning, Entropy, FillSummary, GuestTaker, Landed, Parking, Progress, Refusal, Summary,
 };
 use pagewire_receiver::memory::uffd::FaultsOf;
-use pagewire_receiver::memory::{Backing, FileSink, GuestRam, PostcopyMemory, PostcopySink, RamSink};
+use pagewire_receiver::memory::{Backing, Clock, FileSink, GuestRam, PostcopyMemory, PostcopySink, RamSink};
 use pagewire_receiver::{GuestSink, Offer};
 use pagewire_store::{Landing, LandingError, LandingOptions};
 use pagewire_transport::{Address, Arrival, CancellationToken, Listener, Sessions, Socket};
@@ -331,7 +331,7 @@ impl Shared {
             let memory = PostcopyMemory::new(offer.open.layout.clone(), backing).map(Arc::new);
             let memory = memory.map_err(|error| no_memory(&error))?;
             let _ = slot.set(Arc::clone(&memory));
-            Ok(Ground::plain(memory).landed(|memory| PostcopySink::new(memory, faults_of)))
+            Ok(Ground::plain(memory).landed(|memory| PostcopySink::new(memory, faults_of, clock())))
         };
         let at = Some((Arc::clone(&slot), &self.parking));
         self.run(arriving, stranger, (place, at), |_, _, _| (), observe)
@@ -513,6 +513,12 @@ fn into_memory(
         None => GuestRam::new(offer.open.layout.clone()).map(Ground::plain),
     };
     ram.map_err(|error| no_memory(&error))
+}
+
+/// A clock from now on.
+fn clock() -> Clock {
+    let began = Instant::now();
+    Box::new(move || Time::from_nanos(u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX)))
 }
 
 fn no_memory(error: &dyn std::error::Error) -> Refusal {

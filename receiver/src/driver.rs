@@ -164,7 +164,7 @@ async fn drive<S: GuestSink>(
     let mut registration: Option<Registration> = None;
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
     let mut cancelled = false;
-    let result = loop {
+    let fill = loop {
         let event = tokio::select! {
             biased;
             () = cancel.cancelled(), if !cancelled => {
@@ -194,54 +194,48 @@ async fn drive<S: GuestSink>(
                     Err(Refusal { code, reason }) => pump.machine().refuse(code, &reason),
                 }
             }
-            Some(Event::Fill(fill)) => match (parking, sessions.register(fill.session)) {
-                (Some(parking), Some((guard, joins))) => {
-                    pump.take_joins(joins);
-                    let now = pump.now();
-                    let pump = pump.turn_into(|machine| FillEngine::answering(machine.into_endpoint(), *fill, now));
-                    let with = (lanes, entropy, cancel);
-                    let (filled, result) = fill::fill(pump, parking, taker, with, &mut observe).await;
-                    drop(guard);
-                    (summary.lacking, summary.filled) = (filled.lacking, Some(filled));
-                    summary.spent = Time::from_nanos(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX))
-                        .since(Time::ZERO);
-                    return result;
-                }
-                (None, _) => {
-                    let Refusal { code, reason } = fill::none_here();
-                    pump.machine().refuse(code, &reason);
-                }
-                (_, None) => {
-                    let Refusal { code, reason } = busy();
-                    pump.machine().refuse(code, &reason);
-                }
-            },
+            Some(Event::Fill(fill)) => break Some(fill),
             Some(Event::Ready(handover, blobs)) => {
                 act(taker.as_mut().map(|taker| taker.ready(handover, blobs)), pump.machine());
             }
             Some(Event::Said(message)) => act(taker.as_mut().map(|taker| taker.hear(message)), pump.machine()),
             Some(Event::Verified | Event::Finished) => {}
-            None => break pump.machine().outcome(),
+            None => break None,
         }
     };
     drop(registration);
+    let Some(fill) = fill else { return end(pump, parking, &mut observe, summary) };
+    let now = pump.now();
+    let pump = pump.turn_into(|machine| FillEngine::answering(machine.into_endpoint(), *fill, now));
+    let host = (sessions, parking, cancel);
+    let (filled, result) = fill::fill(pump, host, taker, (lanes, entropy), &mut observe).await;
+    (summary.spent, summary.wire, summary.lacking) = (filled.spent, filled.wire, filled.lacking);
+    summary.filled = Some(filled);
+    result
+}
+
+/// What a session that is over did, and what it leaves.
+fn end<S: GuestSink>(
+    mut pump: Pump<ReceiverEngine<S>>,
+    parking: Option<&Arc<Parking<S>>>,
+    observe: &mut impl FnMut(Progress),
+    summary: &mut Summary,
+) -> Result<(), ErrorKind> {
     observe(progress(&mut pump));
     summary.wire = pump.wire();
     summary.spent = pump.now().since(Time::ZERO);
     summary.counts = pump.machine().counts();
     summary.manifest = pump.machine().manifest();
+    // The machine always leaves an outcome; without one nothing may count as success.
+    let result = pump.machine().outcome().map(|result| result.map_err(|error| error.kind));
+    let result = result.unwrap_or_else(|| Err(PeerError::EndOfStream { lane: 0 }.into()));
     // A guest that was not started goes with its session.
-    let started = matches!(result, Some(Ok(())));
-    let incomplete = pump.into_machine().into_incomplete().filter(|_| started);
+    let incomplete = pump.into_machine().into_incomplete().filter(|_| result.is_ok());
     if let (Some(guest), Some(parking)) = (incomplete, parking) {
         summary.lacking = guest.pages();
         parking.park(guest);
     }
-    match result {
-        Some(result) => result.map_err(|error| error.kind),
-        // The machine always leaves an outcome; without one nothing may count as success.
-        None => Err(PeerError::EndOfStream { lane: 0 }.into()),
-    }
+    result
 }
 
 fn policy(live: bool, post_copy: bool) -> Policy {

@@ -51,9 +51,16 @@ impl PageMap {
         Self { layout, trees, known, present, claimed, index: None, left: None, absent, seed }
     }
 
-    /// Contents stay reachable when their page is overwritten: the base can be read until the session ends.
-    pub fn keep_overwritten(&mut self) {
-        self.left = Some(TagIndex::new(self.seed));
+    /// The same over a base of so many first pages of each region, which can be read until the session ends if it `stays`:
+    /// then contents stay reachable when their page is overwritten.
+    #[must_use]
+    pub fn over_base(mut self, base: &[u64], stays: bool) -> Self {
+        for (region, &pages) in (0..).map(RegionId).zip(base) {
+            // What is there is unknown until it is read, even if all beyond it is zero.
+            self.known.remove_range(self.places(region, 0..pages));
+        }
+        self.left = stays.then(|| TagIndex::new(self.seed));
+        self
     }
 
     /// The digests of the first `held` pages of each region are those of a manifest, and those `kept` are here: they
@@ -154,11 +161,6 @@ impl PageMap {
         }
         self.known.remove(u64::from(place.0));
         self.claimed.remove(u64::from(place.0));
-    }
-
-    /// What is in memory at these pages is not known, before anything else is.
-    pub fn forget_first(&mut self, region: RegionId, pages: u64) {
-        self.known.remove_range(self.places(region, 0..pages));
     }
 
     /// The pages are as the sender means them; says how many were not before.

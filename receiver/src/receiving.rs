@@ -143,14 +143,8 @@ impl<S: GuestSink> Receiving<S> {
             post_copy,
         };
         let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
-        let mut map = PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero());
-        for (region, pages) in (0..).map(RegionId).zip(base) {
-            // What is there is unknown until it is read, even if all beyond it is zero.
-            map.forget_first(region, pages);
-        }
-        if stays {
-            map.keep_overwritten();
-        }
+        let map = PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero());
+        let mut map = map.over_base(&base, stays);
         let scan = if trusted { Scan::trusting(held.clone()) } else { Scan::new(held.clone(), agreed.is_some()) };
         let base = Base { agreed: agreed.is_some(), trusted, stays };
         if let Some(Agreed { trees, kept, .. }) = agreed {

@@ -220,7 +220,7 @@ fn pages_of_larger_units_wait_for_the_rest() {
     let larger = layout(&[(300 * PAGE - 7, InstallSize::KIB_64), (1100 * PAGE, InstallSize::MIB_2)]);
     for backing in [Backing::Private, Backing::Shared, Backing::SharedHuge] {
         let Some(memory) = armed(larger.clone(), backing) else { continue };
-        let mut sink = PostcopySink::new(memory.clone(), FaultsOf::Everybody);
+        let mut sink = PostcopySink::new(memory.clone(), FaultsOf::Everybody, Box::new(now));
         let all = || {
             (0..2).map(RegionId).flat_map(|region| {
                 let pages = larger.region(region).unwrap().pages();
@@ -397,7 +397,7 @@ fn plain_memory_is_written_as_often_as_one_likes_and_armed_once() {
         let memory = Arc::new(PostcopyMemory::new(layout.clone(), backing).unwrap());
         assert!(matches!(memory.install(MAIN, 0, &[1; PAGE], now()), Err(PostcopyError::Misuse(_))));
         assert!(memory.gather(now()).is_err() && memory.duplicate().is_err() && memory.finish().is_err());
-        let mut sink = PostcopySink::new(memory.clone(), FaultsOf::Everybody);
+        let mut sink = PostcopySink::new(memory.clone(), FaultsOf::Everybody, Box::new(now));
         assert!(sink.starts_zero());
         for first in [0, 3] {
             sink.install(MAIN, first, &contents(MAIN, first..first + 30)).unwrap();

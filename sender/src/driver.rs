@@ -183,11 +183,9 @@ async fn drive<M: GuestMemory>(
     summary.decisions = pump.machine().decisions().to_vec();
     summary.manifest = pump.machine().manifest();
     *left = pump.into_machine().into_remainder();
-    match result {
-        Some(result) => result.map_err(|error| error.kind),
-        // The machine always leaves an outcome; without one nothing may count as success.
-        None => Err(PeerError::EndOfStream { lane: 0 }.into()),
-    }
+    // The machine always leaves an outcome; without one nothing may count as success.
+    let result = result.map(|result| result.map_err(|error| error.kind));
+    result.unwrap_or_else(|| Err(PeerError::EndOfStream { lane: 0 }.into()))
 }
 
 /// Asks the receiver at `address` what became of a hand-over by saying `question` again, on a connection of its own.

@@ -9,6 +9,7 @@ use crate::base::Base;
 use crate::converge::Limits;
 use crate::error::{ErrorKind, SenderError};
 use crate::fill::Remainder;
+use crate::holdings::check_holdings;
 use crate::lanes::{EncodeJob, EncodeOutput};
 use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision, RoundReport};
@@ -26,7 +27,7 @@ use pagewire_protocol::frame::{
 };
 use pagewire_protocol::handover::{Handover, HostId, Message};
 use pagewire_protocol::limits::{ROOTS_MAX, STALL_SPAN_MAX};
-use pagewire_protocol::page::{Layout, common_pages};
+use pagewire_protocol::page::common_pages;
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, FEATURE_LIVE, FEATURE_POST_COPY, Machine, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
@@ -482,26 +483,6 @@ impl<M: GuestMemory> SenderEngine<M> {
 
     fn is_sending(&self) -> bool {
         matches!(self.endpoint.phase(), Phase::Sending | Phase::Finishing)
-    }
-}
-
-/// SPEC 4.13: one number of held pages for each region, none above the region's own.
-fn check_holdings(accept: &Accept, layout: &Layout, agreed: Option<&[u64]>) -> Result<(), Violation> {
-    let (got, expected) = (accept.held_pages.len() as u64, layout.regions().len() as u64);
-    if got != expected {
-        return Err(Violation::Terms { what: "regions held", got, expected });
-    }
-    let mut held = accept.held_pages.iter().zip(layout.regions());
-    if let Some(agreed) = agreed.filter(|agreed| **agreed != *accept.held_pages) {
-        let (got, expected) = (accept.held_pages.iter().sum(), agreed.iter().sum());
-        return Err(Violation::Terms { what: "pages held of an agreed image", got, expected });
-    }
-    let wrong = |held: u64, pages: u64| held > pages;
-    match held.find(|(held, region)| wrong(**held, region.pages())) {
-        Some((held, region)) => {
-            Err(Violation::Terms { what: "pages held of a region", got: *held, expected: region.pages() })
-        }
-        None => Ok(()),
     }
 }
 

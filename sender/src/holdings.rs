@@ -5,7 +5,7 @@
 
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::Violation;
-use pagewire_protocol::frame::Have;
+use pagewire_protocol::frame::{Accept, Have};
 use pagewire_protocol::limits::SUBTREE_PAGES;
 use pagewire_protocol::page::{Layout, RegionId};
 use std::collections::VecDeque;
@@ -89,6 +89,26 @@ impl Holdings {
     /// Whether anything was promised at all.
     pub(crate) fn any(&self) -> bool {
         self.regions.iter().any(|region| region.promised > 0)
+    }
+}
+
+/// SPEC 4.13: one number of held pages for each region, none above the region's own.
+pub(crate) fn check_holdings(accept: &Accept, layout: &Layout, agreed: Option<&[u64]>) -> Result<(), Violation> {
+    let (got, expected) = (accept.held_pages.len() as u64, layout.regions().len() as u64);
+    if got != expected {
+        return Err(Violation::Terms { what: "regions held", got, expected });
+    }
+    let mut held = accept.held_pages.iter().zip(layout.regions());
+    if let Some(agreed) = agreed.filter(|agreed| **agreed != *accept.held_pages) {
+        let (got, expected) = (accept.held_pages.iter().sum(), agreed.iter().sum());
+        return Err(Violation::Terms { what: "pages held of an agreed image", got, expected });
+    }
+    let wrong = |held: u64, pages: u64| held > pages;
+    match held.find(|(held, region)| wrong(**held, region.pages())) {
+        Some((held, region)) => {
+            Err(Violation::Terms { what: "pages held of a region", got: *held, expected: region.pages() })
+        }
+        None => Ok(()),
     }
 }
 

@@ -1,5 +1,4 @@
-//! OPEN: what the sender wants to send. bincode: transcript, session, name, flags, hand-over, lanes, domain key, regions, lineage,
-//! roots it knows.
+//! OPEN: what the sender wants to send, as bincode: the fields of `Body` in their order.
 
 use crate::coding::{decode_body, encode_body};
 use crate::digest::Digest;
@@ -113,8 +112,7 @@ impl Open {
             }
             None => None,
         };
-        let known = known.into_iter().map(Digest).collect();
-        let lineage = LineageId(lineage);
+        let (known, lineage) = (known.into_iter().map(Digest).collect(), LineageId(lineage));
         let regions = regions.into_iter().map(|spec| {
             let unknown = DecodeError::Unknown { field: "install size", value: u64::from(spec.install_size) };
             let install_size = InstallSize::from_bytes(spec.install_size).ok_or(unknown)?;

@@ -1,13 +1,15 @@
 //! One session that fills a guest which runs here, under tokio.
 
-use super::{Entropy, GuestTaker, Parking, Refusal, registered};
+use super::{Entropy, GuestTaker, Parking, Refusal, busy, registered};
 use crate::error::ErrorKind;
 use crate::fill::{FillEngine, FillEvent, FillTerms, Incomplete};
 use crate::memory::{FaultTimes, GuestSink};
 use crate::report::FillCounts;
 use pagewire_protocol::error::{CloseCode, PeerError};
+use pagewire_protocol::frame::Fill;
 use pagewire_protocol::handover::{Handover, Word};
-use pagewire_transport::{CancellationToken, PROGRESS_EVERY, Progress, Pump};
+use pagewire_protocol::time::{Span, Time};
+use pagewire_transport::{CancellationToken, Joining, PROGRESS_EVERY, Progress, Pump, Registration, Sessions, Wire};
 use std::future::pending;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -27,27 +29,31 @@ pub struct FillSummary {
     pub times: Option<FaultTimes>,
     /// Pages that it lacks still.
     pub lacking: u64,
+    /// Bytes on the wire, of the last session.
+    pub wire: Wire,
+    /// How long that took.
+    pub spent: Span,
 }
 
 impl FillSummary {
     fn of<S: GuestSink>(guest: &Incomplete<S>) -> Self {
         let (counts, lacking) = (guest.counts(), guest.pages());
-        Self { handover: Some(*guest.handover()), counts, times: guest.sink.fault_times(), lacking }
+        Self { handover: Some(*guest.handover()), counts, times: guest.sink.fault_times(), lacking, ..Self::default() }
     }
 }
 
 /// Fills a guest until it has all, or the session breaks; then it is parked.
 pub(super) async fn fill<S: GuestSink>(
     mut pump: Pump<FillEngine<S>>,
-    parking: &Arc<Parking<S>>,
+    (sessions, parking, cancel): (&Sessions, Option<&Arc<Parking<S>>>, &CancellationToken),
     mut taker: Option<&mut (dyn GuestTaker + '_)>,
-    (lanes, entropy, cancel): (u8, Entropy, &CancellationToken),
+    (lanes, entropy): (u8, Entropy),
     observe: &mut impl FnMut(Progress),
 ) -> (FillSummary, Result<(), ErrorKind>) {
     let mut superseded = CancellationToken::new();
     let mut ready: Option<AsyncFd<OwnedFd>> = None;
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
-    let mut stopped = false;
+    let (mut stopped, mut registered_as): (bool, Option<Registration>) = (false, None);
     let result = loop {
         let event = tokio::select! {
             biased;
@@ -55,12 +61,7 @@ pub(super) async fn fill<S: GuestSink>(
                 gather(&mut pump);
                 continue;
             }
-            () = cancel.cancelled(), if !stopped => {
-                stopped = true;
-                pump.machine().cancel();
-                continue;
-            }
-            () = superseded.cancelled(), if !stopped => {
+            () = either(cancel, &superseded), if !stopped => {
                 stopped = true;
                 pump.machine().cancel();
                 continue;
@@ -72,10 +73,11 @@ pub(super) async fn fill<S: GuestSink>(
             event = pump.next() => event,
         };
         match event {
-            Some(FillEvent::Asked(asked)) => match parking.take(&asked.handover).await {
-                Ok((mut guest, session)) => {
-                    superseded = session;
-                    guest.sink.renew_touches();
+            Some(FillEvent::Asked(asked)) => match admit(&asked, sessions, parking).await {
+                Ok(admitted) => {
+                    let Admitted { guest, session, joins, registration } = admitted;
+                    (superseded, registered_as) = (session, Some(registration));
+                    pump.take_joins(joins);
                     let fd = guest.sink.touches().and_then(|fd| fd.try_clone_to_owned().ok());
                     ready = fd.and_then(|fd| registered(fd).ok());
                     let terms = FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead: Vec::new() };
@@ -99,14 +101,49 @@ pub(super) async fn fill<S: GuestSink>(
             None => break pump.machine().outcome(),
         }
     };
+    drop(registered_as);
     observe(progress(&mut pump));
+    let (wire, spent) = (pump.wire(), pump.now().since(Time::ZERO));
     let summary = pump.machine().guest().map(FillSummary::of).unwrap_or_default();
-    match (pump.into_machine().into_incomplete(), &result) {
-        (Some(guest), Some(Ok(()))) => parking.leave(guest.handover()),
-        (Some(guest), _) => parking.park(guest),
-        (None, _) => {}
+    match (pump.into_machine().into_incomplete(), parking, &result) {
+        (Some(guest), Some(parking), Some(Ok(()))) => parking.leave(guest.handover()),
+        (Some(guest), Some(parking), _) => parking.park(guest),
+        _ => {}
     }
+    let summary = FillSummary { wire, spent, ..summary };
     (summary, result.unwrap_or_else(|| Err(PeerError::EndOfStream { lane: 0 }.into())))
+}
+
+/// A guest that is to be filled, and the session that does.
+struct Admitted<S> {
+    guest: Incomplete<S>,
+    /// Cancelled when another session wants the guest.
+    session: CancellationToken,
+    joins: tokio::sync::mpsc::Receiver<Joining>,
+    registration: Registration,
+}
+
+/// Finds the guest that is asked for.
+async fn admit<S: GuestSink>(
+    asked: &Fill,
+    sessions: &Sessions,
+    parking: Option<&Arc<Parking<S>>>,
+) -> Result<Admitted<S>, Refusal> {
+    let Some(parking) = parking else {
+        let reason = "no guest that lacks pages can be here".to_owned();
+        return Err(Refusal { code: CloseCode::REFUSED, reason });
+    };
+    let (registration, joins) = sessions.register(asked.session).ok_or_else(busy)?;
+    let (mut guest, session) = parking.take(&asked.handover).await?;
+    guest.sink.renew_touches();
+    Ok(Admitted { guest, session, joins, registration })
+}
+
+async fn either(one: &CancellationToken, other: &CancellationToken) {
+    tokio::select! {
+        () = one.cancelled() => {}
+        () = other.cancelled() => {}
+    }
 }
 
 /// Waits until somebody touches a page that is absent.
@@ -127,9 +164,4 @@ fn progress<S: GuestSink>(pump: &mut Pump<FillEngine<S>>) -> Progress {
     let guest = pump.machine().guest();
     let (pages_total, lacking) = guest.map_or((0, 0), |guest| (guest.layout().pages(), guest.pages()));
     Progress { pages: pages_total.saturating_sub(lacking), pages_total, wire: pump.wire() }
-}
-
-/// Why no guest can be filled here.
-pub(super) fn none_here() -> Refusal {
-    Refusal { code: CloseCode::REFUSED, reason: "no guest that lacks pages can be here".to_owned() }
 }

@@ -8,8 +8,8 @@ pub mod uffd;
 
 pub use file::FileSink;
 pub use postcopy::{
-    Backing, Fault, FaultTimes, Gathered, HandedRegion, Installed, Odd, PostcopyError, PostcopyMemory, PostcopySink,
-    Served, TableError,
+    Backing, Clock, Fault, FaultTimes, Gathered, HandedRegion, Installed, Odd, PostcopyError, PostcopyMemory,
+    PostcopySink, Served, TableError,
 };
 pub use ram::{GuestRam, RamRegion, RamSink};
 

@@ -27,7 +27,7 @@ pub use faults::Served;
 pub use gather::{Gathered, Odd};
 pub use install::Installed;
 pub use places::{HandedRegion, TableError};
-pub use sink::PostcopySink;
+pub use sink::{Clock, PostcopySink};
 pub use times::FaultTimes;
 
 use super::mapping::Mapping;

@@ -10,27 +10,34 @@ use pagewire_protocol::time::Time;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+
+/// Tells the time, counted from any moment.
+pub type Clock = Box<dyn Fn() -> Time + Send>;
 
 /// Memory of this process while a guest arrives in it: plain memory until it is armed, and each page once from then on.
 ///
-/// Who waited for pages is counted here, by this sink's own clock.
-#[derive(Debug)]
+/// How long threads waited for pages is counted here.
 pub struct PostcopySink {
     memory: Arc<PostcopyMemory>,
     faults_of: FaultsOf,
-    began: Instant,
+    clock: Clock,
     times: FaultTimes,
 }
 
+impl std::fmt::Debug for PostcopySink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PostcopySink").field("memory", &self.memory).finish_non_exhaustive()
+    }
+}
+
 impl PostcopySink {
-    /// The guest arrives in `memory`, and `faults_of` may touch what is absent.
-    pub fn new(memory: Arc<PostcopyMemory>, faults_of: FaultsOf) -> Self {
-        Self { memory, faults_of, began: Instant::now(), times: FaultTimes::default() }
+    /// The guest arrives in `memory`, and `faults_of` may touch what is absent. `clock` says how long they wait.
+    pub fn new(memory: Arc<PostcopyMemory>, faults_of: FaultsOf, clock: Clock) -> Self {
+        Self { memory, faults_of, clock, times: FaultTimes::default() }
     }
 
     fn now(&self) -> Time {
-        Time::from_nanos(u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX))
+        (self.clock)()
     }
 
     fn note(&mut self, served: &[Served]) {

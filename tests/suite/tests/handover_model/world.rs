@@ -295,7 +295,8 @@ impl World {
     fn receive(&self, state: &mut State, handover: Handover) {
         let Some(at) = number(handover.receiver) else { return };
         let Some(mut desk) = state.hosts[at].desk.take() else { return };
-        if desk.guest_at(&handover).is_none() && desk.may_begin(handover.epoch).is_ok() {
+        let begins = desk.guest_at(&handover).is_none() && desk.may_begin(handover.epoch).is_ok();
+        if begins {
             let host = &mut state.hosts[at];
             (host.memory, host.received) = (Some(handover.root.0[0]), Some(handover));
             host.lacks = if handover.post_copy { fill::PARTS } else { 0 };
@@ -308,6 +309,11 @@ impl World {
             }
             _ => desk.receive(handover.sender, handover),
         };
+        if begins && desk.guest_at(&handover).is_none() {
+            // It was rejected without a record: what came goes with its session.
+            state.hosts[at].drop_memory();
+            state.hosts[at].received = None;
+        }
         state.hosts[at].desk = Some(desk);
         outputs.into_iter().for_each(|output| self.apply(state, at, output));
     }
