@@ -119,15 +119,13 @@ impl<S: GuestSink> Receiving<S> {
         let host = host.filter(|_| open.live.is_some());
         // SPEC 4.22
         let post_copy = can_wait && sink.can_wait() && open.live.is_some_and(|live| live.post_copy);
-        let others = others
-            .map(|pages| Others { pages, challenge: Challenge::new(&challenge, &open.session, &open.domain_key) });
+        let proved = || Challenge::new(&challenge, &open.session, &open.domain_key);
+        let others = others.map(|pages| Others { pages, challenge: proved() });
         let regions = (0..).map(RegionId).take(open.layout.regions().len());
         let base: Vec<u64> = regions.map(|region| sink.base_pages(region)).collect();
         // SPEC 4.14
         let held: Vec<u64> = base.iter().map(|&pages| if open.fresh { 0 } else { pages }).collect();
-        let fits = |base: &Agreed| common_pages(&base.layout, &open.layout).is_some_and(|common| common == held);
-        let agreed =
-            agreed.filter(|agreed| !open.fresh && usize::from(agreed.known) < open.known.len() && fits(agreed));
+        let agreed = agreed.filter(|agreed| suits(agreed, &open, &held));
         let trusted = agreed.as_ref().is_some_and(|agreed| agreed.trusted) && sink.base_in_place();
         let stays = sink.base_stays() && !open.fresh;
         let accept = Accept {
@@ -143,15 +141,14 @@ impl<S: GuestSink> Receiving<S> {
             post_copy,
         };
         let hasher = PageHasher::new(&DedupDomain::new(&open.domain_key));
-        let map = PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero());
-        let mut map = map.over_base(&base, stays);
+        let mut map = PageMap::new(open.layout.clone(), &hasher, seed, sink.starts_zero()).over_base(&base, stays);
         let scan = if trusted { Scan::trusting(held.clone()) } else { Scan::new(held.clone(), agreed.is_some()) };
         let base = Base { agreed: agreed.is_some(), trusted, stays };
         if let Some(Agreed { trees, kept, .. }) = agreed {
             let trees = trees.into_iter().zip(open.layout.regions());
-            let trees = trees.map(|(tree, region)| tree.resized(&hasher, region.pages())).collect();
+            let trees = trees.map(|(tree, region)| tree.resized(&hasher, region.pages()));
             // Of one region places are pages; of several both layouts are the same.
-            map.claim(trees, &kept, &held, trusted);
+            map.claim(trees.collect(), &kept, &held, trusted);
         }
         let receiving = Self {
             secret,
@@ -469,6 +466,12 @@ impl<S: GuestSink> Receiving<S> {
         let ack = Ack { frames: state.frames, settled: state.settled.unwrap_or(state.frames), wants };
         Some(Outgoing::frame(&Frame::Ack(ack), lane))
     }
+}
+
+/// Whether a base is one that the sender has named, and lies as the image does.
+fn suits(agreed: &Agreed, open: &Open, held: &[u64]) -> bool {
+    let common = common_pages(&agreed.layout, &open.layout);
+    !open.fresh && usize::from(agreed.known) < open.known.len() && common.is_some_and(|common| common == held)
 }
 
 /// Whether nothing of a frame has to be there.

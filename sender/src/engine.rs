@@ -245,7 +245,8 @@ impl<M: GuestMemory> SenderEngine<M> {
         self.endpoint.push_frame(LaneId::CONTROL, &Frame::Handover(message));
     }
 
-    /// The guest is the receiver's for good: the session ends when all that was said has gone out.
+    /// The guest is the receiver's for good, perhaps with pages left behind that other sessions have to bring: the session
+    /// ends when all that was said has gone out.
     pub fn release(&mut self) {
         if self.endpoint.phase() != Phase::Finishing || self.config.live.is_none() {
             return;
@@ -255,22 +256,11 @@ impl<M: GuestMemory> SenderEngine<M> {
         self.succeed();
     }
 
-    /// The guest runs at the receiver, and lacks pages: this session ends, and what is left has to be brought by others.
-    pub fn split(&mut self) {
-        if self.endpoint.phase() == Phase::Finishing && self.offered.is_some_and(|handover| handover.post_copy) {
-            self.note_rounds();
-            self.hot = self.sending.as_mut().and_then(|sending| sending.release());
-            self.succeed();
-        }
-    }
-
     /// What is left to bring of a guest that was offered before all of it had gone. Whether it is the receiver's, its
     /// hand-overs know.
     pub fn into_remainder(self) -> Option<Remainder<M>> {
         let handover = self.offered.filter(|handover| handover.post_copy)?;
-        let Sending { memory, hasher, trees, leaving, layout, .. } = *self.sending?;
-        let (absent, gone) = (leaving?.absent, Some(PageBitmap::new(layout.pages())));
-        Some(Remainder { memory, hasher, trees, absent, gone, handover })
+        self.sending?.into_remainder(handover)
     }
 
     /// Pages that the guest wrote all the time, by their places, once it is gone: not worth keeping.

@@ -4,12 +4,14 @@
 //! left. A page is left behind as a whole install page.
 
 use crate::error::ErrorKind;
+use crate::fill::Remainder;
 use crate::lanes::Batch;
 use crate::memory::GuestMemory;
 use crate::sending::{Sending, Step};
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::batch_digest;
 use pagewire_protocol::frame::{ABSENT_DIGEST, EntryKind, Run};
+use pagewire_protocol::handover::Handover;
 use pagewire_protocol::limits::{COVER_PAGES_MAX, RUNS_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, PageRange, Place};
 use std::ops::Range;
@@ -94,6 +96,13 @@ impl<M: GuestMemory> Sending<M> {
         let range = PageRange { region, first: page, count: u32::try_from(next.saturating_sub(first)).unwrap_or(0) };
         self.send_absent(range, runs);
         Ok(Some(Step::Did))
+    }
+
+    /// What is left to bring.
+    pub(crate) fn into_remainder(self, handover: Handover) -> Option<Remainder<M>> {
+        let Self { memory, hasher, trees, leaving, layout, .. } = self;
+        let (absent, gone) = (leaving?.absent, Some(PageBitmap::new(layout.pages())));
+        Some(Remainder { memory, hasher, trees, absent, gone, handover })
     }
 
     fn send_absent(&mut self, range: PageRange, runs: Vec<Run>) {

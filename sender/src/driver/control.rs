@@ -266,7 +266,7 @@ impl Controlled {
                 }
                 Action::Fill(_) => {
                     self.told.note(LivePhase::Started);
-                    pump.machine().split();
+                    pump.machine().release();
                 }
                 Action::Stop(kind) => {
                     self.stop_asking();
