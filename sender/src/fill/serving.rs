@@ -276,8 +276,9 @@ impl<M: GuestMemory> Serving<M> {
             return Ok(false);
         }
         let announces = self.announces(now);
-        let Some((range, parts)) = self.next_parts(announces) else { return Ok(false) };
-        let batch = self.batch(range, &parts, announces)?;
+        let Some((source, range, parts)) = self.next_parts(announces) else { return Ok(false) };
+        // What is wanted was not found by its digest, and would not be now.
+        let batch = self.batch(range, &parts, announces && source == Source::Lacking)?;
         let raw = batch.payload.len();
         self.counts.inline_bytes = self.counts.inline_bytes.saturating_add(raw as u64);
         let way =
@@ -317,7 +318,7 @@ impl<M: GuestMemory> Serving<M> {
     }
 
     /// What goes next in the background: digests of all, then what is wanted, what will be touched, and the rest.
-    fn next_parts(&mut self, announces: bool) -> Option<(PageRange, Vec<Range<u64>>)> {
+    fn next_parts(&mut self, announces: bool) -> Option<(Source, PageRange, Vec<Range<u64>>)> {
         let pages = self.remainder.layout().pages();
         if self.wants.count() > 0 && (!announces || self.lacking.count() == 0) {
             let first = self.wants.runs(0..pages).next()?.start;
@@ -338,12 +339,12 @@ impl<M: GuestMemory> Serving<M> {
         let ahead = self.lacking.runs(self.cursor.min(pages)..pages).next();
         let first = ahead.or_else(|| self.lacking.runs(0..pages).next())?.start;
         let taken = self.take_parts(first, Source::Lacking);
-        self.cursor = taken.as_ref().and_then(|(_, parts)| parts.last()).map_or(pages, |part| part.end);
+        self.cursor = taken.as_ref().and_then(|(_, _, parts)| parts.last()).map_or(pages, |part| part.end);
         taken
     }
 
     /// Takes lacking or wanted pages from `first` on that fit one frame.
-    fn take_parts(&mut self, first: u64, source: Source) -> Option<(PageRange, Vec<Range<u64>>)> {
+    fn take_parts(&mut self, first: u64, source: Source) -> Option<(Source, PageRange, Vec<Range<u64>>)> {
         let layout = self.remainder.layout();
         let (region, page) = layout.locate(Place(u32::try_from(first).ok()?));
         let known = *layout.region(region)?;
@@ -366,7 +367,7 @@ impl<M: GuestMemory> Serving<M> {
             set.remove_range(part.clone());
         }
         let range = self.range(parts.first()?.start..parts.last()?.end)?;
-        Some((range, parts))
+        Some((source, range, parts))
     }
 
     fn range(&self, places: Range<u64>) -> Option<PageRange> {
