@@ -60,6 +60,10 @@ pub(super) struct Serving<M> {
     /// Pages that went because the guest waited for them, or will.
     asked: PageBitmap,
     faults: VecDeque<u64>,
+    /// Those that went before the receiver had said all that it lacks.
+    early: Vec<Range<u64>>,
+    /// Pages that were named ahead.
+    hinted: PageBitmap,
     /// Pages named in FAULT, in all.
     named: u64,
     ahead: VecDeque<Range<u64>>,
@@ -100,6 +104,8 @@ impl<M: GuestMemory> Serving<M> {
             expected: lack.pages,
             asked: none(),
             faults: VecDeque::new(),
+            early: Vec::new(),
+            hinted: none(),
             named: 0,
             ahead: VecDeque::new(),
             wants: none(),
@@ -135,7 +141,7 @@ impl<M: GuestMemory> Serving<M> {
         for (at, &byte) in (0u64..).zip(part.bits) {
             let first = part.first.saturating_add(at.saturating_mul(8));
             let known = pages.saturating_sub(first).min(8);
-            if known < 8 && u64::from(byte) >> known != 0 {
+            if known == 0 || (known < 8 && u64::from(byte) >> known != 0) {
                 return refuse("lacking behind the end of the image", first);
             }
             self.lacking.insert_bits(first, u64::from(byte));
@@ -147,7 +153,11 @@ impl<M: GuestMemory> Serving<M> {
         if self.lacking.count() != self.expected {
             return refuse("another number of pages is lacking than was said, from", self.lacking.count());
         }
-        self.judge_lacking()
+        self.judge_lacking()?;
+        for places in std::mem::take(&mut self.early) {
+            self.lacking.remove_range(places);
+        }
+        Ok(())
     }
 
     /// What is lacking must have been left behind; what is not must have been brought; large pages lack as a whole.
@@ -190,7 +200,10 @@ impl<M: GuestMemory> Serving<M> {
                 return Err(Violation::FaultFlood { faults: self.named, pages }.into());
             }
             if fault.urgency == Urgency::AHEAD {
-                self.ahead.push_back(places);
+                // What was named before is on its way.
+                let fresh: Vec<Range<u64>> = self.hinted.gaps(places.clone()).collect();
+                self.hinted.insert_range(places);
+                self.ahead.extend(fresh);
                 continue;
             }
             self.cursor = places.end;
@@ -257,7 +270,13 @@ impl<M: GuestMemory> Serving<M> {
         let Some(place) = self.faults.pop_front() else { return Ok(None) };
         let places = self.install_page(place);
         let Some(range) = self.range(places.clone()) else { return Ok(None) };
-        let batch = self.batch(range, &[places], false)?;
+        let batch = self.batch(range, std::slice::from_ref(&places), false)?;
+        // The background need not bring it, too.
+        if self.is_told() {
+            self.lacking.remove_range(places);
+        } else {
+            self.early.push(places);
+        }
         self.counts.faults = self.counts.faults.saturating_add(1);
         let Batch { head, runs, payload, .. } = batch;
         let mut bytes = vec![0; pagewire_protocol::frame::HEADER_BYTES];
@@ -433,6 +452,11 @@ impl<M: GuestMemory> Serving<M> {
             *sampled = sampled.saturating_add(stated.len() as u64);
         }
         Batch { head, runs, references, proofs, payload, announced: 0, old: None }
+    }
+
+    /// A page that is lacking and has not gone out in this session, if the receiver has said what is.
+    pub(super) fn not_gone(&self) -> Option<u64> {
+        self.lacking.runs(0..self.remainder.layout().pages()).next().map(|run| run.start)
     }
 
     /// Whether all that was lacking has gone out.

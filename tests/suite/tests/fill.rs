@@ -19,9 +19,7 @@ use pagewire_test_support::link::{Cut, LinkConfig};
 use pagewire_test_support::live_peer::blobs;
 use pagewire_test_support::memory::{ImageBase, ImageSink};
 use pagewire_test_support::rng::Rng;
-use pagewire_test_support::world::{
-    FillHarm, FillWorld, FillWorldConfig, Habit, Left, Outcome, World, WorldConfig,
-};
+use pagewire_test_support::world::{FillHarm, FillWorld, FillWorldConfig, Habit, Left, Outcome, World, WorldConfig};
 
 /// A guest that was handed over, and what it lacks.
 struct Moved {

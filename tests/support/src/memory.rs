@@ -287,7 +287,8 @@ impl SinkState {
         let layout = self.image.layout();
         let Some(absent) = self.absent.as_mut() else { return };
         let install = u64::from(layout.region(region).unwrap().install_size.pages());
-        let ends_whole = (first + count).is_multiple_of(install) || first + count == layout.region(region).unwrap().pages();
+        let ends_whole =
+            (first + count).is_multiple_of(install) || first + count == layout.region(region).unwrap().pages();
         assert!(first.is_multiple_of(install) && ends_whole, "part of an install page is installed");
         let start = u64::from(layout.place(region, first).0);
         let came = absent.remove_range(start..start + count);

@@ -21,9 +21,7 @@ use pagewire_protocol::handover::{Message, Word};
 use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::{FEATURE_LIVE, FEATURE_POST_COPY, Machine, Outgoing, Policy};
 use pagewire_protocol::time::{Span, Time};
-use pagewire_receiver::fill::{
-    FillEngine as ReceiverFill, FillEvent as ReceiverEvent, FillTerms, Incomplete,
-};
+use pagewire_receiver::fill::{FillEngine as ReceiverFill, FillEvent as ReceiverEvent, FillTerms, Incomplete};
 use pagewire_receiver::{ErrorKind as ReceiverFailure, FillCounts as Received};
 use pagewire_sender::fill::{FillConfig, FillEngine as SenderFill, FillEvent as SenderEvent, Remainder};
 use pagewire_sender::{ErrorKind as SenderFailure, FillCounts as Sent, GuestMemory};
