@@ -170,3 +170,95 @@ fn a_guest_reads_the_right_bytes_and_gets_each_page_once_whatever_breaks() {
         assert!(local > 1000 && wanted > 1000 && faults > 1000, "{local} {wanted} {faults}");
     }
 }
+
+/// The live part: all of the guest is left behind, and comes, each page once, in one session.
+#[test]
+fn a_guest_that_leaves_at_once_gets_all_of_its_memory() {
+    for seed in 0..20 {
+        let rng = &mut Rng::new(seed);
+        let image = Image::filled(regions(rng), Mix::MEMORY, rng);
+        let guest = Guest::new(image.clone(), rng.pick(&Pattern::ALL), 10_000, Tracking::Dirty, seed);
+        let Moved { image: then, sink, left, live } =
+            hand_over(&guest, ImageSink::empty(&image), WorldConfig::new(seed), true).unwrap();
+        assert_eq!(left.guest.pages(), image.pages(), "seed {seed}");
+        assert!(live.frames.iter().filter(|(_, kind, _)| *kind == FrameKind::PAGES).count() < 20, "seed {seed}");
+        let outcome = FillWorld::new(then, sink, FillWorldConfig::new(seed)).run(left);
+        assert!(matches!(outcome.sessions.as_slice(), [(Ok(()), Ok(()))]), "seed {seed}: {:?}", outcome.sessions);
+    }
+}
+
+/// Hybrid: what the guest wrote in the last round follows it, and nothing else does.
+#[test]
+fn a_guest_that_writes_too_much_leaves_what_is_dirty_behind() {
+    let mut behind = 0;
+    for seed in 0..20 {
+        let rng = &mut Rng::new(seed);
+        let image = Image::random(600, Mix::NOISE, rng);
+        let guest = Guest::new(image.clone(), Pattern::ALL[seed as usize % 4], 2_000, Tracking::Dirty, seed);
+        let mut config = WorldConfig::new(seed);
+        config.link = LinkConfig { rate: Some(10_000_000), ..LinkConfig::delaying(Span::from_millis(1)) };
+        let Some(Moved { image: then, sink, left, live }) = hand_over(&guest, ImageSink::empty(&image), config, false)
+        else {
+            continue;
+        };
+        behind += 1;
+        assert!(left.guest.pages() < 600 && !live.rounds.is_empty(), "seed {seed}: {:?}", live.rounds);
+        let outcome = FillWorld::new(then, sink, FillWorldConfig::new(seed)).run(left);
+        assert!(matches!(outcome.sessions.as_slice(), [(Ok(()), Ok(()))]), "seed {seed}: {:?}", outcome.sessions);
+    }
+    assert!(behind > 10, "{behind}");
+}
+
+/// A guest that waits gets its page in the time that its link takes, though bulk lanes are full: alone, where the urgent
+/// lane has a connection of its own; behind what a connection holds already, where all lanes share one.
+#[test]
+fn a_guest_that_waits_is_served_before_the_background() {
+    let mut waits = 0;
+    for seed in 0..seeds(60) {
+        let rng = &mut Rng::new(seed);
+        let install_size = rng.pick(&[InstallSize::KIB_4, InstallSize::KIB_64, InstallSize::MIB_2]);
+        let image = Image::filled(vec![Region { bytes: 4 << 20, install_size }], Mix::NOISE, rng);
+        let guest = Guest::new(image.clone(), Pattern::Uniform, 0, Tracking::Dirty, seed);
+        let Moved { image, sink, left, .. } =
+            hand_over(&guest, ImageSink::empty(&image), WorldConfig::new(seed), true).unwrap();
+        let mut config = world(seed);
+        (config.harms, config.ahead, config.window) = (Vec::new(), Vec::new(), 4 << 20);
+        (config.link.rate, config.sender.bandwidth_limit) = (Some(20_000_000), None);
+        config.vcpus = vec![Habit::Random; rng.between(1, 4) as usize];
+        let (delay, rate) = (config.link.delay.as_nanos(), 20_000_000);
+        let answer = u64::from(install_size.bytes()) + 4096;
+        // Frames of the background that left before: the writer's buffer, and one frame more than fits it.
+        let ahead =
+            if config.sender.single_stream { config.link.buffer as u64 + answer.max(256 * 4096) + 4096 } else { 0 };
+        // An answer that the background overtakes is still on the lane when its vCPU asks for the next page.
+        let bytes = answer * 2 * config.vcpus.len() as u64 + ahead + 4096;
+        let bound = 2 * delay + bytes * 1_000_000_000 / rate + 1_000_000;
+        let outcome = FillWorld::new(image, sink, config).run(left);
+        waits += u64::from(outcome.longest_wait > Span::ZERO);
+        let longest = outcome.longest_wait.as_nanos();
+        assert!(longest <= bound, "seed {seed}: {longest} ns, {bound} at most");
+    }
+    assert!(waits > 20, "{waits} guests waited");
+}
+
+/// C35: frames that are changed on their way are not installed, and come again.
+#[test]
+fn frames_that_are_not_what_was_sent_come_again() {
+    let mut wanted = 0;
+    for seed in 0..seeds(60) {
+        let Some(Moved { image, sink, left, .. }) = moved(seed) else { continue };
+        let mut config = world(seed);
+        (config.ahead, config.harms) = (Vec::new(), Vec::new());
+        let mut chance = Rng::new(seed);
+        config.meddler = Some(Box::new(move |to_receiver, bytes| {
+            if to_receiver && FrameKind(bytes[4]) == FrameKind::PAGES && chance.chance(10) {
+                // In the batch digest, or in the last page.
+                let at = if chance.chance(50) { 8 + 24 } else { bytes.len() - 1 };
+                bytes[at] ^= if at == 32 || bytes.len() > 4096 { 1 } else { 0 };
+            }
+        }));
+        let outcome = FillWorld::new(image, sink, config).run(left);
+        wanted += outcome.sent.iter().map(|sent| sent.wants).sum::<u64>();
+    }
+    assert!(wanted > 100, "{wanted}");
+}

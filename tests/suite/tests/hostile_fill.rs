@@ -17,11 +17,11 @@ use pagewire_protocol::frame::{
 use pagewire_protocol::handover::{Message, Word};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Region};
-use pagewire_protocol::session::{Machine, Phase};
+use pagewire_protocol::session::{Machine, Phase, Policy};
 use pagewire_protocol::tree::image_root;
 use pagewire_sender::GuestMemory;
 use pagewire_sender::fill::Remainder;
-use pagewire_test_support::fill_peer::{AgainstFilled, AgainstFiller, FEATURES, all_absent};
+use pagewire_test_support::fill_peer::{AgainstFilled, AgainstFiller, FEATURES, all_absent, partly_absent};
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::live_peer::{LIVE, TO, live_receiver, live_sender};
 use pagewire_test_support::memory::{ImageMemory, ImageSink, SourceFaults};
@@ -357,7 +357,7 @@ fn rejects_absent_pages_without_post_copy_and_parts_of_install_pages() {
         let root = pagewire_protocol::tree::live_root(&DedupDomain::public(), root, &Default::default());
         let sink = ImageSink::empty(&image);
         sink.state().waits = true;
-        let policy = pagewire_protocol::session::Policy { features_offered: FEATURES, ..Default::default() };
+        let policy = Policy { features_offered: FEATURES, ..Default::default() };
         let mut script = pagewire_test_support::peer::AgainstReceiver::receiver_with(&policy, 1);
         let live = pagewire_protocol::frame::LiveOpen { post_copy: true, ..LIVE };
         (script.features, script.live, script.host) = (FEATURES, Some(live), Some(TO));
@@ -433,6 +433,52 @@ fn rejects_statements_that_a_guest_that_runs_cannot_use() {
         script.say(LaneId::CONTROL, &frame);
         violates(script.fill_failure(), "", frame.kind());
     }
+}
+
+/// SPEC 5.6
+#[test]
+fn rejects_a_codec_that_was_not_agreed() {
+    let (left, sink) = all_absent(&image(), None);
+    let policy = Policy { features_offered: FEATURES, codecs: Codec::NONE.bit(), ..Policy::default() };
+    let mut script = AgainstFilled::filled_with(&policy);
+    script.begin(left.guest);
+    script.raw(BULK, FrameKind::PAGES, &Statement::at(0, 0).inline(&[7; PAGE_BYTES]).compressed());
+    violates(script.fill_failure(), "codec that was not agreed", "zstd");
+    assert_eq!(absent(&sink), PAGES);
+}
+
+/// A15, A21: pages that the hand-over had brought are neither asked for, nor lacking, nor brought.
+#[test]
+fn rejects_pages_that_were_not_left_behind() {
+    let image = Image::random(64, Mix::NOISE, &mut Rng::new(5));
+    let moved = || {
+        let (left, sink) = partly_absent(&image);
+        let here = (0..64).find(|page| !sink.state().absent.as_ref().unwrap().contains(*page));
+        let here = here.expect("some pages went before the guest did");
+        (left, sink, here)
+    };
+    for named in [FrameKind::FAULT, FrameKind::ACK, FrameKind::LACKING] {
+        let (left, _, here) = moved();
+        let pages = left.remainder.pages();
+        let mut script = AgainstFiller::filler(left);
+        script.greet(Role::Receiver);
+        script.listen();
+        let lack = script.honest_lack(if named == FrameKind::LACKING { 1 } else { pages });
+        script.lack(lack);
+        match named {
+            FrameKind::FAULT => script.fault(Urgency::NOW, &[want(0, here, 1)]),
+            FrameKind::ACK => script.want(&[want(0, here, 1)]),
+            _ => script.lacking(0, &(1u64 << here).to_le_bytes()),
+        }
+        violates(script.fill_failure(), "was not left behind", named);
+    }
+    let (left, sink, here) = moved();
+    let before = sink.state().image.clone();
+    let mut script = AgainstFilled::filled();
+    script.begin(left.guest);
+    script.raw(BULK, FrameKind::PAGES, &Statement::at(0, here).zero().body());
+    violates(script.fill_failure(), "a page that was not lacking", here);
+    assert!(sink.state().image == before);
 }
 
 /// C34, A15: a page that is there already is dropped, for the guest may have written to it; it is counted, and not for ever.

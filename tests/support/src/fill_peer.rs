@@ -16,7 +16,7 @@ use pagewire_protocol::limits::WINDOW_BYTES;
 use pagewire_protocol::session::{FEATURE_LIVE, FEATURE_POST_COPY, Machine, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_receiver::fill::{FillEngine as ReceiverFill, FillEvent as ReceiverEvent, FillTerms, Incomplete};
-use pagewire_sender::converge::Limits;
+use pagewire_sender::converge::{AtLimit, Limits};
 use pagewire_sender::fill::{FillConfig, FillEngine as SenderFill, FillEvent as SenderEvent};
 use pagewire_sender::{GuestMemory, Tracking};
 
@@ -37,15 +37,31 @@ pub fn all_absent(image: &Image, base: Option<&Image>) -> (Left, ImageSink) {
     (left.expect("all of it was left behind"), sink)
 }
 
+/// A guest with this memory, of one region, that left after a round in which it wrote to some of its pages.
+pub fn partly_absent(image: &Image) -> (Left, ImageSink) {
+    let mut config = WorldConfig::new(7);
+    let limits = Limits { downtime: Span::ZERO, rounds: 1, at_limit: AtLimit::PostCopy, ..Limits::default() };
+    (config.live, config.post_copy) = (Some(limits), Some(false));
+    config.link.rate = Some(10_000_000);
+    config.guest = Some(Guest::new(image.clone(), Pattern::Uniform, 1_000, Tracking::Dirty, 1));
+    let sink = ImageSink::empty(image);
+    let (outcome, left) = World::new(image, &sink, config).run_apart();
+    (left.unwrap_or_else(|| panic!("{:?} {:?}", outcome.sender, outcome.receiver)), sink)
+}
+
 /// A scripted sender against a receiver whose guest lacks pages.
 pub type AgainstFilled = Script<ReceiverFill<ImageSink>>;
 
 impl AgainstFilled {
     /// A receiver that greets.
     pub fn filled() -> Self {
+        Self::filled_with(&Policy { features_offered: FEATURES, ..Policy::default() })
+    }
+
+    /// A receiver that speaks what `policy` says.
+    pub fn filled_with(policy: &Policy) -> Self {
         let now = Time::ZERO + Span::from_secs(1);
-        let policy = Policy { features_offered: FEATURES, ..Policy::default() };
-        let mut script = Self::new(ReceiverFill::new(&policy, [8; 16], now), now, 1);
+        let mut script = Self::new(ReceiverFill::new(policy, [8; 16], now), now, 1);
         script.features = FEATURES;
         script
     }

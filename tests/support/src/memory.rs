@@ -273,6 +273,11 @@ impl ImageSink {
 }
 
 impl SinkState {
+    /// From now on it can, or cannot, be made to last.
+    pub fn fail_finish(&mut self, fails: bool) {
+        self.faults.fail_finish = fails;
+    }
+
     fn bytes(&mut self, region: RegionId, first: u64, len: usize) -> &mut [u8] {
         &mut self.image.bytes[usize::from(region.0)][first as usize * PAGE_BYTES..][..len]
     }
