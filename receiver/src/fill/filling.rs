@@ -438,11 +438,8 @@ impl<S: GuestSink> Filling<S> {
                         }
                         offset = end;
                     }
-                    EntryKind::REFERENCE => {
-                        if !self.fetch(range, page, space)? {
-                            missing.push(page);
-                        }
-                    }
+                    EntryKind::REFERENCE if self.fetch(range, page, space)? => {}
+                    EntryKind::REFERENCE => missing.push(page),
                     EntryKind::ZERO => space.fill(0),
                     _ => {}
                 }
