@@ -17,7 +17,7 @@ use pagewire_protocol::frame::{
 use pagewire_protocol::handover::{Message, Word};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Region};
-use pagewire_protocol::session::{Machine, Phase, Policy};
+use pagewire_protocol::session::{Agreed, Machine, Phase, Policy, check};
 use pagewire_protocol::tree::image_root;
 use pagewire_sender::GuestMemory;
 use pagewire_sender::fill::Remainder;
@@ -379,6 +379,51 @@ fn rejects_absent_pages_without_post_copy_and_parts_of_install_pages() {
 
 fn absent_of(sink: &ImageSink) -> Option<u64> {
     sink.state().absent.as_ref().map(|absent| absent.count())
+}
+
+/// SPEC 13.3; A14: every kind, on every kind of lane, in the phases of fill sessions: what the table refuses ends them.
+#[test]
+fn every_frame_is_refused_where_the_table_says() {
+    let image = image();
+    let lanes = [LaneId::CONTROL, BULK, LaneId::URGENT];
+    let cells = FrameKind::ALL.iter().flat_map(|&kind| lanes.map(|lane| (kind, lane)));
+    let mut refused = 0;
+    for (kind, lane) in cells {
+        for phase in [Phase::Opening, Phase::Serving] {
+            let mut script = if phase == Phase::Opening { greeted() } else { serving() };
+            let verdict = check(Role::Sender, phase, Agreed::PostCopy, lane, kind);
+            script.raw(lane, kind, &[]);
+            let Err(violation) = verdict else { continue };
+            assert_eq!(
+                script.fill_failure(),
+                (CloseCode::VIOLATION, violation.to_string()),
+                "{kind} {lane:?} {phase:?}"
+            );
+            refused += 1;
+        }
+        for phase in [Phase::Waiting, Phase::Deciding, Phase::Filling] {
+            let left = all_absent(&image, None).0;
+            let mut script = AgainstFilled::filled();
+            match phase {
+                Phase::Filling => script.begin(left.guest),
+                _ => script.greet(Role::Sender),
+            }
+            if phase == Phase::Deciding {
+                let fill = script.honest_fill(*left.remainder.handover());
+                script.say(LaneId::CONTROL, &Frame::Fill(fill));
+            }
+            let verdict = check(Role::Receiver, phase, Agreed::PostCopy, lane, kind);
+            script.raw(lane, kind, &[]);
+            let Err(violation) = verdict else { continue };
+            assert_eq!(
+                script.fill_failure(),
+                (CloseCode::VIOLATION, violation.to_string()),
+                "{kind} {lane:?} {phase:?}"
+            );
+            refused += 1;
+        }
+    }
+    assert!(refused > 250, "{refused}");
 }
 
 /// SPEC 13.7: what pages may not be stated as.

@@ -14,7 +14,7 @@ use pagewire_protocol::frame::{
 };
 use pagewire_protocol::limits::WANTS_A_PAGE_MAX;
 use pagewire_protocol::page::{InstallSize, Region};
-use pagewire_protocol::session::{Machine, Phase, check};
+use pagewire_protocol::session::{Agreed, Machine, Phase, check};
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::memory::{ImageSink, SinkFaults};
 use pagewire_test_support::peer::{AgainstReceiver, AgainstSender, Statement, digests};
@@ -93,7 +93,7 @@ fn judge_cell(
     close: Option<Close>,
 ) {
     let cell = format!("{} {} {lane:?} {kind}", role.name(), phase.name());
-    let verdict = check(role, phase, false, lane, kind);
+    let verdict = check(role, phase, Agreed::AtRest, lane, kind);
     match (phase, verdict) {
         (Phase::Over, _) => assert!(outcome.is_none() && close.is_none(), "{cell}: a session that is over stays so"),
         (Phase::Parting, Err(_)) => {
