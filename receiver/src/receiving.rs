@@ -13,6 +13,7 @@ use crate::resolve::{Base, Others, Resolved, Resolver, Target};
 use crate::scan::Scan;
 use crate::waiting::{Turn, Waiting};
 use crate::wants::Wants;
+use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::challenge::Challenge;
 use pagewire_protocol::digest::{Digest, PageHasher};
@@ -23,7 +24,7 @@ use pagewire_protocol::frame::{
 };
 use pagewire_protocol::handover::{Handover, HostId};
 use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX, PAGE_BYTES};
-use pagewire_protocol::page::{GROUP_PAGES, PageNumber, PageRange, Place, RegionId, common_pages};
+use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Place, RegionId, common_pages};
 use pagewire_protocol::session::Outgoing;
 use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::tree::live_root;
@@ -441,6 +442,10 @@ impl<S: GuestSink> Receiving<S> {
         if present < pages && wanted > 0 {
             return Ok(false);
         }
+        // SPEC 13.2: the guest's memory is filled by whole install pages.
+        if let Some(place) = cut_install_page(&self.open.layout, self.map.absent()) {
+            return Err(Violation::Lacking { what: "part of an install page is absent", place }.into());
+        }
         self.image = if present == pages { self.map.root(&self.hasher) } else { Digest::default() };
         // SPEC 12.4
         let live = present == pages && self.open.live.is_some();
@@ -472,6 +477,21 @@ impl<S: GuestSink> Receiving<S> {
 fn suits(agreed: &Agreed, open: &Open, held: &[u64]) -> bool {
     let common = common_pages(&agreed.layout, &open.layout);
     !open.fresh && usize::from(agreed.known) < open.known.len() && common.is_some_and(|common| common == held)
+}
+
+/// A place where a run of absent pages begins or ends inside an install page.
+fn cut_install_page(layout: &Layout, absent: &PageBitmap) -> Option<u64> {
+    let mut first = 0u64;
+    for region in layout.regions() {
+        let (start, install) = (first, u64::from(region.install_size.pages()).max(1));
+        first = first.saturating_add(region.pages());
+        let is_cut = |border: &u64| *border < first && !border.saturating_sub(start).is_multiple_of(install);
+        let runs = absent.runs(start..first).take_while(|_| install > 1);
+        if let Some(cut) = runs.flat_map(|run| [run.start, run.end]).find(is_cut) {
+            return Some(cut);
+        }
+    }
+    None
 }
 
 /// Whether nothing of a frame has to be there.

@@ -102,7 +102,7 @@ impl<S: GuestSink> FillEngine<S> {
             lanes,
             holds: guest.holds,
         };
-        let filling = match Filling::new(guest, lanes, terms.ahead) {
+        let filling = match Filling::new(guest, lanes, greeted.agreement.codecs, terms.ahead) {
             Ok(filling) => filling,
             Err(source) => return self.fail(ErrorKind::Destination { what: "zstd cannot start", source }),
         };

@@ -35,13 +35,15 @@ pub(super) struct Filling<S> {
     pub(super) guest: Incomplete<S>,
     lanes: [Lane; LaneId::COUNT],
     pub(super) bulk_lanes: u8,
+    /// The codecs that were agreed, as bits.
+    codecs: u32,
     wants: Wants,
     /// Pages that the guest waits for and that were not asked for in this session.
     touched: VecDeque<Want>,
     /// Pages that it will touch, in this order.
     ahead: VecDeque<Want>,
     asked: pagewire_protocol::bitmap::PageBitmap,
-    /// Pages that came a second time.
+    /// Pages that came and were not needed.
     again: u64,
     told: u64,
     decompressor: Decompressor,
@@ -55,12 +57,13 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
 }
 
 impl<S: GuestSink> Filling<S> {
-    pub(super) fn new(guest: Incomplete<S>, bulk_lanes: u8, ahead: Vec<Want>) -> io::Result<Self> {
+    pub(super) fn new(guest: Incomplete<S>, bulk_lanes: u8, codecs: u32, ahead: Vec<Want>) -> io::Result<Self> {
         let pages = guest.layout().pages();
         Ok(Self {
             wants: Wants::new(guest.layout(), 1),
             lanes: Default::default(),
             bulk_lanes,
+            codecs,
             touched: VecDeque::new(),
             ahead: ahead.into(),
             asked: pagewire_protocol::bitmap::PageBitmap::new(pages),
@@ -138,6 +141,7 @@ impl<S: GuestSink> Filling<S> {
         now: Time,
     ) -> Result<(), ErrorKind> {
         let range = self.judge(pages)?;
+        let before = (self.guest.lacking.count(), self.wants.asked());
         if self.prove(range, pages)? {
             self.place(range, pages)?;
         } else {
@@ -148,6 +152,9 @@ impl<S: GuestSink> Filling<S> {
             }
         }
         self.wants.check(self.guest.map.layout(), 1)?;
+        let came = before.0.saturating_sub(self.guest.lacking.count());
+        let wanted = self.wants.asked().saturating_sub(before.1);
+        self.drop_again(stated(pages).saturating_sub(came).saturating_sub(wanted))?;
         if let Some(state) = self.lanes.get_mut(lane.index()).filter(|_| lane.bulk_index().is_some()) {
             state.frames = state.frames.saturating_add(1);
             state.unacked_bytes = state.unacked_bytes.saturating_add(bytes);
@@ -177,6 +184,12 @@ impl<S: GuestSink> Filling<S> {
         let entry = |what| Violation::Entry { what, region: head.region, first: head.first };
         if head.round != 0 || head.codec == Codec::DELTA || pages.proofs().next().is_some() {
             return Err(entry("a round, a delta or proofs, for a guest that runs").into());
+        }
+        if self.codecs & head.codec.bit() == 0 {
+            return Err(entry("a codec that was not agreed").into());
+        }
+        if stated(pages) == 0 {
+            return Err(entry("no page at all, for a guest that runs").into());
         }
         let legal = [EntryKind::ZERO, EntryKind::REFERENCE, EntryKind::INLINE, EntryKind::SKIPPED];
         if pages.runs().any(|run| !legal.contains(&run.kind)) {
@@ -286,8 +299,6 @@ impl<S: GuestSink> Filling<S> {
     /// Installs those pages of a run that are lacking: `bytes`, or zeros.
     fn install_run(&mut self, range: PageRange, run: Range<u64>, bytes: Option<&[u8]>) -> Result<(), ErrorKind> {
         let parts = self.lacking_parts(range.region, run.clone());
-        let fresh: u64 = parts.iter().map(|part| part.end.saturating_sub(part.start)).sum();
-        self.drop_again(run.end.saturating_sub(run.start).saturating_sub(fresh))?;
         for part in parts {
             let count = part.end.saturating_sub(part.start);
             let counts = &mut self.guest.counts;
@@ -310,7 +321,7 @@ impl<S: GuestSink> Filling<S> {
         Ok(())
     }
 
-    /// Pages that came a second time are dropped, and not without limit.
+    /// Pages that came a second time, or without their bytes once more, are dropped, and not without limit.
     // SPEC 13.7
     fn drop_again(&mut self, pages: u64) -> Result<(), Violation> {
         self.again = self.again.saturating_add(pages);
@@ -427,12 +438,10 @@ impl<S: GuestSink> Filling<S> {
                         }
                         offset = end;
                     }
-                    EntryKind::REFERENCE => {
-                        if !self.fetch(range, page, space)? {
-                            missing.push(page);
-                        }
-                    }
-                    _ => space.fill(0),
+                    EntryKind::REFERENCE if self.fetch(range, page, space)? => {}
+                    EntryKind::REFERENCE => missing.push(page),
+                    EntryKind::ZERO => space.fill(0),
+                    _ => {}
                 }
             }
         }
@@ -464,6 +473,11 @@ impl<S: GuestSink> Filling<S> {
     pub(super) fn ack_due(&self) -> Option<Time> {
         self.lanes.iter().filter_map(|lane| lane.ack_due).min()
     }
+}
+
+/// Pages that a frame says something of.
+fn stated(pages: &Pages<'_>) -> u64 {
+    pages.runs().filter(|run| run.kind != EntryKind::SKIPPED).map(|run| u64::from(run.count)).sum()
 }
 
 /// The runs of a frame with the pages they cover.

@@ -257,6 +257,10 @@ impl<M: GuestMemory> FillEngine<M> {
             let (theirs, their_pages) = (done.root, done.pages);
             return Err(Violation::Root { theirs, their_pages, ours: root, our_pages: pages }.into());
         }
+        // Until all has been read, the root is one over absent pages, which anybody can know.
+        if let Some(place) = serving.not_gone() {
+            return Err(Violation::Lacking { what: "DONE, though a page that is lacking was not sent", place }.into());
+        }
         self.filled = true;
         self.events.push_back(FillEvent::Filled);
         Ok(())

@@ -60,6 +60,10 @@ pub(super) struct Serving<M> {
     /// Pages that went because the guest waited for them, or will.
     asked: PageBitmap,
     faults: VecDeque<u64>,
+    /// Those that went before the receiver had said all that it lacks.
+    early: Vec<Range<u64>>,
+    /// Pages that were named ahead.
+    hinted: PageBitmap,
     /// Pages named in FAULT, in all.
     named: u64,
     ahead: VecDeque<Range<u64>>,
@@ -100,6 +104,8 @@ impl<M: GuestMemory> Serving<M> {
             expected: lack.pages,
             asked: none(),
             faults: VecDeque::new(),
+            early: Vec::new(),
+            hinted: none(),
             named: 0,
             ahead: VecDeque::new(),
             wants: none(),
@@ -135,7 +141,7 @@ impl<M: GuestMemory> Serving<M> {
         for (at, &byte) in (0u64..).zip(part.bits) {
             let first = part.first.saturating_add(at.saturating_mul(8));
             let known = pages.saturating_sub(first).min(8);
-            if known < 8 && u64::from(byte) >> known != 0 {
+            if known == 0 || (known < 8 && u64::from(byte) >> known != 0) {
                 return refuse("lacking behind the end of the image", first);
             }
             self.lacking.insert_bits(first, u64::from(byte));
@@ -147,7 +153,11 @@ impl<M: GuestMemory> Serving<M> {
         if self.lacking.count() != self.expected {
             return refuse("another number of pages is lacking than was said, from", self.lacking.count());
         }
-        self.judge_lacking()
+        self.judge_lacking()?;
+        for places in std::mem::take(&mut self.early) {
+            self.lacking.remove_range(places);
+        }
+        Ok(())
     }
 
     /// What is lacking must have been left behind; what is not must have been brought; large pages lack as a whole.
@@ -190,7 +200,10 @@ impl<M: GuestMemory> Serving<M> {
                 return Err(Violation::FaultFlood { faults: self.named, pages }.into());
             }
             if fault.urgency == Urgency::AHEAD {
-                self.ahead.push_back(places);
+                // What was named before is on its way.
+                let fresh: Vec<Range<u64>> = self.hinted.gaps(places.clone()).collect();
+                self.hinted.insert_range(places);
+                self.ahead.extend(fresh);
                 continue;
             }
             self.cursor = places.end;
@@ -257,7 +270,13 @@ impl<M: GuestMemory> Serving<M> {
         let Some(place) = self.faults.pop_front() else { return Ok(None) };
         let places = self.install_page(place);
         let Some(range) = self.range(places.clone()) else { return Ok(None) };
-        let batch = self.batch(range, &[places], false)?;
+        let batch = self.batch(range, std::slice::from_ref(&places), false)?;
+        // The background need not bring it, too.
+        if self.is_told() {
+            self.lacking.remove_range(places);
+        } else {
+            self.early.push(places);
+        }
         self.counts.faults = self.counts.faults.saturating_add(1);
         let Batch { head, runs, payload, .. } = batch;
         let mut bytes = vec![0; pagewire_protocol::frame::HEADER_BYTES];
@@ -276,8 +295,9 @@ impl<M: GuestMemory> Serving<M> {
             return Ok(false);
         }
         let announces = self.announces(now);
-        let Some((range, parts)) = self.next_parts(announces) else { return Ok(false) };
-        let batch = self.batch(range, &parts, announces)?;
+        let Some((source, range, parts)) = self.next_parts(announces) else { return Ok(false) };
+        // What is wanted was not found by its digest, and would not be now.
+        let batch = self.batch(range, &parts, announces && source == Source::Lacking)?;
         let raw = batch.payload.len();
         self.counts.inline_bytes = self.counts.inline_bytes.saturating_add(raw as u64);
         let way =
@@ -317,7 +337,7 @@ impl<M: GuestMemory> Serving<M> {
     }
 
     /// What goes next in the background: digests of all, then what is wanted, what will be touched, and the rest.
-    fn next_parts(&mut self, announces: bool) -> Option<(PageRange, Vec<Range<u64>>)> {
+    fn next_parts(&mut self, announces: bool) -> Option<(Source, PageRange, Vec<Range<u64>>)> {
         let pages = self.remainder.layout().pages();
         if self.wants.count() > 0 && (!announces || self.lacking.count() == 0) {
             let first = self.wants.runs(0..pages).next()?.start;
@@ -338,12 +358,12 @@ impl<M: GuestMemory> Serving<M> {
         let ahead = self.lacking.runs(self.cursor.min(pages)..pages).next();
         let first = ahead.or_else(|| self.lacking.runs(0..pages).next())?.start;
         let taken = self.take_parts(first, Source::Lacking);
-        self.cursor = taken.as_ref().and_then(|(_, parts)| parts.last()).map_or(pages, |part| part.end);
+        self.cursor = taken.as_ref().and_then(|(_, _, parts)| parts.last()).map_or(pages, |part| part.end);
         taken
     }
 
     /// Takes lacking or wanted pages from `first` on that fit one frame.
-    fn take_parts(&mut self, first: u64, source: Source) -> Option<(PageRange, Vec<Range<u64>>)> {
+    fn take_parts(&mut self, first: u64, source: Source) -> Option<(Source, PageRange, Vec<Range<u64>>)> {
         let layout = self.remainder.layout();
         let (region, page) = layout.locate(Place(u32::try_from(first).ok()?));
         let known = *layout.region(region)?;
@@ -366,7 +386,7 @@ impl<M: GuestMemory> Serving<M> {
             set.remove_range(part.clone());
         }
         let range = self.range(parts.first()?.start..parts.last()?.end)?;
-        Some((range, parts))
+        Some((source, range, parts))
     }
 
     fn range(&self, places: Range<u64>) -> Option<PageRange> {
@@ -432,6 +452,11 @@ impl<M: GuestMemory> Serving<M> {
             *sampled = sampled.saturating_add(stated.len() as u64);
         }
         Batch { head, runs, references, proofs, payload, announced: 0, old: None }
+    }
+
+    /// A page that is lacking and has not gone out in this session, if the receiver has said what is.
+    pub(super) fn not_gone(&self) -> Option<u64> {
+        self.lacking.runs(0..self.remainder.layout().pages()).next().map(|run| run.start)
     }
 
     /// Whether all that was lacking has gone out.

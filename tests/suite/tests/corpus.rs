@@ -13,7 +13,7 @@
 use pagewire_protocol::frame::{FrameKind, HEADER_BYTES};
 use pagewire_protocol::handover::{Handover, Record, RecordKind};
 use pagewire_protocol::trace::TraceParser;
-use pagewire_test_support::fuzz::{TARGETS, hand_over, take_over};
+use pagewire_test_support::fuzz::{TARGETS, fill, hand_over, serve, take_over};
 use pagewire_test_support::host::Host;
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::memory::ImageSink;
@@ -71,6 +71,36 @@ fn sessions_of_guests_that_run_reach_their_end() {
     ] {
         let host = hand_over(&read("live_sender_session", name));
         assert_eq!((host.told_to_run, kinds(&host).as_slice()), (told_to_run, records), "{name}");
+    }
+}
+
+/// So do those that fill a guest.
+#[test]
+fn sessions_that_fill_a_guest_reach_their_end() {
+    let read = |target: &str, name: &str| fs::read(corpus(target).join(name)).unwrap();
+    for (name, expected) in [
+        ("whole", (0, true)),
+        ("twice", (0, true)),
+        ("held", (0, true)),
+        ("references", (0, true)),
+        ("flawed", (0, true)),
+        ("asked", (0, true)),
+        ("gone-first", (28, false)),
+        ("lost", (18, false)),
+    ] {
+        assert_eq!(fill(&read("fill_receiver_session", name)), expected, "{name}");
+    }
+    for (name, expected) in [
+        ("whole", (true, true)),
+        ("faults", (true, true)),
+        ("ahead", (true, true)),
+        ("terms", (true, true)),
+        ("holds", (true, true)),
+        ("early", (false, false)),
+        ("other-root", (false, false)),
+        ("bitmap", (false, false)),
+    ] {
+        assert_eq!(serve(&read("fill_sender_session", name)), expected, "{name}");
     }
 }
 
@@ -296,6 +326,33 @@ fn record_live_operations() {
     keep("live_sender_session", "lost", &[&[0], &step[..], &ack, &step, &[6, 0]].concat());
 }
 
+/// Sessions that fill a guest, as operations: to the end, with pages that come twice, wrong or too early, requests, a DONE
+/// that comes too early, and terms that are said by the input.
+fn record_fill_operations() {
+    let pages = |lane: u8, region: u8, count: u8| {
+        [vec![14, lane, region, 0, count - 1], vec![0; usize::from(count) + 1]].concat()
+    };
+    let all = [pages(0, 0, 10), pages(0, 1, 18)].concat();
+    let receiver = |name: &str, parts: &[&[u8]]| keep("fill_receiver_session", name, &parts.concat());
+    receiver("whole", &[&[0], &all, &[5, 0, 10, 0, 0, 12]]);
+    receiver("twice", &[&[0], &pages(1, 0, 10), &all, &[5, 0, 10, 0, 0, 12]]);
+    receiver("held", &[&[1, 11, 0, 3, 5, 0], &all, &[5, 0, 12]]);
+    receiver("references", &[&[1, 14, 0, 0, 2, 1, 160, 1, 160, 2, 0, 5, 0], &all, &[5, 0, 10, 0, 0, 12]]);
+    receiver("flawed", &[&[0, 14, 1, 0, 2, 0, 240, 3, 0, 5, 0], &all, &[5, 0, 12]]);
+    receiver("asked", &[&[0xc0, 9, 0, 12, 4, 0, 8, 1, 0, 8, 9, 0, 5, 0], &all, &[5, 0, 10, 0, 0, 12]]);
+    receiver("gone-first", &[&[0, 10, 0, 0], &all, &[5, 0, 12]]);
+    receiver("lost", &[&[0], &pages(0, 0, 10), &[6, 1]]);
+    let sender = |name: &str, parts: &[&[u8]]| keep("fill_sender_session", name, &parts.concat());
+    sender("whole", &[&[0, 5, 0, 10, 0, 0, 14]]);
+    sender("faults", &[&[0, 11, 0, 2, 0, 3, 1, 1, 16, 2, 4, 0, 5, 0, 10, 0, 0, 14]]);
+    sender("ahead", &[&[0, 11, 1, 1, 0, 2, 4, 5, 0, 13, 1, 0, 2, 1, 5, 0, 10, 0, 0, 14]]);
+    sender("terms", &[&[0xa0, 8, 0, 250, 0, 9, 0, 0, 5, 0, 10, 0, 0, 14]]);
+    sender("holds", &[&[0xa0, 8, 0, 250, 1, 9, 0, 0, 5, 0, 13, 1, 0, 0, 10, 5, 0, 10, 0, 0, 14]]);
+    sender("early", &[&[0, 10, 0, 0, 14]]);
+    sender("other-root", &[&[0, 5, 0, 10, 1, 0]]);
+    sender("bitmap", &[&[0xa0, 8, 0, 250, 0, 9, 0, 201]]);
+}
+
 #[test]
 fn made_seeds_can_be_made_again() {
     if std::env::var_os("PAGEWIRE_RECORD").is_some() {
@@ -306,5 +363,6 @@ fn made_seeds_can_be_made_again() {
         record_traces();
         record_operations();
         record_live_operations();
+        record_fill_operations();
     }
 }

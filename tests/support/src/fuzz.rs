@@ -3,8 +3,10 @@
 //! `fuzz/` calls them under libFuzzer, `tests/suite/tests/corpus.rs` over the committed corpora. The session targets
 //! read their input as operations: frames that are nearly right reach further than noise.
 
+mod fill;
 mod live;
 
+pub use fill::{fill, fill_receiver_session, fill_sender_session, serve};
 pub use live::{hand_over, live_receiver_session, live_sender_session, take_over};
 
 use crate::image::{Image, Mix};
@@ -46,6 +48,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("receiver_session", receiver_session),
     ("live_sender_session", live_sender_session),
     ("live_receiver_session", live_receiver_session),
+    ("fill_sender_session", fill_sender_session),
+    ("fill_receiver_session", fill_receiver_session),
 ];
 
 /// However a stream is cut, the same frames and the same error come out, and no more than a frame is held.
@@ -85,7 +89,7 @@ fn cut_into_frames(stream: &[u8], piece: usize) -> Vec<Result<(FrameKind, Vec<u8
 pub fn frame(data: &[u8]) {
     let Some((&kind, body)) = data.split_first() else { return };
     // One more than there are, and zero.
-    let kind = FrameKind(kind % 20);
+    let kind = FrameKind(kind % 24);
     if body.len() > kind.size_max() as usize {
         return;
     }

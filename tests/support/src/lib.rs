@@ -3,7 +3,7 @@
 //! Time, entropy, memory and the network are values here: a seed and a commit replay everything. [`world`] drives a
 //! pair of engines over virtual [`link`]s between [`memory`] with faults, or sends a [`guest`] that runs; [`checkers`]
 //! says what must hold at the end; [`follower`] holds memory against its harvests;
-//! [`peer`] is a scripted peer that may say anything; [`fuzz`] holds the bodies of the fuzz targets, so that plain
+//! [`peer`] is a scripted peer that may say anything, [`fill_peer`] one of the sessions that fill a guest; [`fuzz`] holds the bodies of the fuzz targets, so that plain
 //! `cargo test` replays their corpora.
 #![forbid(unsafe_code)]
 #![allow(
@@ -16,6 +16,7 @@
 
 pub mod attempt;
 pub mod checkers;
+pub mod fill_peer;
 pub mod follower;
 pub mod fuzz;
 pub mod guest;

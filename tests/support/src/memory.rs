@@ -8,7 +8,7 @@ use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, page_digest};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::{Layout, RegionId, common_pages};
+use pagewire_protocol::page::{Layout, Place, RegionId, common_pages};
 use pagewire_protocol::tree::DigestTree;
 use pagewire_receiver::{Agreed, GuestSink, OtherPages};
 use pagewire_sender::{Base, GuestMemory};
@@ -194,6 +194,10 @@ pub struct SinkState {
     pub old: Option<Image>,
     /// Unchanged pages are not read.
     pub trusted: bool,
+    /// A guest may run in it while pages are absent.
+    pub waits: bool,
+    /// The pages that are absent, from the moment that its guest may run.
+    pub absent: Option<PageBitmap>,
     faults: SinkFaults,
     reads: u64,
     writes: u64,
@@ -216,6 +220,8 @@ impl ImageSink {
             manifest: None,
             old: None,
             trusted: false,
+            waits: false,
+            absent: None,
             faults,
             reads: 0,
             writes: 0,
@@ -267,6 +273,11 @@ impl ImageSink {
 }
 
 impl SinkState {
+    /// From now on it can, or cannot, be made to last.
+    pub fn fail_finish(&mut self, fails: bool) {
+        self.faults.fail_finish = fails;
+    }
+
     fn bytes(&mut self, region: RegionId, first: u64, len: usize) -> &mut [u8] {
         &mut self.image.bytes[usize::from(region.0)][first as usize * PAGE_BYTES..][..len]
     }
@@ -274,6 +285,19 @@ impl SinkState {
     fn check_read(&mut self) -> io::Result<()> {
         self.reads += 1;
         if fails(self.reads, self.faults.fail_read_after) { Err(broken("cannot read")) } else { Ok(()) }
+    }
+
+    /// Pages come to a guest that runs: each of them once, and only where it is absent.
+    fn arrive(&mut self, region: RegionId, first: u64, count: u64) {
+        let layout = self.image.layout();
+        let Some(absent) = self.absent.as_mut() else { return };
+        let install = u64::from(layout.region(region).unwrap().install_size.pages());
+        let ends_whole =
+            (first + count).is_multiple_of(install) || first + count == layout.region(region).unwrap().pages();
+        assert!(first.is_multiple_of(install) && ends_whole, "part of an install page is installed");
+        let start = u64::from(layout.place(region, first).0);
+        let came = absent.remove_range(start..start + count);
+        assert_eq!(came, count, "installed over what the guest has: {count} pages from {first} of region {}", region.0);
     }
 
     fn check_write(&mut self) -> io::Result<()> {
@@ -329,7 +353,26 @@ impl GuestSink for ImageSink {
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
         let mut state = self.state();
         state.check_read()?;
+        assert!(state.absent.is_none(), "memory of a guest that runs is not as it came");
         bytes.copy_from_slice(state.bytes(region, first, bytes.len()));
+        Ok(())
+    }
+
+    fn can_wait(&self) -> bool {
+        self.state().waits
+    }
+
+    fn arm(&mut self, absent: &PageBitmap) -> io::Result<()> {
+        let mut state = self.state();
+        assert!(state.waits && state.absent.is_none(), "armed once, and only where guests can wait");
+        let layout = state.image.layout();
+        for place in absent.runs(0..layout.pages()).flatten() {
+            // What was there is thrown away, and nobody may take it for what should be there.
+            let (region, page) = layout.locate(Place(place as u32));
+            let used = state.image.regions[usize::from(region.0)].bytes_of(page.0, 1) as usize;
+            state.bytes(region, page.0, used).fill(0xde);
+        }
+        state.absent = Some(absent.clone());
         Ok(())
     }
 
@@ -337,6 +380,7 @@ impl GuestSink for ImageSink {
         let mut state = self.state();
         state.check_write()?;
         assert!(!bytes.is_empty() && bytes.len().is_multiple_of(PAGE_BYTES), "whole pages are installed");
+        state.arrive(region, first, (bytes.len() / PAGE_BYTES) as u64);
         state.bytes(region, first, bytes.len()).copy_from_slice(bytes);
         state.written.0 += (bytes.len() / PAGE_BYTES) as u64;
         let end = state.image.regions[usize::from(region.0)].bytes as usize;
@@ -348,6 +392,7 @@ impl GuestSink for ImageSink {
     fn zero(&mut self, region: RegionId, first: u64, count: u64) -> io::Result<()> {
         let mut state = self.state();
         state.check_write()?;
+        state.arrive(region, first, count);
         state.bytes(region, first, count as usize * PAGE_BYTES).fill(0);
         state.written.1 += count;
         Ok(())
@@ -358,7 +403,7 @@ impl GuestSink for ImageSink {
         if state.faults.fail_finish {
             return Err(broken("cannot be synced"));
         }
-        state.finished = true;
+        state.finished = state.absent.as_ref().is_none_or(|absent| absent.count() == 0);
         Ok(())
     }
 }

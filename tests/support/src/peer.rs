@@ -69,7 +69,7 @@ pub struct Script<M> {
 }
 
 impl<M: Machine> Script<M> {
-    fn new(engine: M, now: Time, lanes: u8) -> Self {
+    pub(crate) fn new(engine: M, now: Time, lanes: u8) -> Self {
         let (said, hello, known, others, features, live, host) = Default::default();
         let mut script =
             Self { engine, now, said, hello, transcript: [0; 32], lanes, known, others, features, live, host };
@@ -92,7 +92,8 @@ impl<M: Machine> Script<M> {
 
     /// Takes what the engine has to say now, on every lane; every frame must be one.
     pub fn listen(&mut self) {
-        for lane in std::iter::once(LaneId::CONTROL).chain((0..self.lanes).map(LaneId::bulk)) {
+        let lanes = [LaneId::CONTROL, LaneId::URGENT].into_iter();
+        for lane in lanes.chain((0..self.lanes).map(LaneId::bulk)) {
             while let Some(frame) = self.engine.poll_frame(lane, self.now) {
                 let bytes = frame.pieces().collect::<Vec<_>>().concat();
                 let header = FrameHeader::decode(bytes.first_chunk().unwrap()).expect("an own header is legal");

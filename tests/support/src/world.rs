@@ -4,10 +4,12 @@
 //! random but by seed; the number of steps is bounded, so a session that hangs is a failed test.
 
 mod connection;
+mod fill;
 mod hosts;
 mod process;
 mod side;
 
+pub use fill::{FillHarm, FillOutcome, FillWorld, FillWorldConfig, Habit, Left};
 pub use hosts::Fate;
 pub use process::{Harm, When};
 
@@ -28,7 +30,7 @@ use pagewire_protocol::frame::{FrameKind, ImageName, LaneId, LiveOpen, Role};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::handover::{Message, Word};
 use pagewire_protocol::limits::WINDOW_BYTES;
-use pagewire_protocol::session::{FEATURE_LIVE, Machine, Outgoing, Policy};
+use pagewire_protocol::session::{FEATURE_LIVE, FEATURE_POST_COPY, Machine, Outgoing, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_receiver::{Event as ReceiverEvent, Offer, OtherPages, ReceiverEngine, ReceiverError, Terms};
 use pagewire_sender::converge::Limits;
@@ -96,6 +98,8 @@ pub struct WorldConfig {
     pub guest: Option<Guest>,
     /// How long that may take.
     pub live: Option<Limits>,
+    /// It may start before all of it is there; and this says whether that is to happen at once.
+    pub post_copy: Option<bool>,
     /// Sees what the guest writes.
     pub trace: TraceLog,
     /// The hosts of that guest: the one that it leaves, the one that it comes to.
@@ -138,6 +142,7 @@ impl WorldConfig {
             unchanged: None,
             guest: None,
             live: None,
+            post_copy: None,
             trace: TraceLog::default(),
             hosts: [Host::new(1), Host::new(2)],
             fates: Vec::new(),
@@ -220,8 +225,9 @@ impl World {
     /// A world in which `image` goes to `sink`.
     pub fn new(image: &Image, sink: &ImageSink, mut config: WorldConfig) -> Self {
         if let Some(limits) = config.live {
-            let handover = config.hosts[0].open(config.sender.session);
-            config.sender.live = Some(Live { limits, handover, at_once: false });
+            let mut handover = config.hosts[0].open(config.sender.session);
+            handover.post_copy = config.post_copy.is_some();
+            config.sender.live = Some(Live { limits, handover, at_once: config.post_copy == Some(true) });
         }
         let mut memory = ImageMemory::new(image.clone(), config.source_faults);
         memory.unchanged = config.unchanged.clone();
@@ -237,6 +243,10 @@ impl World {
         let mut receiver_policy = config.receiver_policy.clone();
         if config.live.is_some() {
             receiver_policy.features_offered |= FEATURE_LIVE;
+        }
+        if config.post_copy.is_some() {
+            receiver_policy.features_offered |= FEATURE_POST_COPY;
+            sink.state().waits = true;
         }
         let mut sender = SenderEngine::new(memory, bases, config.sender.clone(), now);
         sender.trace(Box::new(config.trace.clone()));
@@ -265,7 +275,12 @@ impl World {
     }
 
     /// Drives the session to its end.
-    pub fn run(mut self) -> Outcome {
+    pub fn run(self) -> Outcome {
+        self.run_apart().0
+    }
+
+    /// The same, and what is left to bring of a guest that lacks pages.
+    pub fn run_apart(mut self) -> (Outcome, Option<Left>) {
         loop {
             self.settle();
             if self.sender.machine.is_over() && self.receiver.machine.is_over() {
@@ -474,13 +489,13 @@ impl World {
         }
     }
 
-    fn finish(mut self) -> Outcome {
+    fn finish(mut self) -> (Outcome, Option<Left>) {
         let sender = self.sender.machine.outcome().expect("a session that is over has an outcome");
         let receiver = self.receiver.machine.outcome().expect("a session that is over has an outcome");
         self.settle_hosts(sender.is_ok(), receiver.is_ok());
         let wire = [TO_RECEIVER, TO_SENDER]
             .map(|way| self.connections.iter().map(|connection| connection.pipes[way].bytes).sum());
-        Outcome {
+        let outcome = Outcome {
             sender,
             receiver,
             sent: self.sender.machine.counts(),
@@ -498,6 +513,8 @@ impl World {
             receiver_over: self.receiver.over_at.unwrap(),
             frames: self.frames,
             recording: self.recording,
-        }
+        };
+        let left = self.sender.machine.into_remainder().zip(self.receiver.machine.into_incomplete());
+        (outcome, left.map(|(remainder, guest)| Left { remainder, guest }))
     }
 }

@@ -68,7 +68,8 @@ impl World {
         for action in actions {
             match action {
                 Action::Say(message) => self.say(TO_RECEIVER, message),
-                Action::Release | Action::Fill(_) => self.sender.machine.release(),
+                Action::Release => self.sender.machine.release(),
+                Action::Fill(_) => self.sender.machine.split(),
                 Action::Run => {
                     self.config.guest.iter().for_each(|guest| guest.state().resume());
                     self.sender.machine.cancel(why.take().unwrap_or(SenderFailure::Rejected));
@@ -88,6 +89,13 @@ impl World {
         let is_settled = |record: &Record| record.kind == RecordKind::Gone && record.handover.session == session;
         if self.config.hosts[1].records.iter().any(is_settled) {
             self.receiver.machine.release();
+        }
+        // Nor does one of a guest that runs and lacks pages: others bring them.
+        let has_started = |record: &Record| {
+            record.kind == RecordKind::Started && record.handover.session == session && record.handover.post_copy
+        };
+        if self.config.hosts[1].records.iter().any(has_started) {
+            self.receiver.machine.split();
         }
     }
 

@@ -1,0 +1,619 @@
+//! Hostile peers of sessions that fill a guest: whatever they say, nothing is installed that is not proven, nothing twice,
+//! nothing is given up too soon, and the work they cause is bounded.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "test code: a failed expectation is a failed test"
+)]
+
+use pagewire_protocol::digest::{Digest, PageHasher, batch_digest};
+use pagewire_protocol::domain::DedupDomain;
+use pagewire_protocol::error::CloseCode;
+use pagewire_protocol::frame::{
+    ABSENT_DIGEST, Ack, Codec, Done, EntryKind, Frame, FrameKind, LaneId, PagesHead, Role, Run, Urgency, Want,
+};
+use pagewire_protocol::handover::{Message, Word};
+use pagewire_protocol::limits::PAGE_BYTES;
+use pagewire_protocol::page::{InstallSize, Region};
+use pagewire_protocol::session::{Agreed, Machine, Phase, Policy, check};
+use pagewire_protocol::tree::image_root;
+use pagewire_sender::GuestMemory;
+use pagewire_sender::fill::Remainder;
+use pagewire_test_support::fill_peer::{AgainstFilled, AgainstFiller, FEATURES, all_absent, partly_absent};
+use pagewire_test_support::image::{Image, Mix};
+use pagewire_test_support::live_peer::{LIVE, TO, live_receiver, live_sender};
+use pagewire_test_support::memory::{ImageMemory, ImageSink, SourceFaults};
+use pagewire_test_support::peer::Statement;
+use pagewire_test_support::rng::Rng;
+use pagewire_test_support::world::Left;
+
+const BULK: LaneId = LaneId::bulk(0);
+/// Pages of the image: 10 of 4 KiB, and 18 in install pages of 64 KiB.
+const PAGES: u64 = 28;
+
+fn image() -> Image {
+    let regions = [(40_000, InstallSize::KIB_4), (70_000, InstallSize::KIB_64)]
+        .map(|(bytes, install_size)| Region { bytes, install_size });
+    Image::filled(regions.to_vec(), Mix::NOISE, &mut Rng::new(11))
+}
+
+fn page(image: &Image, region: usize, page: u64) -> &[u8; PAGE_BYTES] {
+    image.page(region, page).first_chunk().unwrap()
+}
+
+const fn want(region: u16, first: u64, count: u32) -> Want {
+    Want { region, first, count }
+}
+
+/// A sender whose receiver has greeted.
+fn greeted() -> AgainstFiller {
+    let mut script = AgainstFiller::filler(all_absent(&image(), None).0);
+    script.greet(Role::Receiver);
+    script.listen();
+    script
+}
+
+/// A sender that was told that all is lacking.
+fn serving() -> AgainstFiller {
+    let mut script = AgainstFiller::filler(all_absent(&image(), None).0);
+    script.begin(&image());
+    script
+}
+
+/// A receiver of which all is absent, and that waits for pages.
+fn filling() -> (AgainstFilled, ImageSink) {
+    let (left, sink) = all_absent(&image(), None);
+    let mut script = AgainstFilled::filled();
+    script.begin(left.guest);
+    (script, sink)
+}
+
+fn absent(sink: &ImageSink) -> u64 {
+    sink.state().absent.as_ref().unwrap().count()
+}
+
+fn violates<T>((code, text): (CloseCode, String), part: &str, what: T)
+where
+    T: std::fmt::Debug,
+{
+    assert_eq!(code, CloseCode::VIOLATION, "{what:?}: {text}");
+    assert!(text.contains(part), "{what:?}: {text}");
+}
+
+/// SPEC 13.5: terms that no receiver can mean.
+#[test]
+fn rejects_terms_of_another_session_and_of_more_than_was_left_behind() {
+    for (at, part) in ["transcript", "more lanes granted", "pages lacking"].into_iter().enumerate() {
+        let mut script = greeted();
+        let mut lack = script.honest_lack(PAGES);
+        match at {
+            0 => lack.transcript[0] ^= 1,
+            1 => lack.lanes = 2,
+            _ => lack.pages = PAGES + 1,
+        }
+        script.lack(lack);
+        assert!(script.fill_failure().1.contains(part));
+        assert_eq!(script.engine.into_remainder().unwrap().pages(), PAGES, "it is kept");
+    }
+}
+
+/// SPEC 13.6, C29: what a receiver says that it lacks.
+#[test]
+fn rejects_bitmaps_that_cannot_be_true() {
+    let all = [0xff, 0xff, 0xff, 0x0f];
+    let cases: [(&str, u64, u64, &[u8]); 7] = [
+        ("does not continue the last", PAGES, 8, &all),
+        ("behind the end", PAGES, 0, &[0xff, 0xff, 0xff, 0x1f]),
+        ("behind the end", PAGES, 0, &[0xff, 0xff, 0xff, 0x0f, 0]),
+        ("another number of pages", PAGES - 1, 0, &all),
+        // Page 1 of the second region, which has large pages.
+        ("part of an install page", PAGES - 1, 0, &[0xff, 0xf7, 0xff, 0x0f]),
+        // Page 3 of the first.
+        ("never brought", PAGES - 1, 0, &[0xf7, 0xff, 0xff, 0x0f]),
+        ("never brought", 0, 0, &[0; 4]),
+    ];
+    for (part, pages, first, bits) in cases {
+        let mut script = greeted();
+        let lack = script.honest_lack(pages);
+        script.lack(lack);
+        script.lacking(first, bits);
+        violates(script.fill_failure(), part, bits);
+        assert_eq!(script.engine.into_remainder().unwrap().pages(), PAGES, "it is kept");
+    }
+    // In the wrong order, and once more when all is said.
+    let mut script = greeted();
+    let lack = script.honest_lack(PAGES);
+    script.lack(lack);
+    script.lacking(0, &all[..2]);
+    script.lacking(0, &all);
+    violates(script.fill_failure(), "does not continue", "again");
+    let mut script = serving();
+    script.lacking(32, &[0]);
+    violates(script.fill_failure(), "does not continue", "more");
+}
+
+/// SPEC 13.9, A21: pages outside the guest, and parts of large ones.
+#[test]
+fn rejects_requests_for_what_was_not_left_behind() {
+    for named in [want(2, 0, 1), want(0, 10, 1), want(0, 9, 2), want(0, u64::MAX, 1), want(1, 1, 1), want(1, 0, 1)] {
+        let mut script = serving();
+        script.fault(Urgency::NOW, &[named]);
+        script.fill_failure();
+        let mut script = serving();
+        script.fault(Urgency::AHEAD, &[named]);
+        script.fill_failure();
+        let mut script = serving();
+        script.want(&[named]);
+        script.fill_failure();
+    }
+}
+
+fn urgent_answers(script: &AgainstFiller) -> u64 {
+    script.said.iter().filter(|said| said.lane == LaneId::URGENT && said.kind == FrameKind::PAGES).count() as u64
+}
+
+/// A21: a page is answered once, however often it is asked for, and whoever asks without end is cut off.
+#[test]
+fn a_flood_of_requests_gets_one_copy_of_each_page_and_ends() {
+    for urgency in [Urgency::NOW, Urgency::AHEAD] {
+        let (mut script, mut requests) = (serving(), 0u64);
+        while !script.engine.is_over() && requests < 10_000_000 {
+            script.fault(urgency, &[want(0, 3, 1)]);
+            script.listen();
+            requests += 1;
+        }
+        assert_eq!(requests, 4 * PAGES + 1, "four a page on average");
+        assert_eq!(urgent_answers(&script), u64::from(urgency == Urgency::NOW));
+        script.fill_failure();
+    }
+    let (mut script, mut requests) = (serving(), 0u64);
+    while !script.engine.is_over() && requests < 100 {
+        script.fault(Urgency::NOW, &[want(0, 0, 10), want(1, 0, 18)]);
+        script.settle();
+        requests += 1;
+    }
+    assert_eq!((requests, urgent_answers(&script)), (5, 12), "ten pages, and two large ones");
+    violates(script.fill_failure(), "", "all pages");
+    // So is whoever wants what has come.
+    let (mut script, mut requests) = (serving(), 0u64);
+    while !script.engine.is_over() && requests < 1000 {
+        script.settle();
+        script.want(&[want(0, 0, 10)]);
+        requests += 1;
+    }
+    assert!(requests < 12, "{requests}");
+}
+
+/// What went because it was asked for does not go again in the background.
+#[test]
+fn a_page_that_was_asked_for_goes_once() {
+    for told in [true, false] {
+        let mut script = greeted();
+        let lack = script.honest_lack(PAGES);
+        script.lack(lack);
+        let all = [0xff, 0xff, 0xff, 0x0f];
+        if told {
+            script.lacking(0, &all);
+        }
+        script.fault(Urgency::NOW, &[want(0, 3, 1), want(1, 16, 2)]);
+        script.listen();
+        assert_eq!(urgent_answers(&script), 2);
+        if !told {
+            script.lacking(0, &all);
+        }
+        script.settle();
+        let sent = script.engine.counts();
+        assert_eq!((sent.inline, sent.faults), (PAGES, 2), "told first: {told}");
+    }
+}
+
+/// The root over an image of which nothing has come: whoever took the guest knows it.
+fn root_of_nothing(image: &Image) -> Digest {
+    let hasher = PageHasher::new(&DedupDomain::public());
+    let mut trees = image.trees(&hasher);
+    for (tree, region) in trees.iter_mut().zip(&image.regions) {
+        (0..region.pages()).for_each(|page| tree.set(page, ABSENT_DIGEST));
+    }
+    image_root(hasher.domain(), &image.layout(), &mut trees)
+}
+
+/// SPEC 13.11, I4: DONE too early, of something else, twice.
+#[test]
+fn gives_nothing_up_for_a_done_that_is_not_true() {
+    let image = image();
+    let (root, nothing) = (image.root(&[0; 32]), root_of_nothing(&image));
+    for (pages, root) in [(PAGES, nothing), (PAGES, root), (PAGES, Digest([1; 32])), (PAGES + 1, root), (0, nothing)] {
+        let mut script = serving();
+        script.done(pages, root);
+        assert!(!script.is_filled());
+        script.fill_failure();
+        assert_eq!(script.engine.into_remainder().unwrap().pages(), PAGES, "it is kept");
+    }
+    // When nothing is told, and when all but one has gone.
+    let mut script = greeted();
+    let lack = script.honest_lack(PAGES);
+    script.lack(lack);
+    script.done(PAGES, nothing);
+    script.fill_failure();
+    assert!(!script.is_filled());
+    let mut script = serving();
+    script.settle();
+    script.done(PAGES, Digest([1; 32]));
+    assert!(!script.is_filled());
+    script.fill_failure();
+    let mut script = serving();
+    script.settle();
+    script.done(PAGES, root);
+    assert!(script.is_filled());
+    script.done(PAGES, root);
+    assert!(!script.is_filled(), "once");
+    script.fill_failure();
+}
+
+/// I4: whoever embeds the engine cannot say GONE before all is there.
+#[test]
+fn gone_is_not_said_before_done() {
+    let left = all_absent(&image(), None).0;
+    let handover = *left.remainder.handover();
+    let mut script = AgainstFiller::filler(left);
+    script.begin(&image());
+    script.settle();
+    script.release(handover);
+    assert!(script.last(FrameKind::GONE).is_none() && !script.engine.is_over());
+    script.done(PAGES, image().root(&[0; 32]));
+    script.release(handover);
+    assert!(script.last(FrameKind::GONE).is_some());
+    assert!(matches!(script.engine.outcome(), Some(Ok(()))));
+}
+
+/// A31: what cannot be read as a whole is not sent, in the background or for a guest that waits.
+#[test]
+fn nothing_is_sent_of_a_page_that_cannot_be_read() {
+    for asked in [false, true] {
+        let image = image();
+        let Left { remainder, guest } = all_absent(&image, None).0;
+        let handover = *remainder.handover();
+        let faults = SourceFaults { fail_read_after: Some(2), ..SourceFaults::default() };
+        let memory: Box<dyn GuestMemory> = Box::new(ImageMemory::new(image.clone(), faults));
+        // Two regions are read to digest them; the next read fails.
+        let remainder = Remainder::recover(memory, &[0; 32], handover).unwrap();
+        let mut script = AgainstFiller::filler(Left { remainder, guest });
+        script.begin(&image);
+        if asked {
+            script.fault(Urgency::NOW, &[want(0, 3, 1)]);
+            script.listen();
+        }
+        script.settle();
+        assert_eq!(script.fill_failure().0, CloseCode::SOURCE);
+        assert!(script.last(FrameKind::PAGES).is_none());
+        assert_eq!(script.engine.into_remainder().unwrap().pages(), PAGES);
+    }
+}
+
+/// SPEC 4.6, 13.3: words that belong to another kind of session.
+#[test]
+fn rejects_the_words_of_other_sessions() {
+    // ACCEPT to FILL.
+    let image = image();
+    let mut script = greeted();
+    let accept = live_sender(&image).honest_accept(&image);
+    script.say(LaneId::CONTROL, &Frame::Accept(accept));
+    script.fill_failure();
+    // LACK to OPEN.
+    let mut script = live_sender(&image);
+    script.features = FEATURES;
+    script.enter(Phase::Opening, &image);
+    let lack = greeted().honest_lack(1);
+    script.say(LaneId::CONTROL, &Frame::Lack(lack));
+    assert_eq!(script.failure().0, CloseCode::VIOLATION);
+    // FILL where nobody agreed on post-copy.
+    let mut script = live_receiver();
+    script.greet(Role::Sender);
+    let fill = AgainstFilled::filled().honest_fill(*all_absent(&image, None).0.remainder.handover());
+    script.say(LaneId::CONTROL, &Frame::Fill(fill));
+    assert_eq!(script.failure().0, CloseCode::VIOLATION);
+    // A receiver that does not speak of post-copy is no peer of such a session.
+    let mut script = AgainstFiller::filler(all_absent(&image, None).0);
+    script.features = 0;
+    script.greet(Role::Receiver);
+    assert_eq!(script.fill_failure().0, CloseCode::INCOMPATIBLE);
+}
+
+/// ABSENT where the receiver did not agree to post-copy, and of part of an install page.
+#[test]
+fn rejects_absent_pages_without_post_copy_and_parts_of_install_pages() {
+    let image = image();
+    let leaving = |first: u64, count: u32, kinds: &[(EntryKind, u16)]| {
+        let zero = PageHasher::new(&DedupDomain::public()).zero();
+        let digests = kinds.iter().flat_map(|(kind, count)| {
+            let digest = if *kind == EntryKind::ZERO { zero } else { ABSENT_DIGEST };
+            std::iter::repeat_n(digest, usize::from(*count))
+        });
+        let digests: Vec<Digest> = digests.collect();
+        let digest = batch_digest(&DedupDomain::public(), first, [digests.as_slice()]);
+        let head = PagesHead { round: 0, region: 1, codec: Codec::NONE, first, count, digest, shift: 0 };
+        let runs: Vec<Run> = kinds.iter().map(|&(kind, count)| Run { kind, count }).collect();
+        let mut body = Vec::new();
+        head.encode(&runs, &[], &[], &mut body);
+        body
+    };
+    let whole = leaving(0, 18, &[(EntryKind::ABSENT, 18)]);
+    let mut script = live_receiver();
+    script.enter(Phase::Receiving, &image, &ImageSink::empty(&image));
+    script.settle();
+    script.raw(BULK, FrameKind::PAGES, &whole);
+    violates(script.failure(), "without post-copy", "not agreed");
+    let part = leaving(0, 18, &[(EntryKind::ZERO, 1), (EntryKind::ABSENT, 17)]);
+    for (body, refused) in [(whole, false), (part, true)] {
+        let mut trees = image.trees(&PageHasher::new(&DedupDomain::public()));
+        let skipped = if refused { 1 } else { 0 };
+        if refused {
+            trees[1].set(0, PageHasher::new(&DedupDomain::public()).zero());
+        }
+        (skipped..18).for_each(|page| trees[1].set(page, ABSENT_DIGEST));
+        let root = image_root(&DedupDomain::public(), &image.layout(), &mut trees);
+        let root = pagewire_protocol::tree::live_root(&DedupDomain::public(), root, &Default::default());
+        let sink = ImageSink::empty(&image);
+        sink.state().waits = true;
+        let policy = Policy { features_offered: FEATURES, ..Default::default() };
+        let mut script = pagewire_test_support::peer::AgainstReceiver::receiver_with(&policy, 1);
+        let live = pagewire_protocol::frame::LiveOpen { post_copy: true, ..LIVE };
+        (script.features, script.live, script.host) = (FEATURES, Some(live), Some(TO));
+        script.enter(Phase::Receiving, &image, &sink);
+        script.settle();
+        let stated = (0..10).fold(Statement::at(0, 0), |statement, at| statement.inline(page(&image, 0, at)));
+        script.raw(BULK, FrameKind::PAGES, &stated.body());
+        script.raw(BULK, FrameKind::PAGES, &body);
+        script.end_round(2);
+        script.root(&image, root);
+        script.settle();
+        match script.outcome() {
+            Some(Err(error)) => assert!(refused && format!("{error:?}").contains("part of an install"), "{error:?}"),
+            Some(Ok(())) => panic!("it is over only when its guest has started"),
+            None => assert!(!refused && absent_of(&sink) == Some(18), "it is ready"),
+        }
+    }
+}
+
+fn absent_of(sink: &ImageSink) -> Option<u64> {
+    sink.state().absent.as_ref().map(|absent| absent.count())
+}
+
+/// SPEC 13.3; A14: every kind, on every kind of lane, in the phases of fill sessions: what the table refuses ends them.
+#[test]
+fn every_frame_is_refused_where_the_table_says() {
+    let image = image();
+    let lanes = [LaneId::CONTROL, BULK, LaneId::URGENT];
+    let cells = FrameKind::ALL.iter().flat_map(|&kind| lanes.map(|lane| (kind, lane)));
+    let mut refused = 0;
+    for (kind, lane) in cells {
+        for phase in [Phase::Opening, Phase::Serving] {
+            let mut script = if phase == Phase::Opening { greeted() } else { serving() };
+            let verdict = check(Role::Sender, phase, Agreed::PostCopy, lane, kind);
+            script.raw(lane, kind, &[]);
+            let Err(violation) = verdict else { continue };
+            assert_eq!(
+                script.fill_failure(),
+                (CloseCode::VIOLATION, violation.to_string()),
+                "{kind} {lane:?} {phase:?}"
+            );
+            refused += 1;
+        }
+        for phase in [Phase::Waiting, Phase::Deciding, Phase::Filling] {
+            let left = all_absent(&image, None).0;
+            let mut script = AgainstFilled::filled();
+            match phase {
+                Phase::Filling => script.begin(left.guest),
+                _ => script.greet(Role::Sender),
+            }
+            if phase == Phase::Deciding {
+                let fill = script.honest_fill(*left.remainder.handover());
+                script.say(LaneId::CONTROL, &Frame::Fill(fill));
+            }
+            let verdict = check(Role::Receiver, phase, Agreed::PostCopy, lane, kind);
+            script.raw(lane, kind, &[]);
+            let Err(violation) = verdict else { continue };
+            assert_eq!(
+                script.fill_failure(),
+                (CloseCode::VIOLATION, violation.to_string()),
+                "{kind} {lane:?} {phase:?}"
+            );
+            refused += 1;
+        }
+    }
+    assert!(refused > 250, "{refused}");
+}
+
+/// SPEC 13.7: what pages may not be stated as.
+#[test]
+fn rejects_statements_that_a_guest_that_runs_cannot_use() {
+    let image = image();
+    let first = || Statement::at(0, 0);
+    let inline = || first().inline(page(&image, 0, 0));
+    let digest = Digest([7; 32]);
+    let leaving = |statement: &Statement| {
+        let mut body = statement.body();
+        body[64] = 7;
+        body
+    };
+    let half = (0..8).fold(Statement::at(1, 0), |statement, at| statement.inline(page(&image, 1, at)));
+    let skipping = (0..16).fold(Statement::at(1, 0), |statement, at| match at {
+        0 => statement.skipped(),
+        _ => statement.inline(page(&image, 1, at)),
+    });
+    let cases: [(&str, Vec<u8>); 10] = [
+        ("a round", Statement { round: 1, ..first() }.inline(page(&image, 0, 0)).body()),
+        ("rests on the base", first().base(digest).body()),
+        ("rests on the base", first().shifted(digest).body()),
+        ("absent", leaving(&first().zero())),
+        ("proofs", first().reference(digest).proof(pagewire_protocol::challenge::PageProof([1; 16])).body()),
+        ("no page at all", first().skipped().skipped().body()),
+        ("", Statement::at(0, 10).inline(page(&image, 0, 0)).body()),
+        ("", half.body()),
+        ("part of an install page", skipping.body()),
+        ("", Statement::at(2, 0).zero().body()),
+    ];
+    for (part, body) in cases {
+        for lane in [BULK, LaneId::URGENT] {
+            let (mut script, sink) = filling();
+            script.raw(lane, FrameKind::PAGES, &body);
+            let (_, text) = script.fill_failure();
+            assert!(text.contains(part), "{text}, not {part}");
+            assert_eq!(absent(&sink), PAGES, "nothing is installed");
+        }
+    }
+    let (mut script, sink) = filling();
+    let delta = Statement { payload: vec![0; PAGE_BYTES], ..inline() };
+    script.raw(BULK, FrameKind::PAGES, &delta.delta(page(&image, 0, 1)));
+    violates(script.fill_failure(), "delta", "a delta");
+    assert_eq!(absent(&sink), PAGES);
+    for frame in [
+        Frame::Done(Done { pages: PAGES, root: digest }),
+        Frame::Handover(Message { word: Word::Commit, handover: *all_absent(&image, None).0.guest.handover() }),
+        Frame::Ack(Ack::default()),
+    ] {
+        let (mut script, _) = filling();
+        script.say(LaneId::CONTROL, &frame);
+        violates(script.fill_failure(), "", frame.kind());
+    }
+}
+
+/// SPEC 5.6
+#[test]
+fn rejects_a_codec_that_was_not_agreed() {
+    let (left, sink) = all_absent(&image(), None);
+    let policy = Policy { features_offered: FEATURES, codecs: Codec::NONE.bit(), ..Policy::default() };
+    let mut script = AgainstFilled::filled_with(&policy);
+    script.begin(left.guest);
+    script.raw(BULK, FrameKind::PAGES, &Statement::at(0, 0).inline(&[7; PAGE_BYTES]).compressed());
+    violates(script.fill_failure(), "codec that was not agreed", "zstd");
+    assert_eq!(absent(&sink), PAGES);
+}
+
+/// A15, A21: pages that the hand-over had brought are neither asked for, nor lacking, nor brought.
+#[test]
+fn rejects_pages_that_were_not_left_behind() {
+    let image = Image::random(64, Mix::NOISE, &mut Rng::new(5));
+    let moved = || {
+        let (left, sink) = partly_absent(&image);
+        let here = (0..64).find(|page| !sink.state().absent.as_ref().unwrap().contains(*page));
+        let here = here.expect("some pages went before the guest did");
+        (left, sink, here)
+    };
+    for named in [FrameKind::FAULT, FrameKind::ACK, FrameKind::LACKING] {
+        let (left, _, here) = moved();
+        let pages = left.remainder.pages();
+        let mut script = AgainstFiller::filler(left);
+        script.greet(Role::Receiver);
+        script.listen();
+        let lack = script.honest_lack(if named == FrameKind::LACKING { 1 } else { pages });
+        script.lack(lack);
+        match named {
+            FrameKind::FAULT => script.fault(Urgency::NOW, &[want(0, here, 1)]),
+            FrameKind::ACK => script.want(&[want(0, here, 1)]),
+            _ => script.lacking(0, &(1u64 << here).to_le_bytes()),
+        }
+        violates(script.fill_failure(), "was not left behind", named);
+    }
+    let (left, sink, here) = moved();
+    let before = sink.state().image.clone();
+    let mut script = AgainstFilled::filled();
+    script.begin(left.guest);
+    script.raw(BULK, FrameKind::PAGES, &Statement::at(0, here).zero().body());
+    violates(script.fill_failure(), "a page that was not lacking", here);
+    assert!(sink.state().image == before);
+}
+
+/// C34, A15: a page that is there already is dropped, for the guest may have written to it; it is counted, and not for ever.
+#[test]
+fn pages_that_are_there_are_dropped_counted_and_capped() {
+    let image = image();
+    for stated in [Statement::at(0, 2).inline(page(&image, 0, 2)), Statement::at(0, 2).zero()] {
+        let (mut script, sink) = filling();
+        script.raw(LaneId::URGENT, FrameKind::PAGES, &Statement::at(0, 2).inline(page(&image, 0, 2)).body());
+        assert_eq!(absent(&sink), PAGES - 1);
+        sink.state().image.page_mut(0, 2).fill(0x77);
+        let mut again = 0u64;
+        while !script.engine.is_over() && again < 1000 {
+            script.raw(BULK, FrameKind::PAGES, &stated.body());
+            again += 1;
+            let counts = script.engine.guest().unwrap().counts();
+            assert_eq!((counts.again, counts.inline), (again, 1));
+        }
+        assert_eq!(again, 4 * PAGES + 1, "four a page on average");
+        assert_eq!(sink.state().image.page(0, 2), [0x77; PAGE_BYTES], "what the guest wrote stays");
+        script.fill_failure();
+    }
+}
+
+/// Digests of pages that are not here are asked for once; whoever says nothing else is cut off.
+#[test]
+fn references_without_bytes_are_capped() {
+    let (mut script, sink) = filling();
+    let mut frames = 0u64;
+    while !script.engine.is_over() && frames < 1000 {
+        script.raw(BULK, FrameKind::PAGES, &Statement::at(0, 2).reference(Digest([9; 32])).body());
+        script.listen();
+        frames += 1;
+    }
+    assert_eq!((frames, absent(&sink)), (4 * PAGES + 2, PAGES), "wanted once, then four a page on average");
+    script.fill_failure();
+}
+
+/// C35, A06: an answer that is not what its digest says is not installed but wanted again, and not for ever.
+#[test]
+fn wrong_answers_are_not_installed_and_wanted_again() {
+    let image = image();
+    let right = || Statement::at(0, 2).inline(page(&image, 0, 2));
+    // Other bytes, another page's, those of a page of another place, and one byte short under zstd.
+    let other = Statement { payload: page(&image, 0, 3).to_vec(), ..right() };
+    let moved = Statement {
+        first: 3,
+        digest: Some(batch_digest(&DedupDomain::public(), 2, [&right().digests[..]])),
+        ..right()
+    };
+    let mut short = Vec::new();
+    let bytes = [5; PAGE_BYTES - 1];
+    assert!(pagewire_protocol::compress::Compressor::new().unwrap().compress(&bytes, 1, &mut short));
+    let wrong = [other.body(), moved.body(), right().encoded(Codec::ZSTD, &short), right().encoded(Codec::ZSTD, &[1])];
+    for body in wrong {
+        let (mut script, sink) = filling();
+        script.engine.touch(pagewire_protocol::page::RegionId(0), 2);
+        script.listen();
+        script.raw(LaneId::URGENT, FrameKind::PAGES, &body);
+        script.settle();
+        assert_eq!(absent(&sink), PAGES, "nothing is installed");
+        let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("no ACK") };
+        assert!(ack.wants.iter().all(|want| want.region == 0 && (2..=3).contains(&want.first) && want.count == 1));
+        assert_eq!(ack.wants.len(), 1);
+        // The right one is taken.
+        script.raw(BULK, FrameKind::PAGES, &right().body());
+        assert_eq!(absent(&sink), PAGES - 1);
+        let mut frames = 0;
+        while !script.engine.is_over() && frames < 1000 {
+            let body = Statement { digest: Some(Digest([1; 32])), ..Statement::at(0, 4) }.zero().body();
+            script.raw(BULK, FrameKind::PAGES, &body);
+            script.settle();
+            frames += 1;
+        }
+        assert!(frames <= 3 * PAGES + 1, "{frames}");
+        script.fill_failure();
+        let guest = script.engine.into_incomplete().unwrap();
+        assert_eq!(guest.pages(), PAGES - 1, "the next session goes on with what is lacking");
+    }
+}
+
+/// SPEC 13.7: the padding behind a region's end is zero.
+#[test]
+fn a_page_with_bytes_behind_its_regions_end_is_not_installed() {
+    let image = image();
+    let mut last = *page(&image, 0, 9);
+    last[PAGE_BYTES - 1] = 1;
+    let (mut script, sink) = filling();
+    script.raw(BULK, FrameKind::PAGES, &Statement::at(0, 9).inline(&last).body());
+    script.settle();
+    assert_eq!(absent(&sink), PAGES);
+    assert!(matches!(script.last(FrameKind::ACK), Some(Frame::Ack(ack)) if ack.wants.len() == 1));
+}
