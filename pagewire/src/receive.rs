@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind};
 use crate::ground::{Ground, Search};
 use crate::live::{MemorySlot, TakeOptions, Taking};
 use crate::observe::Event;
-use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
+use crate::report::{BlockedThread, ImageId, Outcome, Pages, Report, ReuseCounts, Role};
 use crate::reuse::{Image, KeepWhat, Reuse, keep_arrived};
 use crate::send::check_plaintext;
 use pagewire_protocol::error::{CloseCode, GuestAt, chain};
@@ -458,11 +458,14 @@ fn report(summary: &Summary) -> Report {
 
 /// What of a guest came while it ran here.
 fn fill_report(report: &mut Report, filled: &FillSummary) {
+    let blocked =
+        filled.blocked.iter().map(|(thread, span)| BlockedThread { thread: *thread, seconds: span.as_secs_f64() });
+    report.blocked_threads = blocked.collect();
     let counts = filled.counts;
     let micros = |span: Span| span.as_secs_f64() * 1e6;
     let faults = &mut report.faults;
-    (faults.count, faults.local, faults.remote) = (counts.faults, counts.local, counts.faults);
-    faults.background = counts.inline.saturating_add(counts.zero).saturating_sub(counts.faults);
+    (faults.count, faults.local, faults.remote) = (counts.faults, counts.local, counts.answers);
+    faults.background = counts.inline.saturating_add(counts.zero).saturating_sub(counts.answers);
     if let Some(times) = &filled.times {
         faults.p50_us = micros(times.quantile(500));
         faults.p99_us = micros(times.quantile(990));

@@ -25,6 +25,9 @@ use tokio::task::JoinHandle;
 const LINGER: Duration = Duration::from_secs(2);
 /// The longest sleep: what is overdue but waits for a lane must not hide what becomes due later.
 const TICK: Duration = Duration::from_millis(250);
+/// Turns in a row in which something moved, until whoever calls, and the runtime, may look at what else has become
+/// ready. Three are what a frame and its answer take: nobody looks in vain where there is nothing else.
+const TURNS_MAX: u32 = 4;
 
 /// Bytes on the wire, frames and their headers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -139,6 +142,7 @@ impl<M: Machine> Pump<M> {
     ///
     /// May be dropped and called again at any await.
     pub async fn next(&mut self) -> Option<M::Event> {
+        let mut turns = 0u32;
         loop {
             if let Some(event) = self.machine.poll_event() {
                 return Some(event);
@@ -153,6 +157,10 @@ impl<M: Machine> Pump<M> {
             }
             let moved = poll_fn(|cx| Poll::Ready(self.turn(cx))).await;
             if moved {
+                turns += 1;
+                if turns.is_multiple_of(TURNS_MAX) {
+                    tokio::task::yield_now().await;
+                }
                 continue;
             }
             if self.machine.work(now) {
@@ -178,7 +186,9 @@ impl<M: Machine> Pump<M> {
     /// One turn over everything that can move; says whether anything did. A write that blocks keeps no read waiting.
     fn turn(&mut self, cx: &mut Context<'_>) -> bool {
         let mut moved = self.poll_joins(cx) | self.poll_jobs(cx);
-        for index in 0..self.lanes.len() {
+        // Whoever waits for a page waits for no other lane's turn.
+        let urgent = std::iter::once(LaneId::URGENT.index());
+        for index in urgent.chain(0..LaneId::URGENT.index()) {
             moved |= self.read_lane(index, cx);
             moved |= self.write_lane(index, cx);
             self.note_progress(index);

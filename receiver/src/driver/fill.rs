@@ -7,6 +7,7 @@ use crate::memory::{FaultTimes, GuestSink};
 use crate::report::FillCounts;
 use pagewire_protocol::error::{CloseCode, PeerError};
 use pagewire_protocol::handover::{Handover, Word};
+use pagewire_protocol::time::Span;
 use pagewire_transport::{CancellationToken, PROGRESS_EVERY, Progress, Pump};
 use std::future::pending;
 use std::os::fd::OwnedFd;
@@ -25,14 +26,17 @@ pub struct FillSummary {
     pub counts: FillCounts,
     /// How long it waited for those that it touched.
     pub times: Option<FaultTimes>,
+    /// How long each thread did, by its number, of those that the kernel tells apart.
+    pub blocked: Vec<(u32, Span)>,
     /// Pages that it lacks still.
     pub lacking: u64,
 }
 
 impl FillSummary {
     fn of<S: GuestSink>(guest: &Incomplete<S>) -> Self {
-        let (counts, lacking) = (guest.counts(), guest.pages());
-        Self { handover: Some(*guest.handover()), counts, times: guest.sink.fault_times(), lacking }
+        let (counts, lacking, sink) = (guest.counts(), guest.pages(), &guest.sink);
+        let (times, blocked) = (sink.fault_times(), sink.blocked());
+        Self { handover: Some(*guest.handover()), counts, times, blocked, lacking }
     }
 }
 
@@ -78,7 +82,8 @@ pub(super) async fn fill<S: GuestSink>(
                     guest.sink.renew_touches();
                     let fd = guest.sink.touches().and_then(|fd| fd.try_clone_to_owned().ok());
                     ready = fd.and_then(|fd| registered(fd).ok());
-                    let terms = FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead: Vec::new() };
+                    let ahead = taker.as_mut().map(|taker| taker.expects(&asked.handover)).unwrap_or_default();
+                    let terms = FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead };
                     let now = pump.now();
                     pump.machine().accept(guest, terms, now);
                     gather(&mut pump);
@@ -95,6 +100,9 @@ pub(super) async fn fill<S: GuestSink>(
             Some(FillEvent::Filled) => {
                 // Nobody waits any more, and the kernel tells nothing of memory that it does not watch.
                 ready = None;
+                if let (Some(guest), Some(taker)) = (pump.machine().guest(), taker.as_mut()) {
+                    taker.touched(guest.handover(), guest.first_touches());
+                }
             }
             None => break pump.machine().outcome(),
         }

@@ -1,6 +1,6 @@
 //! What a fill session does with each frame: pages that are lacking are proved and installed, others dropped.
 
-use super::Incomplete;
+use super::{Incomplete, touches};
 use crate::error::ErrorKind;
 use crate::memory::GuestSink;
 use crate::page_map::Found;
@@ -14,7 +14,7 @@ use pagewire_protocol::frame::{
 use pagewire_protocol::limits::{
     ACK_BYTES, ACK_DELAY_MAX, FAULTS_A_PAGE_MAX, LACKING_BYTES_MAX, PAGE_BYTES, WANTS_MAX,
 };
-use pagewire_protocol::page::{PageRange, RegionId};
+use pagewire_protocol::page::{PageRange, Place, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::Outgoing;
 use pagewire_protocol::time::Time;
@@ -55,14 +55,16 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
 }
 
 impl<S: GuestSink> Filling<S> {
-    pub(super) fn new(guest: Incomplete<S>, bulk_lanes: u8, ahead: Vec<Want>) -> io::Result<Self> {
+    pub(super) fn new(mut guest: Incomplete<S>, bulk_lanes: u8, ahead: &[Place]) -> io::Result<Self> {
         let pages = guest.layout().pages();
+        ahead.iter().for_each(|place| guest.touches.note(*place));
+        let ahead = touches::ahead(guest.layout(), &guest.lacking, ahead);
         Ok(Self {
             wants: Wants::new(guest.layout(), 1),
             lanes: Default::default(),
             bulk_lanes,
             touched: VecDeque::new(),
-            ahead: ahead.into(),
+            ahead,
             asked: pagewire_protocol::bitmap::PageBitmap::new(pages),
             again: 0,
             told: 0,
@@ -108,6 +110,7 @@ impl<S: GuestSink> Filling<S> {
         }
         if self.asked.insert(place) {
             self.guest.counts.faults = self.guest.counts.faults.saturating_add(1);
+            self.guest.touches.note(Place(u32::try_from(place).unwrap_or(u32::MAX)));
             let count = u32::try_from(count).unwrap_or(1);
             self.touched.push_back(Want { region: region.0, first, count });
         }
@@ -139,7 +142,12 @@ impl<S: GuestSink> Filling<S> {
     ) -> Result<(), ErrorKind> {
         let range = self.judge(pages)?;
         if self.prove(range, pages)? {
+            let lacked = self.guest.pages();
             self.place(range, pages)?;
+            if lane == LaneId::URGENT {
+                let answers = lacked.saturating_sub(self.guest.pages());
+                self.guest.counts.answers = self.guest.counts.answers.saturating_add(answers);
+            }
         } else {
             // SPEC 13.8
             let wanted = self.lacking_runs(range, pages);

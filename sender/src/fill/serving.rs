@@ -1,8 +1,8 @@
 //! Which page goes next to a guest that waits: what it has asked for, what it wants again, what it will touch, the rest.
 //!
-//! A page that the guest waits for goes alone, raw, on the urgent lane, once; the background goes on behind the page
-//! that was asked for last, because its neighbours are what the guest touches next. Both may bring a page: the receiver
-//! keeps the first.
+//! A page that the guest waits for goes alone, raw, on the urgent lane, once, even if it has gone in the background: it
+//! may be far behind there. The background goes on behind the page that was asked for last, because its neighbours are
+//! what the guest touches next, and leaves out what has gone. Where both bring a page the receiver keeps the first.
 
 use super::Remainder;
 use crate::classify::Entries;
@@ -67,6 +67,8 @@ pub(super) struct Serving<M> {
     wanted: u64,
     /// Where the background goes on.
     cursor: u64,
+    /// The guest has touched a page just before it.
+    jumped: bool,
     announcing: Announcing,
     /// Pages announced, and those of them that were not found.
     announced: u64,
@@ -105,6 +107,7 @@ impl<M: GuestMemory> Serving<M> {
             wants: none(),
             wanted: 0,
             cursor: 0,
+            jumped: false,
             announcing: if lack.holds { Announcing::Sampling(0) } else { Announcing::Off },
             announced: 0,
             missed: 0,
@@ -193,7 +196,7 @@ impl<M: GuestMemory> Serving<M> {
                 self.ahead.push_back(places);
                 continue;
             }
-            self.cursor = places.end;
+            (self.cursor, self.jumped) = (places.end, true);
             let mut place = places.start;
             while place < places.end {
                 let whole = self.install_page(place);
@@ -257,6 +260,8 @@ impl<M: GuestMemory> Serving<M> {
         let Some(place) = self.faults.pop_front() else { return Ok(None) };
         let places = self.install_page(place);
         let Some(range) = self.range(places.clone()) else { return Ok(None) };
+        // A lane loses nothing: what has gone once is lacking again in another session only, or wanted.
+        self.lacking.remove_range(places.clone());
         let batch = self.batch(range, &[places], false)?;
         self.counts.faults = self.counts.faults.saturating_add(1);
         let Batch { head, runs, payload, .. } = batch;
@@ -276,7 +281,11 @@ impl<M: GuestMemory> Serving<M> {
             return Ok(false);
         }
         let announces = self.announces(now);
-        let Some((range, parts)) = self.next_parts(announces) else { return Ok(false) };
+        let Some((range, parts, unasked)) = self.next_parts(announces) else { return Ok(false) };
+        if unasked {
+            let pages: u64 = parts.iter().map(|part| part.end.saturating_sub(part.start)).sum();
+            self.counts.prepaged = self.counts.prepaged.saturating_add(pages);
+        }
         let batch = self.batch(range, &parts, announces)?;
         let raw = batch.payload.len();
         self.counts.inline_bytes = self.counts.inline_bytes.saturating_add(raw as u64);
@@ -316,19 +325,22 @@ impl<M: GuestMemory> Serving<M> {
         pays
     }
 
-    /// What goes next in the background: digests of all, then what is wanted, what will be touched, and the rest.
-    fn next_parts(&mut self, announces: bool) -> Option<(PageRange, Vec<Range<u64>>)> {
+    /// What goes next in the background: digests of all, then what is wanted, what will be touched, and the rest. Says
+    /// whether it goes because the guest will touch it: a trace says so, or it touched what lies before it.
+    fn next_parts(&mut self, announces: bool) -> Option<(PageRange, Vec<Range<u64>>, bool)> {
         let pages = self.remainder.layout().pages();
         if self.wants.count() > 0 && (!announces || self.lacking.count() == 0) {
             let first = self.wants.runs(0..pages).next()?.start;
-            return self.take_parts(first, Source::Wants);
+            return self.take_parts(first..pages, Source::Wants).map(|(range, parts)| (range, parts, false));
         }
         while let Some(range) = self.ahead.front_mut() {
             let next = self.lacking.runs(range.clone()).next();
             match next {
                 Some(run) => {
-                    range.start = run.end.min(range.start.saturating_add(self.batch_pages)).max(run.start);
-                    return self.take_parts(run.start, Source::Lacking);
+                    range.start = run.start;
+                    // No more than what will be touched: its neighbours would be before the next of it.
+                    let places = range.clone();
+                    return self.take_parts(places, Source::Lacking).map(|(range, parts)| (range, parts, true));
                 }
                 None => {
                     self.ahead.pop_front();
@@ -337,19 +349,22 @@ impl<M: GuestMemory> Serving<M> {
         }
         let ahead = self.lacking.runs(self.cursor.min(pages)..pages).next();
         let first = ahead.or_else(|| self.lacking.runs(0..pages).next())?.start;
-        let taken = self.take_parts(first, Source::Lacking);
+        let taken = self.take_parts(first..pages, Source::Lacking);
         self.cursor = taken.as_ref().and_then(|(_, parts)| parts.last()).map_or(pages, |part| part.end);
-        taken
+        let follows = std::mem::take(&mut self.jumped);
+        taken.map(|(range, parts)| (range, parts, follows))
     }
 
-    /// Takes lacking or wanted pages from `first` on that fit one frame.
-    fn take_parts(&mut self, first: u64, source: Source) -> Option<(PageRange, Vec<Range<u64>>)> {
+    /// Takes lacking or wanted pages of `places`, from the first on, that fit one frame.
+    fn take_parts(&mut self, places: Range<u64>, source: Source) -> Option<(PageRange, Vec<Range<u64>>)> {
+        let first = places.start;
         let layout = self.remainder.layout();
         let (region, page) = layout.locate(Place(u32::try_from(first).ok()?));
         let known = *layout.region(region)?;
         let install = u64::from(known.install_size.pages()).max(1);
         let batch = self.batch_pages.max(install).min(BATCH_PAGES_MAX as u64);
         let end = first.saturating_add(known.pages().saturating_sub(page.0).min(SPAN_PAGES.max(install)));
+        let end = end.min(places.end);
         let from = if source == Source::Wants { &self.wants } else { &self.lacking };
         let (mut parts, mut taken) = (Vec::new(), 0u64);
         for run in from.runs(first..end) {
