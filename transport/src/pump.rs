@@ -170,6 +170,7 @@ impl<M: Machine> Pump<M> {
                 continue;
             }
             self.wait().await;
+            turns = 0;
         }
     }
 
@@ -179,18 +180,25 @@ impl<M: Machine> Pump<M> {
         let due = self.machine.poll_timeout().map(|due| due.since(now)).filter(|&span| span > Span::ZERO);
         let sleep = due.map_or(TICK, |span| Duration::from_nanos(span.as_nanos()).min(TICK));
         let mut sleep = pin!(tokio::time::sleep(sleep));
-        poll_fn(|cx| if self.turn(cx) { Poll::Ready(()) } else { sleep.as_mut().poll(cx) }).await;
+        // Nothing moved in the last turn and no work came after it: all lanes wake this task already.
+        let mut is_fresh = true;
+        poll_fn(|cx| {
+            let moved = !std::mem::take(&mut is_fresh) && self.turn(cx);
+            if moved { Poll::Ready(()) } else { sleep.as_mut().poll(cx) }
+        })
+        .await;
     }
 
     // SPEC 2.8
     /// One turn over everything that can move; says whether anything did. A write that blocks keeps no read waiting.
     fn turn(&mut self, cx: &mut Context<'_>) -> bool {
         let mut moved = self.poll_joins(cx) | self.poll_jobs(cx);
+        let now = self.now();
         // Whoever waits for a page waits for no other lane's turn.
         let urgent = std::iter::once(LaneId::URGENT.index());
         for index in urgent.chain(0..LaneId::URGENT.index()) {
-            moved |= self.read_lane(index, cx);
-            moved |= self.write_lane(index, cx);
+            moved |= self.read_lane(index, now, cx);
+            moved |= self.write_lane(index, now, cx);
             self.note_progress(index);
         }
         moved
@@ -232,12 +240,10 @@ impl<M: Machine> Pump<M> {
         moved
     }
 
-    fn read_lane(&mut self, index: usize, cx: &mut Context<'_>) -> bool {
-        let start = self.start;
+    fn read_lane(&mut self, index: usize, now: Time, cx: &mut Context<'_>) -> bool {
         let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut).filter(|lane| !lane.ended) else {
             return false;
         };
-        let now = since(start);
         let number = u8::try_from(index).unwrap_or(u8::MAX);
         match lane.poll_read(cx) {
             Poll::Pending => {
@@ -299,10 +305,8 @@ impl<M: Machine> Pump<M> {
     }
 
     /// Writes at most one frame: what arrives meanwhile decides what goes next.
-    fn write_lane(&mut self, index: usize, cx: &mut Context<'_>) -> bool {
-        let start = self.start;
+    fn write_lane(&mut self, index: usize, now: Time, cx: &mut Context<'_>) -> bool {
         let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut) else { return false };
-        let now = since(start);
         let mut moved = false;
         if lane.is_free() {
             let Some(outgoing) = next_frame(&mut self.machine, index, self.single_stream, now) else { return false };
@@ -319,7 +323,7 @@ impl<M: Machine> Pump<M> {
             Poll::Ready(Err(error)) => {
                 lane.stop_writing();
                 // What the peer said before it went is worth more than that it went.
-                while self.read_lane(index, cx) && !self.machine.is_over() {}
+                while self.read_lane(index, now, cx) && !self.machine.is_over() {}
                 let lane = u8::try_from(index).unwrap_or(u8::MAX);
                 self.machine.handle_peer_error(PeerError::Broken { lane, reason: error.to_string() }, now);
                 true
@@ -339,9 +343,10 @@ impl<M: Machine> Pump<M> {
     /// Whether the control connection has written everything and the peer has said that it has, too.
     fn poll_part(&mut self, cx: &mut Context<'_>, scratch: &mut [u8]) -> bool {
         let mut parted = true;
+        let now = self.now();
         for index in 0..self.lanes.len() {
             if index == 0 {
-                while self.write_lane(index, cx) {}
+                while self.write_lane(index, now, cx) {}
             }
             let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut) else { continue };
             if index != 0 {

@@ -9,9 +9,11 @@ use pagewire_protocol::error::{CloseCode, PeerError};
 use pagewire_protocol::handover::{Handover, Word};
 use pagewire_protocol::time::Span;
 use pagewire_transport::{CancellationToken, PROGRESS_EVERY, Progress, Pump};
-use std::future::pending;
+use std::future::poll_fn;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use tokio::io::unix::AsyncFd;
 
 /// Bytes under way on a bulk lane: what waits there in the network goes before what the guest waits for.
@@ -48,7 +50,8 @@ pub(super) async fn fill<S: GuestSink>(
     (lanes, entropy, cancel): (u8, Entropy, &CancellationToken),
     observe: &mut impl FnMut(Progress),
 ) -> (FillSummary, Result<(), ErrorKind>) {
-    let mut superseded = CancellationToken::new();
+    let mut superseded = pin!(CancellationToken::new().cancelled_owned());
+    let mut cancelled = pin!(cancel.cancelled());
     let mut ready: Option<AsyncFd<OwnedFd>> = None;
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
     let mut stopped = false;
@@ -59,12 +62,12 @@ pub(super) async fn fill<S: GuestSink>(
                 gather(&mut pump);
                 continue;
             }
-            () = cancel.cancelled(), if !stopped => {
+            () = &mut cancelled, if !stopped => {
                 stopped = true;
                 pump.machine().cancel();
                 continue;
             }
-            () = superseded.cancelled(), if !stopped => {
+            () = &mut superseded, if !stopped => {
                 stopped = true;
                 pump.machine().cancel();
                 continue;
@@ -78,7 +81,7 @@ pub(super) async fn fill<S: GuestSink>(
         match event {
             Some(FillEvent::Asked(asked)) => match parking.take(&asked.handover).await {
                 Ok((mut guest, session)) => {
-                    superseded = session;
+                    superseded.set(session.cancelled_owned());
                     guest.sink.renew_touches();
                     let fd = guest.sink.touches().and_then(|fd| fd.try_clone_to_owned().ok());
                     ready = fd.and_then(|fd| registered(fd).ok());
@@ -119,10 +122,14 @@ pub(super) async fn fill<S: GuestSink>(
 
 /// Waits until somebody touches a page that is absent.
 async fn touched(ready: Option<&AsyncFd<OwnedFd>>) {
-    match ready {
-        Some(ready) => ready.readable().await.into_iter().for_each(|mut guard| guard.clear_ready()),
-        None => pending().await,
-    }
+    poll_fn(|cx| match ready.map(|ready| ready.poll_read_ready(cx)) {
+        Some(Poll::Ready(guard)) => {
+            guard.into_iter().for_each(|mut guard| guard.clear_ready());
+            Poll::Ready(())
+        }
+        Some(Poll::Pending) | None => Poll::Pending,
+    })
+    .await;
 }
 
 fn gather<S: GuestSink>(pump: &mut Pump<FillEngine<S>>) {
