@@ -23,13 +23,22 @@ pub(crate) struct Way {
     pub(crate) cores: [Option<usize>; 2],
     /// What the guest touched first another time.
     pub(crate) trace: Vec<Place>,
+    /// Whether what goes in the background is compressed where that pays.
+    pub(crate) compress: bool,
     /// Whether the move is cut off when the guest has done its part.
     pub(crate) cut: bool,
 }
 
 impl Way {
     pub(crate) fn now() -> Self {
-        Self { post_copy: PostCopy::Now, background: None, cores: [None; 2], trace: Vec::new(), cut: false }
+        Self {
+            post_copy: PostCopy::Now,
+            background: None,
+            cores: [None; 2],
+            trace: Vec::new(),
+            compress: true,
+            cut: false,
+        }
     }
 }
 
@@ -130,7 +139,7 @@ pub(crate) fn travel<T: Send>(
         background_limit: way.background,
         ..LiveOptions::new(folder.journal("a")?)
     };
-    let options = SendOptions { cancel: cancel.clone(), ..SendOptions::default() };
+    let options = SendOptions { cancel: cancel.clone(), compress: way.compress, ..SendOptions::default() };
     let name = ImageName::new("vm")?;
     let [here, there] = way.cores;
     std::thread::scope(|scope| {

@@ -12,6 +12,7 @@ use pagewire_protocol::frame::LaneId;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::session::{Job, Machine, Outgoing};
 use pagewire_protocol::time::{Span, Time};
+use rustix::process::setpriority_process;
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -28,6 +29,8 @@ const TICK: Duration = Duration::from_millis(250);
 /// Turns in a row in which something moved, until whoever calls, and the runtime, may look at what else has become
 /// ready. Three are what a frame and its answer take: nobody looks in vain where there is nothing else.
 const TURNS_MAX: u32 = 4;
+/// The nice value of jobs that yield: a tenth of the processor time that others get.
+const JOB_NICE: i32 = 10;
 
 /// Bytes on the wire, frames and their headers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,6 +63,7 @@ pub struct Pump<M: Machine> {
     lanes: [Option<Lane>; LaneId::COUNT],
     single_stream: bool,
     start: Instant,
+    yields: bool,
     jobs: VecDeque<JoinHandle<Done<M>>>,
     joins: Option<mpsc::Receiver<Joining>>,
     wire: Wire,
@@ -75,6 +79,7 @@ impl<M: Machine> Pump<M> {
             lanes: Default::default(),
             single_stream: false,
             start,
+            yields: false,
             jobs: VecDeque::new(),
             joins: None,
             wire: Wire::default(),
@@ -88,9 +93,9 @@ impl<M: Machine> Pump<M> {
     /// Goes on with another machine on the same connections. What the first has handed out is not waited for.
     #[must_use]
     pub fn turn_into<N: Machine>(self, next: impl FnOnce(M) -> N) -> Pump<N> {
-        let Self { machine, lanes, single_stream, start, joins, wire, parting_until, .. } = self;
+        let Self { machine, lanes, single_stream, start, yields, joins, wire, parting_until, .. } = self;
         let (machine, jobs) = (next(machine), VecDeque::new());
-        Pump { machine, lanes, single_stream, start, jobs, joins, wire, parting_until }
+        Pump { machine, lanes, single_stream, start, yields, jobs, joins, wire, parting_until }
     }
 
     /// The machine, when its session is over.
@@ -116,6 +121,11 @@ impl<M: Machine> Pump<M> {
     /// All lanes travel on the control connection.
     pub fn carry_all_lanes(&mut self) {
         self.single_stream = true;
+    }
+
+    /// Jobs leave the processors to whoever waits for a page, as far as the system lets them.
+    pub fn yield_jobs(&mut self) {
+        self.yields = true;
     }
 
     /// Connections that ask to join come from here.
@@ -222,7 +232,12 @@ impl<M: Machine> Pump<M> {
 
     fn poll_jobs(&mut self, cx: &mut Context<'_>) -> bool {
         while let Some(job) = self.machine.poll_job() {
+            let yields = self.yields;
             self.jobs.push_back(tokio::task::spawn_blocking(move || {
+                if yields {
+                    // Of this thread alone, which runs nothing but jobs; one that stays as it is harms nobody.
+                    let _ = setpriority_process(None, JOB_NICE);
+                }
                 let begin = processor_time();
                 let output = job.run();
                 (output, processor_time().since(begin))

@@ -103,7 +103,7 @@ impl<S: GuestSink> FillEngine<S> {
             lanes,
             holds: guest.holds,
         };
-        let filling = match Filling::new(guest, lanes, &terms.ahead) {
+        let filling = match Filling::new(guest, (lanes, terms.window), &terms.ahead) {
             Ok(filling) => filling,
             Err(source) => return self.fail(ErrorKind::Destination { what: "zstd cannot start", source }),
         };

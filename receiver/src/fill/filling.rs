@@ -35,6 +35,9 @@ pub(super) struct Filling<S> {
     pub(super) guest: Incomplete<S>,
     lanes: [Lane; LaneId::COUNT],
     pub(super) bulk_lanes: u8,
+    /// PAGES bytes of a lane after which it is acknowledged at the latest: before its window is full, so that it never
+    /// stands still for that.
+    ack_bytes: u64,
     wants: Wants,
     /// Pages that the guest waits for and that were not asked for in this session.
     touched: VecDeque<Want>,
@@ -55,7 +58,7 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
 }
 
 impl<S: GuestSink> Filling<S> {
-    pub(super) fn new(mut guest: Incomplete<S>, bulk_lanes: u8, ahead: &[Place]) -> io::Result<Self> {
+    pub(super) fn new(mut guest: Incomplete<S>, (bulk_lanes, window): (u8, u64), ahead: &[Place]) -> io::Result<Self> {
         let pages = guest.layout().pages();
         ahead.iter().for_each(|place| guest.touches.note(*place));
         let ahead = touches::ahead(guest.layout(), &guest.lacking, ahead);
@@ -63,6 +66,7 @@ impl<S: GuestSink> Filling<S> {
             wants: Wants::new(guest.layout(), 1),
             lanes: Default::default(),
             bulk_lanes,
+            ack_bytes: ACK_BYTES.min(window / 4),
             touched: VecDeque::new(),
             ahead,
             asked: pagewire_protocol::bitmap::PageBitmap::new(pages),
@@ -460,7 +464,7 @@ impl<S: GuestSink> Filling<S> {
         }
         let wants = self.wants.take(self.guest.map.layout(), LaneId::bulk(0));
         let state = self.lanes.get_mut(lane.index())?;
-        let due = state.ack_due.is_some_and(|due| now >= due) || state.unacked_bytes >= ACK_BYTES;
+        let due = state.ack_due.is_some_and(|due| now >= due) || state.unacked_bytes >= self.ack_bytes;
         if wants.is_empty() && !due {
             return None;
         }

@@ -62,6 +62,7 @@ async fn drive<M: GuestMemory>(
     let stream = control.into_stream().map_err(local("control connection"))?;
     let Some(engine) = place.take() else { return Err(ErrorKind::Cancelled) };
     let mut pump = Pump::new(engine, stream, Framer::new(), start);
+    pump.yield_jobs();
     if address.is_none() {
         pump.carry_all_lanes();
     }
