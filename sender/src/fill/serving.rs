@@ -28,6 +28,8 @@ use std::ops::Range;
 
 /// Pages that one frame may span where few of them are lacking (8 MiB).
 const SPAN_PAGES: u64 = 2048;
+/// Room for what of a frame is not pages, where it brings one page.
+const URGENT_HEAD_BYTES: usize = 256;
 /// Runs of lacking pages in one frame.
 const SPAN_RUNS: usize = 256;
 /// Announcements after which it is judged whether they are worth it.
@@ -265,7 +267,8 @@ impl<M: GuestMemory> Serving<M> {
         let batch = self.batch(range, &[places], false)?;
         self.counts.faults = self.counts.faults.saturating_add(1);
         let Batch { head, runs, payload, .. } = batch;
-        let mut bytes = vec![0; pagewire_protocol::frame::HEADER_BYTES];
+        let mut bytes = Vec::with_capacity(URGENT_HEAD_BYTES);
+        bytes.resize(pagewire_protocol::frame::HEADER_BYTES, 0);
         head.encode(&runs, &[], &[], &mut bytes);
         seal(FrameKind::PAGES, LaneId::URGENT, 0, payload.len(), &mut bytes);
         Ok(Some(Outgoing { head: bytes, payload }))
