@@ -35,8 +35,6 @@ pub(super) struct Filling<S> {
     pub(super) guest: Incomplete<S>,
     lanes: [Lane; LaneId::COUNT],
     pub(super) bulk_lanes: u8,
-    /// PAGES bytes of a lane after which it is acknowledged at the latest: before its window is full, so that it never
-    /// stands still for that.
     ack_bytes: u64,
     wants: Wants,
     /// Pages that the guest waits for and that were not asked for in this session.
@@ -53,6 +51,13 @@ pub(super) struct Filling<S> {
     digests: Vec<Digest>,
 }
 
+/// PAGES bytes of a lane with this window after which it is acknowledged at the latest: before the window is full, or
+/// the sender would wait for the longest delay of an acknowledgement whenever the next frame does not fit.
+const fn ack_bytes(window: u64) -> u64 {
+    let quarter = window / 4;
+    if quarter < ACK_BYTES { quarter } else { ACK_BYTES }
+}
+
 fn failed(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
     move |source| ErrorKind::Destination { what, source }
 }
@@ -66,7 +71,7 @@ impl<S: GuestSink> Filling<S> {
             wants: Wants::new(guest.layout(), 1),
             lanes: Default::default(),
             bulk_lanes,
-            ack_bytes: ACK_BYTES.min(window / 4),
+            ack_bytes: ack_bytes(window),
             touched: VecDeque::new(),
             ahead,
             asked: pagewire_protocol::bitmap::PageBitmap::new(pages),
@@ -486,4 +491,17 @@ fn runs(pages: &Pages<'_>, start: u64) -> impl Iterator<Item = (EntryKind, Range
         next = next.saturating_add(u64::from(run.count));
         (run.kind, first..next)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_is_acknowledged_while_its_window_has_room_for_frames() {
+        for window in [1u64 << 20, 4 << 20, 64 << 20] {
+            assert!(ack_bytes(window) <= window / 4, "{window}");
+        }
+        assert_eq!(ack_bytes(64 << 20), ACK_BYTES);
+    }
 }
