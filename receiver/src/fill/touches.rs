@@ -101,7 +101,7 @@ mod tests {
             gone in prop::collection::vec(0u64..1200, 0..20),
         ) {
             let (layout, mut lacking) = (layout(), PageBitmap::full(1200));
-            gone.iter().for_each(|place| lacking.remove_range(*place..place + 1));
+            gone.iter().for_each(|place| _ = lacking.remove_range(*place..place + 1));
             let mut seen = BTreeSet::new();
             for want in ahead(&layout, &lacking, &places(&trace)) {
                 let range = layout.range(want.region, want.first, want.count).unwrap();
