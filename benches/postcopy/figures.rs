@@ -106,7 +106,8 @@ pub(crate) fn busy(setup: &Setup) -> Result<bool, Failure> {
     for run in 1..=setup.runs as u64 {
         idles.push(quantile(&idle_faults(&image, [0, 1], run)?[1], 500));
         let unasked = travel(&image, &Way::now(), |_| Ok(()))?;
-        let rate = (unasked.sent.wire.sent_bytes as f64 / unasked.sent.faults.seconds) as u64;
+        let millis = Duration::from_secs_f64(unasked.sent.faults.seconds).as_millis().max(1);
+        let rate = u64::try_from(u128::from(unasked.sent.wire.sent_bytes) * 1000 / millis)?;
         rates.push(rate as f64 / 1e6);
         free.push(busy_faults(&image, None, run)?.guest);
         capped.push(busy_faults(&image, Some(rate / 2), run)?.guest);

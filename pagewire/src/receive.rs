@@ -98,6 +98,9 @@ impl ReceiveOptions {
     }
 }
 
+/// Where memory that guests can wait in is left for who starts them, and while it lacks pages.
+type Waits<'a, S> = Option<(MemorySlot, &'a Arc<Parking<S>>)>;
+
 /// What a server tells, and hands over. `session` counts from 1.
 #[derive(Debug)]
 pub enum ServerEvent<'a> {
@@ -342,10 +345,7 @@ impl Shared {
         &self,
         arriving: Arriving,
         stranger: Stranger,
-        (mut place, waiting): (
-            impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>,
-            Option<(MemorySlot, &Arc<Parking<S>>)>,
-        ),
+        (mut place, waiting): (impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>, Waits<'_, S>),
         keep: impl FnOnce(&Open, &Manifest, &mut Report),
         observe: impl FnMut(&Event),
     ) -> (bool, Outcome) {
