@@ -53,8 +53,7 @@ pub(super) async fn fill<S: GuestSink>(
     let mut superseded = pin!(CancellationToken::new().cancelled_owned());
     let mut cancelled = pin!(cancel.cancelled());
     let mut ready: Option<AsyncFd<OwnedFd>> = None;
-    let mut tick = tokio::time::interval(PROGRESS_EVERY);
-    let mut stopped = false;
+    let (mut tick, mut stopped) = (tokio::time::interval(PROGRESS_EVERY), false);
     let result = loop {
         let event = tokio::select! {
             biased;
@@ -80,16 +79,11 @@ pub(super) async fn fill<S: GuestSink>(
         };
         match event {
             Some(FillEvent::Asked(asked)) => match parking.take(&asked.handover).await {
-                Ok((mut guest, session)) => {
+                Ok((guest, session)) => {
                     superseded.set(session.cancelled_owned());
-                    guest.sink.renew_touches();
-                    let fd = guest.sink.touches().and_then(|fd| fd.try_clone_to_owned().ok());
-                    ready = fd.and_then(|fd| registered(fd).ok());
                     let ahead = taker.as_mut().map(|taker| taker.expects(&asked.handover)).unwrap_or_default();
                     let terms = FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead };
-                    let now = pump.now();
-                    pump.machine().accept(guest, terms, now);
-                    gather(&mut pump);
+                    ready = accept(&mut pump, guest, terms);
                 }
                 Err(Refusal { code, reason }) => pump.machine().refuse(code, &reason),
             },
@@ -118,6 +112,20 @@ pub(super) async fn fill<S: GuestSink>(
         (None, _) => {}
     }
     (summary, result.unwrap_or_else(|| Err(PeerError::EndOfStream { lane: 0 }.into())))
+}
+
+/// Goes on with a guest; what becomes readable when it touches what is absent.
+fn accept<S: GuestSink>(
+    pump: &mut Pump<FillEngine<S>>,
+    mut guest: Incomplete<S>,
+    terms: FillTerms,
+) -> Option<AsyncFd<OwnedFd>> {
+    guest.sink.renew_touches();
+    let fd = guest.sink.touches().and_then(|fd| fd.try_clone_to_owned().ok());
+    let now = pump.now();
+    pump.machine().accept(guest, terms, now);
+    gather(pump);
+    fd.and_then(|fd| registered(fd).ok())
 }
 
 /// Waits until somebody touches a page that is absent.
