@@ -89,7 +89,7 @@ pub use pagewire_protocol::domain::LineageId;
 pub use pagewire_protocol::error::{GuestAt, chain};
 pub use pagewire_protocol::frame::ImageName;
 pub use pagewire_protocol::handover;
-pub use pagewire_protocol::page::{InstallSize, Layout, Region, RegionId};
+pub use pagewire_protocol::page::{InstallSize, Layout, Place, Region, RegionId};
 pub use pagewire_receiver::GuestSink;
 pub use pagewire_receiver::memory::uffd::FaultsOf;
 pub use pagewire_receiver::memory::{Backing, GuestRam, PostcopyMemory, RamRegion};
@@ -99,6 +99,8 @@ pub use pagewire_sender::{GuestMemory, Tracking};
 pub use pagewire_store::{self as store, LandingOptions};
 pub use pagewire_transport::{Address, AddressError, CancellationToken};
 pub use receive::{Into, ReceiveOptions, Server, ServerEvent};
-pub use report::{Decision, Faults, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round, WireBytes};
+pub use report::{
+    BlockedThread, Decision, Faults, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round, WireBytes,
+};
 pub use reuse::{KeepWhat, Reuse};
 pub use send::{SendOptions, send, send_live, send_live_memory, send_memory};

@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind};
 use crate::ground::{Ground, Search};
 use crate::live::{MemorySlot, TakeOptions, Taking};
 use crate::observe::Event;
-use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
+use crate::report::{BlockedThread, ImageId, Outcome, Pages, Report, ReuseCounts, Role};
 use crate::reuse::{Image, KeepWhat, Reuse, keep_arrived};
 use crate::send::check_plaintext;
 use pagewire_protocol::error::{CloseCode, GuestAt, chain};
@@ -97,6 +97,9 @@ impl ReceiveOptions {
         }
     }
 }
+
+/// Where memory that guests can wait in is left for who starts them, and while it lacks pages.
+type Waits<'a, S> = Option<(MemorySlot, &'a Arc<Parking<S>>)>;
 
 /// What a server tells, and hands over. `session` counts from 1.
 #[derive(Debug)]
@@ -342,10 +345,7 @@ impl Shared {
         &self,
         arriving: Arriving,
         stranger: Stranger,
-        (mut place, waiting): (
-            impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>,
-            Option<(MemorySlot, &Arc<Parking<S>>)>,
-        ),
+        (mut place, waiting): (impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>, Waits<'_, S>),
         keep: impl FnOnce(&Open, &Manifest, &mut Report),
         observe: impl FnMut(&Event),
     ) -> (bool, Outcome) {
@@ -458,11 +458,14 @@ fn report(summary: &Summary) -> Report {
 
 /// What of a guest came while it ran here.
 fn fill_report(report: &mut Report, filled: &FillSummary) {
+    let blocked =
+        filled.blocked.iter().map(|(thread, span)| BlockedThread { thread: *thread, seconds: span.as_secs_f64() });
+    report.blocked_threads = blocked.collect();
     let counts = filled.counts;
     let micros = |span: Span| span.as_secs_f64() * 1e6;
     let faults = &mut report.faults;
-    (faults.count, faults.local, faults.remote) = (counts.faults, counts.local, counts.faults);
-    faults.background = counts.inline.saturating_add(counts.zero).saturating_sub(counts.faults);
+    (faults.count, faults.local, faults.remote) = (counts.faults, counts.local, counts.answers);
+    faults.background = counts.inline.saturating_add(counts.zero).saturating_sub(counts.answers);
     if let Some(times) = &filled.times {
         faults.p50_us = micros(times.quantile(500));
         faults.p99_us = micros(times.quantile(990));

@@ -153,6 +153,8 @@ pub struct Faults {
     pub max_us: f64,
     /// All of them together, in seconds.
     pub blocked_seconds: f64,
+    /// Pages that went before others because the guest was to touch them; at the sender.
+    pub prepaged: u64,
     /// Pages that came in the background.
     pub background: u64,
     /// Pages that the guest lacks still.
@@ -160,6 +162,15 @@ pub struct Faults {
     /// Sessions that it took.
     pub sessions: u64,
     /// From the first of them to the end of the last.
+    pub seconds: f64,
+}
+
+/// A thread of the guest, and how long it waited for its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct BlockedThread {
+    /// Its number in the system.
+    pub thread: u32,
+    /// All of its waits together.
     pub seconds: f64,
 }
 
@@ -212,6 +223,9 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// Of a post-copy.
     pub faults: Faults,
+    /// Of a post-copy, the threads that waited, as far as the kernel tells them apart; at the receiver.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub blocked_threads: Vec<BlockedThread>,
     /// What was moved, if all of it was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageId>,
@@ -265,6 +279,7 @@ impl Report {
             wire: WireBytes::default(),
             rounds: Vec::new(),
             faults: Faults::default(),
+            blocked_threads: Vec::new(),
             image: None,
             decisions: Vec::new(),
             reuse: ReuseCounts::default(),

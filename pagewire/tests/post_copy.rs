@@ -5,9 +5,10 @@ mod support;
 
 use pagewire::{
     Backing, Blobs, FaultsOf, GuestAt, GuestHooks, GuestStarter, Into, Journal, LiveOptions, NoObserver, Outcome,
-    PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server, ServerEvent, Started, TakeOptions,
-    send_live,
+    Place, PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server, ServerEvent, Started,
+    TakeOptions, send_live,
 };
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -38,6 +39,9 @@ impl GuestHooks for Still {
 struct Runs {
     expected: Arc<Vec<u8>>,
     ended: Mutex<Sender<Result<(), String>>>,
+    /// What it is expected to touch first, and what it did.
+    expected_touches: Vec<Place>,
+    touched: Arc<Mutex<Vec<Place>>>,
 }
 
 const THREADS: usize = 3;
@@ -68,6 +72,16 @@ fn run(memory: &PostcopyMemory, expected: &[u8], thread: usize) -> Result<(), St
 impl GuestStarter for Runs {
     fn prepare(&self, _: &pagewire::ImageName, _: &Blobs) -> Result<(), String> {
         Ok(())
+    }
+
+    fn first_touches(&self, called: &pagewire::ImageName) -> Vec<Place> {
+        assert_eq!(*called, name());
+        self.expected_touches.clone()
+    }
+
+    fn keep_first_touches(&self, called: &pagewire::ImageName, touches: &[Place]) {
+        assert_eq!(*called, name());
+        *self.touched.lock().unwrap() = touches.to_vec();
     }
 
     fn start(&self, started: &Started<'_>) -> Result<(), String> {
@@ -139,15 +153,26 @@ struct Moved {
     sent: Outcome,
     received: Vec<Report>,
     ran: Receiver<Result<(), String>>,
+    touched: Vec<Place>,
+}
+
+/// How a guest is moved, beside what all moves have in common.
+#[derive(Default)]
+struct Way {
+    background_limit: Option<u64>,
+    expected_touches: Vec<Place>,
 }
 
 /// Moves an image in post-copy, cutting the network at each of these times after the guest has started.
-fn moves(image: Vec<u8>, post_copy: PostCopy, options: &SendOptions, cuts: &[Duration]) -> Moved {
+fn moves(image: Vec<u8>, way: Way, options: &SendOptions, cuts: &[Duration]) -> Moved {
+    let Way { background_limit, expected_touches } = way;
     let (a, b) = (Host::new(), Host::new());
     fs::write(a.image(), &image).unwrap();
     let journal = |host: &Host| Arc::new(Journal::open(&host.dir.path().join("journal")).unwrap());
     let (ended, ran) = channel();
-    let starter = Arc::new(Runs { expected: Arc::new(image), ended: Mutex::new(ended) });
+    let (expected, touched) = (Arc::new(image), Arc::new(Mutex::new(Vec::new())));
+    let starter =
+        Arc::new(Runs { expected, ended: Mutex::new(ended), expected_touches, touched: Arc::clone(&touched) });
     let into = Into::PostCopy { backing: Backing::Private, faults_of: FaultsOf::Everybody };
     let mut receiving = ReceiveOptions::new(into);
     receiving.live = Some(TakeOptions { journal: journal(&b), lease: None, starter });
@@ -165,7 +190,7 @@ fn moves(image: Vec<u8>, post_copy: PostCopy, options: &SendOptions, cuts: &[Dur
     });
     let network = Network::to(socket, b.dir.path(), !cuts.is_empty());
     let to = format!("unix:{}", network.path.display()).parse().unwrap();
-    let live = LiveOptions { post_copy, ..LiveOptions::new(journal(&a)) };
+    let live = LiveOptions { post_copy: PostCopy::Now, background_limit, ..LiveOptions::new(journal(&a)) };
     let sent = std::thread::scope(|scope| {
         let sending =
             scope.spawn(|| send_live(&a.image(), &name(), &to, options, (&live, Box::new(Still)), &mut NoObserver));
@@ -178,7 +203,8 @@ fn moves(image: Vec<u8>, post_copy: PostCopy, options: &SendOptions, cuts: &[Dur
     cancel.cancel();
     serving.join().unwrap();
     let received = reports.lock().unwrap().clone();
-    Moved { sent, received, ran }
+    let touched = touched.lock().unwrap().clone();
+    Moved { sent, received, ran, touched }
 }
 
 fn image() -> Vec<u8> {
@@ -189,7 +215,7 @@ fn image() -> Vec<u8> {
 
 #[test]
 fn a_guest_runs_at_the_receiver_before_any_of_its_memory_is_there() {
-    let Moved { sent, received, ran } = moves(image(), PostCopy::Now, &SendOptions::default(), &[]);
+    let Moved { sent, received, ran, .. } = moves(image(), Way::default(), &SendOptions::default(), &[]);
     assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
     let report = sent.into_result().unwrap();
     assert_eq!((report.guest_at, report.faults.lacking, report.faults.sessions), ("receiver", 0, 1), "{report:?}");
@@ -200,9 +226,44 @@ fn a_guest_runs_at_the_receiver_before_any_of_its_memory_is_there() {
 #[test]
 fn it_runs_to_the_right_end_though_the_network_is_cut_five_times() {
     let cuts = [Duration::from_millis(300); 5];
-    let Moved { sent, ran, .. } = moves(image(), PostCopy::Now, &SendOptions::default(), &cuts);
+    let Moved { sent, ran, .. } = moves(image(), Way::default(), &SendOptions::default(), &cuts);
     assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
     let report = sent.into_result().unwrap();
     assert!(report.faults.sessions >= 5, "{report:?}");
     assert_eq!((report.guest_at, report.faults.lacking), (GuestAt::Receiver.name(), 0));
+}
+
+/// What the guest waits for needs no background, and is not sent a second time there.
+#[test]
+fn a_guest_gets_all_that_it_touches_while_nothing_goes_in_the_background() {
+    let way = Way { background_limit: Some(1), ..Way::default() };
+    let Moved { sent, received, ran, .. } = moves(image(), way, &SendOptions::default(), &[]);
+    assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+    let report = sent.into_result().unwrap();
+    let filled = received.iter().find(|report| report.faults.count > 0).unwrap();
+    // One frame may go before the limit holds.
+    assert!(report.faults.count >= PAGES as u64 - 64 && filled.faults.background <= 64, "{filled:?}");
+    assert!(report.wire.sent_bytes < (PAGES * PAGE) as u64 * 21 / 20, "{report:?}");
+    let blocked: f64 = filled.blocked_threads.iter().map(|thread| thread.seconds).sum();
+    let (all, threads) = (filled.faults.blocked_seconds, filled.blocked_threads.len());
+    // A kernel that tells no thread tells none.
+    assert!(threads == 0 || (threads == THREADS && (blocked - all).abs() < 1e-6), "{filled:?}");
+}
+
+#[test]
+fn the_order_of_first_touches_is_kept_and_brought_first_the_next_time() {
+    let first = moves(image(), Way::default(), &SendOptions::default(), &[]);
+    assert_eq!(first.ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+    first.sent.into_result().unwrap();
+    let count = first.touched.len();
+    assert!(count > 0 && count <= PAGES, "{count}");
+    assert_eq!(first.touched.iter().map(|place| place.0).collect::<BTreeSet<u32>>().len(), count, "each once");
+    // A trace may be of another image: what is no page of this one is left out.
+    let places = [u32::MAX, 2000, 1999, 5, 2000, 7, 3000];
+    let expected_touches: Vec<Place> = places.into_iter().map(Place).collect();
+    let way = Way { expected_touches, ..Way::default() };
+    let again = moves(image(), way, &SendOptions::default(), &[]);
+    assert_eq!(again.ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+    assert!(again.sent.into_result().unwrap().faults.prepaged > 0);
+    assert_eq!(again.touched[..4], [2000, 1999, 5, 7].map(Place));
 }

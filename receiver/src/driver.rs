@@ -11,6 +11,7 @@ use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::handover::{Handover, HostId, Message};
 use pagewire_protocol::limits::WINDOW_BYTES;
+use pagewire_protocol::page::Place;
 use pagewire_protocol::session::{FEATURE_LIVE, FEATURE_POST_COPY, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::tree::Manifest;
@@ -125,6 +126,15 @@ pub trait GuestTaker {
 
     /// The sender says this, perhaps of a hand-over that an earlier session left open.
     fn hear(&mut self, message: Message) -> Vec<Action>;
+
+    /// A guest that runs here is about to be filled: the pages that it will touch, by their places in the image and in
+    /// that order, as far as that is known from another time.
+    fn expects(&mut self, _handover: &Handover) -> Vec<Place> {
+        Vec::new()
+    }
+
+    /// The guest has all of its pages; these it touched before they had come, behind those that were expected.
+    fn touched(&mut self, _handover: &Handover, _first_touches: &[Place]) {}
 }
 
 /// Receives one image. Blocks until it lasts or the session failed.

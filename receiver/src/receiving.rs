@@ -5,7 +5,7 @@
 
 use crate::engine::{Agreed, FinishJob, Terms};
 use crate::error::ErrorKind;
-use crate::fill::Incomplete;
+use crate::fill::{Incomplete, Touches};
 use crate::memory::GuestSink;
 use crate::page_map::PageMap;
 use crate::report::{Counts, FillCounts};
@@ -426,7 +426,8 @@ impl<S: GuestSink> Receiving<S> {
         let left = self.map.absent().clone();
         let (lacking, holds) = (left.clone(), self.base.stays);
         let Self { sink, map, hasher, .. } = self;
-        Some(Incomplete { sink: sink?, map, hasher, left, lacking, holds, handover, counts: FillCounts::default() })
+        let (counts, touches) = (FillCounts::default(), Touches::new(left.len()));
+        Some(Incomplete { sink: sink?, map, hasher, left, lacking, holds, handover, counts, touches })
     }
 
     /// Whether everything has come; if so the finish job is ready.

@@ -40,4 +40,6 @@ pub struct FillCounts {
     pub again: u64,
     /// Asked for because the guest waited for them.
     pub faults: u64,
+    /// Of those that came as zero or with their bytes, those that came alone because they were asked for.
+    pub answers: u64,
 }

@@ -12,19 +12,26 @@ use pagewire_protocol::frame::LaneId;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::session::{Job, Machine, Outgoing};
 use pagewire_protocol::time::{Span, Time};
+use rustix::process::setpriority_process;
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::Sleep;
 
 /// How long the end of a session may take.
 const LINGER: Duration = Duration::from_secs(2);
 /// The longest sleep: what is overdue but waits for a lane must not hide what becomes due later.
 const TICK: Duration = Duration::from_millis(250);
+/// Turns in a row in which something moved, until whoever calls, and the runtime, may look at what else has become
+/// ready. Three are what a frame and its answer take: nobody looks in vain where there is nothing else.
+const TURNS_MAX: u32 = 4;
+/// The nice value of jobs that yield: a third of the processor time that others get.
+const JOB_NICE: i32 = 5;
 
 /// Bytes on the wire, frames and their headers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,10 +64,12 @@ pub struct Pump<M: Machine> {
     lanes: [Option<Lane>; LaneId::COUNT],
     single_stream: bool,
     start: Instant,
+    yields: bool,
     jobs: VecDeque<JoinHandle<Done<M>>>,
     joins: Option<mpsc::Receiver<Joining>>,
     wire: Wire,
     parting_until: Option<tokio::time::Instant>,
+    sleep: Option<Pin<Box<Sleep>>>,
 }
 
 impl<M: Machine> Pump<M> {
@@ -72,10 +81,12 @@ impl<M: Machine> Pump<M> {
             lanes: Default::default(),
             single_stream: false,
             start,
+            yields: false,
             jobs: VecDeque::new(),
             joins: None,
             wire: Wire::default(),
             parting_until: None,
+            sleep: None,
         };
         let lane = Lane::new(control, framer, pump.now());
         pump.lanes[LaneId::CONTROL.index()] = Some(lane);
@@ -85,9 +96,9 @@ impl<M: Machine> Pump<M> {
     /// Goes on with another machine on the same connections. What the first has handed out is not waited for.
     #[must_use]
     pub fn turn_into<N: Machine>(self, next: impl FnOnce(M) -> N) -> Pump<N> {
-        let Self { machine, lanes, single_stream, start, joins, wire, parting_until, .. } = self;
+        let Self { machine, lanes, single_stream, start, yields, joins, wire, parting_until, sleep, .. } = self;
         let (machine, jobs) = (next(machine), VecDeque::new());
-        Pump { machine, lanes, single_stream, start, jobs, joins, wire, parting_until }
+        Pump { machine, lanes, single_stream, start, yields, jobs, joins, wire, parting_until, sleep }
     }
 
     /// The machine, when its session is over.
@@ -115,6 +126,11 @@ impl<M: Machine> Pump<M> {
         self.single_stream = true;
     }
 
+    /// Jobs leave the processors to whoever waits for a page, as far as the system lets them.
+    pub fn yield_jobs(&mut self) {
+        self.yields = true;
+    }
+
     /// Connections that ask to join come from here.
     pub fn take_joins(&mut self, joins: mpsc::Receiver<Joining>) {
         self.joins = Some(joins);
@@ -139,6 +155,7 @@ impl<M: Machine> Pump<M> {
     ///
     /// May be dropped and called again at any await.
     pub async fn next(&mut self) -> Option<M::Event> {
+        let mut turns = 0u32;
         loop {
             if let Some(event) = self.machine.poll_event() {
                 return Some(event);
@@ -153,6 +170,10 @@ impl<M: Machine> Pump<M> {
             }
             let moved = poll_fn(|cx| Poll::Ready(self.turn(cx))).await;
             if moved {
+                turns += 1;
+                if turns.is_multiple_of(TURNS_MAX) {
+                    tokio::task::yield_now().await;
+                }
                 continue;
             }
             if self.machine.work(now) {
@@ -162,6 +183,7 @@ impl<M: Machine> Pump<M> {
                 continue;
             }
             self.wait().await;
+            turns = 0;
         }
     }
 
@@ -170,17 +192,36 @@ impl<M: Machine> Pump<M> {
         let now = self.now();
         let due = self.machine.poll_timeout().map(|due| due.since(now)).filter(|&span| span > Span::ZERO);
         let sleep = due.map_or(TICK, |span| Duration::from_nanos(span.as_nanos()).min(TICK));
-        let mut sleep = pin!(tokio::time::sleep(sleep));
-        poll_fn(|cx| if self.turn(cx) { Poll::Ready(()) } else { sleep.as_mut().poll(cx) }).await;
+        let until = tokio::time::Instant::now() + sleep;
+        // A timer that is set costs less than one set anew for each frame; one that ends early is a turn in vain.
+        match &mut self.sleep {
+            Some(timer) if !timer.is_elapsed() && timer.deadline() <= until => {}
+            Some(timer) => timer.as_mut().reset(until),
+            None => self.sleep = Some(Box::pin(tokio::time::sleep_until(until))),
+        }
+        // Nothing moved in the last turn and no work came after it: all lanes wake this task already.
+        let mut is_fresh = true;
+        poll_fn(|cx| {
+            let moved = !std::mem::take(&mut is_fresh) && self.turn(cx);
+            if moved {
+                Poll::Ready(())
+            } else {
+                self.sleep.as_mut().map_or(Poll::Pending, |timer| timer.as_mut().poll(cx))
+            }
+        })
+        .await;
     }
 
     // SPEC 2.8
     /// One turn over everything that can move; says whether anything did. A write that blocks keeps no read waiting.
     fn turn(&mut self, cx: &mut Context<'_>) -> bool {
         let mut moved = self.poll_joins(cx) | self.poll_jobs(cx);
-        for index in 0..self.lanes.len() {
-            moved |= self.read_lane(index, cx);
-            moved |= self.write_lane(index, cx);
+        let now = self.now();
+        // Whoever waits for a page waits for no other lane's turn.
+        let urgent = std::iter::once(LaneId::URGENT.index());
+        for index in urgent.chain(0..LaneId::URGENT.index()) {
+            moved |= self.read_lane(index, now, cx);
+            moved |= self.write_lane(index, now, cx);
             self.note_progress(index);
         }
         moved
@@ -204,7 +245,12 @@ impl<M: Machine> Pump<M> {
 
     fn poll_jobs(&mut self, cx: &mut Context<'_>) -> bool {
         while let Some(job) = self.machine.poll_job() {
+            let yields = self.yields;
             self.jobs.push_back(tokio::task::spawn_blocking(move || {
+                if yields {
+                    // Of this thread alone, which runs nothing but jobs; one that stays as it is harms nobody.
+                    let _ = setpriority_process(None, JOB_NICE);
+                }
                 let begin = processor_time();
                 let output = job.run();
                 (output, processor_time().since(begin))
@@ -222,12 +268,10 @@ impl<M: Machine> Pump<M> {
         moved
     }
 
-    fn read_lane(&mut self, index: usize, cx: &mut Context<'_>) -> bool {
-        let start = self.start;
+    fn read_lane(&mut self, index: usize, now: Time, cx: &mut Context<'_>) -> bool {
         let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut).filter(|lane| !lane.ended) else {
             return false;
         };
-        let now = since(start);
         let number = u8::try_from(index).unwrap_or(u8::MAX);
         match lane.poll_read(cx) {
             Poll::Pending => {
@@ -289,10 +333,8 @@ impl<M: Machine> Pump<M> {
     }
 
     /// Writes at most one frame: what arrives meanwhile decides what goes next.
-    fn write_lane(&mut self, index: usize, cx: &mut Context<'_>) -> bool {
-        let start = self.start;
+    fn write_lane(&mut self, index: usize, now: Time, cx: &mut Context<'_>) -> bool {
         let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut) else { return false };
-        let now = since(start);
         let mut moved = false;
         if lane.is_free() {
             let Some(outgoing) = next_frame(&mut self.machine, index, self.single_stream, now) else { return false };
@@ -309,7 +351,7 @@ impl<M: Machine> Pump<M> {
             Poll::Ready(Err(error)) => {
                 lane.stop_writing();
                 // What the peer said before it went is worth more than that it went.
-                while self.read_lane(index, cx) && !self.machine.is_over() {}
+                while self.read_lane(index, now, cx) && !self.machine.is_over() {}
                 let lane = u8::try_from(index).unwrap_or(u8::MAX);
                 self.machine.handle_peer_error(PeerError::Broken { lane, reason: error.to_string() }, now);
                 true
@@ -329,9 +371,10 @@ impl<M: Machine> Pump<M> {
     /// Whether the control connection has written everything and the peer has said that it has, too.
     fn poll_part(&mut self, cx: &mut Context<'_>, scratch: &mut [u8]) -> bool {
         let mut parted = true;
+        let now = self.now();
         for index in 0..self.lanes.len() {
             if index == 0 {
-                while self.write_lane(index, cx) {}
+                while self.write_lane(index, now, cx) {}
             }
             let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut) else { continue };
             if index != 0 {

@@ -43,7 +43,7 @@ pub(crate) fn bring<M: GuestMemory>(
     report.faults.lacking = pages;
     let why = loop {
         let Some(remainder) = left.take() else { break "its memory is gone".to_owned() };
-        let config = match config(options) {
+        let config = match config(options, live) {
             Ok(config) => config,
             Err(error) => break chain(&error),
         };
@@ -76,14 +76,14 @@ pub(crate) fn bring<M: GuestMemory>(
     Some(Error { kind: ErrorKind::Sender(Failure::Split { pages, why }), guest_at: GuestAt::Receiver })
 }
 
-fn config(options: &SendOptions) -> Result<FillConfig, ErrorKind> {
+fn config(options: &SendOptions, live: &LiveOptions) -> Result<FillConfig, ErrorKind> {
     Ok(FillConfig {
         session: random()?,
         nonce: random()?,
         lanes: options.lanes,
         compress: options.compress,
         workers: options.workers(),
-        bandwidth_limit: options.bandwidth_limit,
+        bandwidth_limit: live.background_limit.or(options.bandwidth_limit),
         ..FillConfig::default()
     })
 }
@@ -93,6 +93,7 @@ fn note(report: &mut Report, summary: &FillSummary) {
     report.faults.sessions += 1;
     report.faults.count += counts.faults;
     report.faults.remote += counts.faults;
+    report.faults.prepaged += counts.prepaged;
     report.wire.sent_bytes += summary.wire.sent_bytes;
     report.wire.received_bytes += summary.wire.received_bytes;
     let seconds = report.seconds;

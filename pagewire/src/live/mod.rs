@@ -46,6 +46,9 @@ pub struct LiveOptions {
     pub pause_before_switchover: Option<Arc<dyn Operator>>,
     /// When the guest may start at the receiver before all of its pages are there. The receiver must be able to.
     pub post_copy: PostCopy,
+    /// Bytes a second that follow at most when the guest runs at the receiver, beside the pages that it waits for;
+    /// [`SendOptions::bandwidth_limit`](crate::SendOptions::bandwidth_limit) if none is given.
+    pub background_limit: Option<u64>,
     /// How long a receiver that does not answer is asked what became of the guest, before that is left to an operator.
     pub patience: Duration,
     /// Who writes to the file of [`send_live`](crate::send_live) marks here what was written, over pages of 4 KiB. Without
@@ -64,6 +67,7 @@ impl LiveOptions {
             lease: None,
             pause_before_switchover: None,
             post_copy: PostCopy::Never,
+            background_limit: None,
             patience: Duration::from_secs(30),
             writes: None,
             trace: None,

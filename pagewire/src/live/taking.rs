@@ -7,6 +7,7 @@ use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::error::{CloseCode, GuestAt, chain};
 use pagewire_protocol::frame::{ImageName, Open};
 use pagewire_protocol::handover::{Handover, HostId, Input, Message, Output, ReceiverPhase};
+use pagewire_protocol::page::Place;
 use pagewire_receiver::ErrorKind as Failure;
 use pagewire_receiver::driver::{Action, GuestTaker, Refusal};
 use pagewire_receiver::memory::PostcopyMemory;
@@ -39,6 +40,18 @@ pub trait GuestStarter: std::fmt::Debug + Send + Sync + 'static {
     fn has(&self, _name: &ImageName) -> bool {
         true
     }
+
+    /// The pages that the guest will touch first when it comes into memory that it can run in before all of it is there,
+    /// by their places in the image and in that order: what [`keep_first_touches`](Self::keep_first_touches) was given the
+    /// last time. They are brought first; what is not lacking or no page of the image is left out.
+    fn first_touches(&self, _name: &ImageName) -> Vec<Place> {
+        Vec::new()
+    }
+
+    /// All of a guest that was started without is here. These pages it touched before they had come, behind those that it
+    /// was expected to touch; each once, so four bytes a page at most. A page that came before it was touched is not
+    /// among them unless it was expected.
+    fn keep_first_touches(&self, _name: &ImageName, _touches: &[Place]) {}
 
     /// Starts the guest: it is this host's, and its record says so.
     ///
@@ -126,7 +139,23 @@ impl<'a> Taking<'a> {
     }
 }
 
+impl Taking<'_> {
+    fn called(&self, handover: &Handover) -> Option<ImageName> {
+        name_of(&self.options.journal, handover.lineage)
+    }
+}
+
 impl GuestTaker for Taking<'_> {
+    fn expects(&mut self, handover: &Handover) -> Vec<Place> {
+        self.called(handover).map(|name| self.options.starter.first_touches(&name)).unwrap_or_default()
+    }
+
+    fn touched(&mut self, handover: &Handover, first_touches: &[Place]) {
+        if let Some(name) = self.called(handover) {
+            self.options.starter.keep_first_touches(&name, first_touches);
+        }
+    }
+
     fn open(&mut self, open: &Open) -> Result<HostId, Refusal> {
         let refuse = |code, reason: String| Refusal { code, reason };
         let (journal, host) = (&self.options.journal, self.options.journal.host());

@@ -10,9 +10,11 @@ use pagewire_protocol::frame::Fill;
 use pagewire_protocol::handover::{Handover, Word};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_transport::{CancellationToken, Joining, PROGRESS_EVERY, Progress, Pump, Registration, Sessions, Wire};
-use std::future::pending;
+use std::future::poll_fn;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use tokio::io::unix::AsyncFd;
 
 /// Bytes under way on a bulk lane: what waits there in the network goes before what the guest waits for.
@@ -27,6 +29,8 @@ pub struct FillSummary {
     pub counts: FillCounts,
     /// How long it waited for those that it touched.
     pub times: Option<FaultTimes>,
+    /// How long each thread did, by its number, of those that the kernel tells apart.
+    pub blocked: Vec<(u32, Span)>,
     /// Pages that it lacks still.
     pub lacking: u64,
     /// Bytes on the wire, of the last session.
@@ -37,8 +41,9 @@ pub struct FillSummary {
 
 impl FillSummary {
     fn of<S: GuestSink>(guest: &Incomplete<S>) -> Self {
-        let (counts, lacking) = (guest.counts(), guest.pages());
-        Self { handover: Some(*guest.handover()), counts, times: guest.sink.fault_times(), lacking, ..Self::default() }
+        let (counts, lacking, sink) = (guest.counts(), guest.pages(), &guest.sink);
+        let (times, blocked) = (sink.fault_times(), sink.blocked());
+        Self { handover: Some(*guest.handover()), counts, times, blocked, lacking, ..Self::default() }
     }
 }
 
@@ -50,7 +55,8 @@ pub(super) async fn fill<S: GuestSink>(
     (lanes, entropy): (u8, Entropy),
     observe: &mut impl FnMut(Progress),
 ) -> (FillSummary, Result<(), ErrorKind>) {
-    let mut superseded = CancellationToken::new();
+    let mut superseded = pin!(CancellationToken::new().cancelled_owned());
+    let mut cancelled = pin!(cancel.cancelled());
     let mut ready: Option<AsyncFd<OwnedFd>> = None;
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
     let (mut stopped, mut registered_as): (bool, Option<Registration>) = (false, None);
@@ -61,7 +67,12 @@ pub(super) async fn fill<S: GuestSink>(
                 gather(&mut pump);
                 continue;
             }
-            () = either(cancel, &superseded), if !stopped => {
+            () = &mut cancelled, if !stopped => {
+                stopped = true;
+                pump.machine().cancel();
+                continue;
+            }
+            () = &mut superseded, if !stopped => {
                 stopped = true;
                 pump.machine().cancel();
                 continue;
@@ -74,16 +85,13 @@ pub(super) async fn fill<S: GuestSink>(
         };
         match event {
             Some(FillEvent::Asked(asked)) => match admit(&asked, sessions, parking).await {
-                Ok(admitted) => {
-                    let Admitted { guest, session, joins, registration } = admitted;
-                    (superseded, registered_as) = (session, Some(registration));
+                Ok(Admitted { guest, session, joins, registration }) => {
+                    superseded.set(session.cancelled_owned());
+                    registered_as = Some(registration);
                     pump.take_joins(joins);
-                    let fd = guest.sink.touches().and_then(|fd| fd.try_clone_to_owned().ok());
-                    ready = fd.and_then(|fd| registered(fd).ok());
-                    let terms = FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead: Vec::new() };
-                    let now = pump.now();
-                    pump.machine().accept(guest, terms, now);
-                    gather(&mut pump);
+                    let ahead = taker.as_mut().map(|taker| taker.expects(&asked.handover)).unwrap_or_default();
+                    let terms = FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead };
+                    ready = accept(&mut pump, guest, terms);
                 }
                 Err(Refusal { code, reason }) => pump.machine().refuse(code, &reason),
             },
@@ -97,6 +105,9 @@ pub(super) async fn fill<S: GuestSink>(
             Some(FillEvent::Filled) => {
                 // Nobody waits any more, and the kernel tells nothing of memory that it does not watch.
                 ready = None;
+                if let (Some(guest), Some(taker)) = (pump.machine().guest(), taker.as_mut()) {
+                    taker.touched(guest.handover(), guest.first_touches());
+                }
             }
             None => break pump.machine().outcome(),
         }
@@ -134,24 +145,34 @@ async fn admit<S: GuestSink>(
         return Err(Refusal { code: CloseCode::REFUSED, reason });
     };
     let (registration, joins) = sessions.register(asked.session).ok_or_else(busy)?;
-    let (mut guest, session) = parking.take(&asked.handover).await?;
-    guest.sink.renew_touches();
+    let (guest, session) = parking.take(&asked.handover).await?;
     Ok(Admitted { guest, session, joins, registration })
 }
 
-async fn either(one: &CancellationToken, other: &CancellationToken) {
-    tokio::select! {
-        () = one.cancelled() => {}
-        () = other.cancelled() => {}
-    }
+/// Goes on with a guest; what becomes readable when it touches what is absent.
+fn accept<S: GuestSink>(
+    pump: &mut Pump<FillEngine<S>>,
+    mut guest: Incomplete<S>,
+    terms: FillTerms,
+) -> Option<AsyncFd<OwnedFd>> {
+    guest.sink.renew_touches();
+    let fd = guest.sink.touches().and_then(|fd| fd.try_clone_to_owned().ok());
+    let now = pump.now();
+    pump.machine().accept(guest, terms, now);
+    gather(pump);
+    fd.and_then(|fd| registered(fd).ok())
 }
 
 /// Waits until somebody touches a page that is absent.
 async fn touched(ready: Option<&AsyncFd<OwnedFd>>) {
-    match ready {
-        Some(ready) => ready.readable().await.into_iter().for_each(|mut guard| guard.clear_ready()),
-        None => pending().await,
-    }
+    poll_fn(|cx| match ready.map(|ready| ready.poll_read_ready(cx)) {
+        Some(Poll::Ready(guard)) => {
+            guard.into_iter().for_each(|mut guard| guard.clear_ready());
+            Poll::Ready(())
+        }
+        Some(Poll::Pending) | None => Poll::Pending,
+    })
+    .await;
 }
 
 fn gather<S: GuestSink>(pump: &mut Pump<FillEngine<S>>) {

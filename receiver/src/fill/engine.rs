@@ -10,10 +10,10 @@ use crate::error::ErrorKind;
 use crate::memory::GuestSink;
 use pagewire_protocol::digest::{Digest, join_proof, proofs_equal};
 use pagewire_protocol::error::{CloseCode, PeerError, Violation, chain};
-use pagewire_protocol::frame::{Done, Fill, Frame, FrameKind, Join, Lack, LaneId, Role, Want};
+use pagewire_protocol::frame::{Done, Fill, Frame, FrameKind, Join, Lack, LaneId, Role};
 use pagewire_protocol::handover::Message;
 use pagewire_protocol::limits::{HANDSHAKE_SPAN_MAX, STALL_SPAN_MAX};
-use pagewire_protocol::page::RegionId;
+use pagewire_protocol::page::{Place, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Endpoint, FEATURE_LIVE, FEATURE_POST_COPY, Machine, NoJob, Outgoing, Phase, Policy};
 use pagewire_protocol::time::{Span, Time};
@@ -30,8 +30,9 @@ pub struct FillTerms {
     pub window: u64,
     /// Random: the secret that further connections prove.
     pub secret: [u8; 32],
-    /// Pages that the guest will touch, in this order, if that is known from another time.
-    pub ahead: Vec<Want>,
+    /// Pages that the guest will touch, by their places in the image and in this order, if that is known from another
+    /// time: they are brought first. What it does not lack is left out.
+    pub ahead: Vec<Place>,
 }
 
 /// What the engine tells whoever embeds it.
@@ -102,7 +103,8 @@ impl<S: GuestSink> FillEngine<S> {
             lanes,
             holds: guest.holds,
         };
-        let filling = match Filling::new(guest, lanes, greeted.agreement.codecs, terms.ahead) {
+        let with = (lanes, terms.window, greeted.agreement.codecs);
+        let filling = match Filling::new(guest, with, &terms.ahead) {
             Ok(filling) => filling,
             Err(source) => return self.fail(ErrorKind::Destination { what: "zstd cannot start", source }),
         };

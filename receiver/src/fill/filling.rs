@@ -1,6 +1,6 @@
 //! What a fill session does with each frame: pages that are lacking are proved and installed, others dropped.
 
-use super::Incomplete;
+use super::{Incomplete, touches};
 use crate::error::ErrorKind;
 use crate::memory::GuestSink;
 use crate::page_map::Found;
@@ -14,7 +14,7 @@ use pagewire_protocol::frame::{
 use pagewire_protocol::limits::{
     ACK_BYTES, ACK_DELAY_MAX, FAULTS_A_PAGE_MAX, LACKING_BYTES_MAX, PAGE_BYTES, WANTS_MAX,
 };
-use pagewire_protocol::page::{PageRange, RegionId};
+use pagewire_protocol::page::{PageRange, Place, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::Outgoing;
 use pagewire_protocol::time::Time;
@@ -37,6 +37,7 @@ pub(super) struct Filling<S> {
     pub(super) bulk_lanes: u8,
     /// The codecs that were agreed, as bits.
     codecs: u32,
+    ack_bytes: u64,
     wants: Wants,
     /// Pages that the guest waits for and that were not asked for in this session.
     touched: VecDeque<Want>,
@@ -52,20 +53,34 @@ pub(super) struct Filling<S> {
     digests: Vec<Digest>,
 }
 
+/// PAGES bytes of a lane with this window after which it is acknowledged at the latest: before the window is full, or
+/// the sender would wait for the longest delay of an acknowledgement whenever the next frame does not fit.
+const fn ack_bytes(window: u64) -> u64 {
+    let quarter = window / 4;
+    if quarter < ACK_BYTES { quarter } else { ACK_BYTES }
+}
+
 fn failed(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
     move |source| ErrorKind::Destination { what, source }
 }
 
 impl<S: GuestSink> Filling<S> {
-    pub(super) fn new(guest: Incomplete<S>, bulk_lanes: u8, codecs: u32, ahead: Vec<Want>) -> io::Result<Self> {
+    pub(super) fn new(
+        mut guest: Incomplete<S>,
+        (bulk_lanes, window, codecs): (u8, u64, u32),
+        ahead: &[Place],
+    ) -> io::Result<Self> {
         let pages = guest.layout().pages();
+        ahead.iter().for_each(|place| guest.touches.note(*place));
+        let ahead = touches::ahead(guest.layout(), &guest.lacking, ahead);
         Ok(Self {
             wants: Wants::new(guest.layout(), 1),
             lanes: Default::default(),
             bulk_lanes,
             codecs,
+            ack_bytes: ack_bytes(window),
             touched: VecDeque::new(),
-            ahead: ahead.into(),
+            ahead,
             asked: pagewire_protocol::bitmap::PageBitmap::new(pages),
             again: 0,
             told: 0,
@@ -111,6 +126,7 @@ impl<S: GuestSink> Filling<S> {
         }
         if self.asked.insert(place) {
             self.guest.counts.faults = self.guest.counts.faults.saturating_add(1);
+            self.guest.touches.note(Place(u32::try_from(place).unwrap_or(u32::MAX)));
             let count = u32::try_from(count).unwrap_or(1);
             self.touched.push_back(Want { region: region.0, first, count });
         }
@@ -143,7 +159,12 @@ impl<S: GuestSink> Filling<S> {
         let range = self.judge(pages)?;
         let before = (self.guest.lacking.count(), self.wants.asked());
         if self.prove(range, pages)? {
+            let lacked = self.guest.pages();
             self.place(range, pages)?;
+            if lane == LaneId::URGENT {
+                let answers = lacked.saturating_sub(self.guest.pages());
+                self.guest.counts.answers = self.guest.counts.answers.saturating_add(answers);
+            }
         } else {
             // SPEC 13.8
             let wanted = self.lacking_runs(range, pages);
@@ -461,7 +482,7 @@ impl<S: GuestSink> Filling<S> {
         }
         let wants = self.wants.take(self.guest.map.layout(), LaneId::bulk(0));
         let state = self.lanes.get_mut(lane.index())?;
-        let due = state.ack_due.is_some_and(|due| now >= due) || state.unacked_bytes >= ACK_BYTES;
+        let due = state.ack_due.is_some_and(|due| now >= due) || state.unacked_bytes >= self.ack_bytes;
         if wants.is_empty() && !due {
             return None;
         }
@@ -488,4 +509,17 @@ fn runs(pages: &Pages<'_>, start: u64) -> impl Iterator<Item = (EntryKind, Range
         next = next.saturating_add(u64::from(run.count));
         (run.kind, first..next)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_is_acknowledged_while_its_window_has_room_for_frames() {
+        for window in [1u64 << 20, 4 << 20, 64 << 20] {
+            assert!(ack_bytes(window) <= window / 4, "{window}");
+        }
+        assert_eq!(ack_bytes(64 << 20), ACK_BYTES);
+    }
 }

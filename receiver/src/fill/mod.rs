@@ -6,15 +6,17 @@
 
 mod engine;
 mod filling;
+mod touches;
 
 pub use engine::{FillEngine, FillEvent, FillTerms};
+pub(crate) use touches::Touches;
 
 use crate::page_map::PageMap;
 use crate::report::FillCounts;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::PageHasher;
 use pagewire_protocol::handover::Handover;
-use pagewire_protocol::page::Layout;
+use pagewire_protocol::page::{Layout, Place};
 
 /// A guest that runs here and lacks pages.
 #[derive(Debug)]
@@ -30,6 +32,7 @@ pub struct Incomplete<S> {
     pub(crate) holds: bool,
     pub(crate) handover: Handover,
     pub(crate) counts: FillCounts,
+    pub(crate) touches: Touches,
 }
 
 impl<S> Incomplete<S> {
@@ -51,6 +54,12 @@ impl<S> Incomplete<S> {
     /// What was done so far, in all sessions.
     pub fn counts(&self) -> FillCounts {
         self.counts
+    }
+
+    /// The pages that it touched before they had come, by their places in the image and in that order, behind those that
+    /// it was expected to touch; each once.
+    pub fn first_touches(&self) -> &[Place] {
+        self.touches.order()
     }
 
     /// Its memory.

@@ -62,6 +62,7 @@ async fn drive<M: GuestMemory>(
     let stream = control.into_stream().map_err(local("control connection"))?;
     let Some(engine) = place.take() else { return Err(ErrorKind::Cancelled) };
     let mut pump = Pump::new(engine, stream, Framer::new(), start);
+    pump.yield_jobs();
     if address.is_none() {
         pump.carry_all_lanes();
     }
@@ -85,8 +86,8 @@ async fn drive<M: GuestMemory>(
         match (event, &address) {
             (Some(FillEvent::Accepted { lanes }), Some(address)) => {
                 // What the guest waits for first of all.
-                let lanes = std::iter::once(LaneId::URGENT).chain((0..lanes).map(LaneId::bulk));
-                let joined = lanes.map(|lane| join(&mut pump, address, lane)).collect::<Result<(), ErrorKind>>();
+                let mut lanes = std::iter::once(LaneId::URGENT).chain((0..lanes).map(LaneId::bulk));
+                let joined = lanes.try_for_each(|lane| join(&mut pump, address, lane));
                 joined.unwrap_or_else(|kind| pump.machine().cancel(kind));
             }
             (Some(FillEvent::Accepted { .. }), None) => {}

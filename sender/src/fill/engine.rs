@@ -54,7 +54,7 @@ impl Default for FillConfig {
             compress: true,
             workers: 1,
             bandwidth_limit: None,
-            batch_pages: 64,
+            batch_pages: 32,
             policy: Policy::default(),
         }
     }

@@ -1,8 +1,8 @@
 //! Which page goes next to a guest that waits: what it has asked for, what it wants again, what it will touch, the rest.
 //!
-//! A page that the guest waits for goes alone, raw, on the urgent lane, once; the background goes on behind the page
-//! that was asked for last, because its neighbours are what the guest touches next. Both may bring a page: the receiver
-//! keeps the first.
+//! A page that the guest waits for goes alone, raw, on the urgent lane, once, even if it has gone in the background: it
+//! may be far behind there. The background goes on behind the page that was asked for last, because its neighbours are
+//! what the guest touches next, and leaves out what has gone. Where both bring a page the receiver keeps the first.
 
 use super::Remainder;
 use crate::classify::Entries;
@@ -28,6 +28,8 @@ use std::ops::Range;
 
 /// Pages that one frame may span where few of them are lacking (8 MiB).
 const SPAN_PAGES: u64 = 2048;
+/// Room for what of a frame is not pages, where it brings one page.
+const URGENT_HEAD_BYTES: usize = 256;
 /// Runs of lacking pages in one frame.
 const SPAN_RUNS: usize = 256;
 /// Announcements after which it is judged whether they are worth it.
@@ -71,6 +73,8 @@ pub(super) struct Serving<M> {
     wanted: u64,
     /// Where the background goes on.
     cursor: u64,
+    /// The guest has touched a page just before it.
+    jumped: bool,
     announcing: Announcing,
     /// Pages announced, and those of them that were not found.
     announced: u64,
@@ -111,6 +115,7 @@ impl<M: GuestMemory> Serving<M> {
             wants: none(),
             wanted: 0,
             cursor: 0,
+            jumped: false,
             announcing: if lack.holds { Announcing::Sampling(0) } else { Announcing::Off },
             announced: 0,
             missed: 0,
@@ -206,7 +211,7 @@ impl<M: GuestMemory> Serving<M> {
                 self.ahead.extend(fresh);
                 continue;
             }
-            self.cursor = places.end;
+            (self.cursor, self.jumped) = (places.end, true);
             let mut place = places.start;
             while place < places.end {
                 let whole = self.install_page(place);
@@ -279,7 +284,8 @@ impl<M: GuestMemory> Serving<M> {
         }
         self.counts.faults = self.counts.faults.saturating_add(1);
         let Batch { head, runs, payload, .. } = batch;
-        let mut bytes = vec![0; pagewire_protocol::frame::HEADER_BYTES];
+        let mut bytes = Vec::with_capacity(URGENT_HEAD_BYTES);
+        bytes.resize(pagewire_protocol::frame::HEADER_BYTES, 0);
         head.encode(&runs, &[], &[], &mut bytes);
         seal(FrameKind::PAGES, LaneId::URGENT, 0, payload.len(), &mut bytes);
         Ok(Some(Outgoing { head: bytes, payload }))
@@ -295,7 +301,11 @@ impl<M: GuestMemory> Serving<M> {
             return Ok(false);
         }
         let announces = self.announces(now);
-        let Some((source, range, parts)) = self.next_parts(announces) else { return Ok(false) };
+        let Some(Next { source, range, parts, unasked }) = self.next_parts(announces) else { return Ok(false) };
+        if unasked {
+            let pages: u64 = parts.iter().map(|part| part.end.saturating_sub(part.start)).sum();
+            self.counts.prepaged = self.counts.prepaged.saturating_add(pages);
+        }
         // What is wanted was not found by its digest, and would not be now.
         let batch = self.batch(range, &parts, announces && source == Source::Lacking)?;
         let raw = batch.payload.len();
@@ -336,19 +346,22 @@ impl<M: GuestMemory> Serving<M> {
         pays
     }
 
-    /// What goes next in the background: digests of all, then what is wanted, what will be touched, and the rest.
-    fn next_parts(&mut self, announces: bool) -> Option<(Source, PageRange, Vec<Range<u64>>)> {
+    /// What goes next in the background: digests of all, then what is wanted, what will be touched, and the rest. Says
+    /// whether it goes because the guest will touch it: a trace says so, or it touched what lies before it.
+    fn next_parts(&mut self, announces: bool) -> Option<Next> {
         let pages = self.remainder.layout().pages();
         if self.wants.count() > 0 && (!announces || self.lacking.count() == 0) {
             let first = self.wants.runs(0..pages).next()?.start;
-            return self.take_parts(first, Source::Wants);
+            return self.take_parts(first..pages, Source::Wants);
         }
         while let Some(range) = self.ahead.front_mut() {
             let next = self.lacking.runs(range.clone()).next();
             match next {
                 Some(run) => {
-                    range.start = run.end.min(range.start.saturating_add(self.batch_pages)).max(run.start);
-                    return self.take_parts(run.start, Source::Lacking);
+                    range.start = run.start;
+                    // No more than what will be touched: its neighbours would be before the next of it.
+                    let places = range.clone();
+                    return self.take_parts(places, Source::Lacking).map(|next| Next { unasked: true, ..next });
                 }
                 None => {
                     self.ahead.pop_front();
@@ -357,19 +370,22 @@ impl<M: GuestMemory> Serving<M> {
         }
         let ahead = self.lacking.runs(self.cursor.min(pages)..pages).next();
         let first = ahead.or_else(|| self.lacking.runs(0..pages).next())?.start;
-        let taken = self.take_parts(first, Source::Lacking);
-        self.cursor = taken.as_ref().and_then(|(_, _, parts)| parts.last()).map_or(pages, |part| part.end);
-        taken
+        let taken = self.take_parts(first..pages, Source::Lacking);
+        self.cursor = taken.as_ref().and_then(|next| next.parts.last()).map_or(pages, |part| part.end);
+        let follows = std::mem::take(&mut self.jumped);
+        taken.map(|next| Next { unasked: follows, ..next })
     }
 
-    /// Takes lacking or wanted pages from `first` on that fit one frame.
-    fn take_parts(&mut self, first: u64, source: Source) -> Option<(Source, PageRange, Vec<Range<u64>>)> {
+    /// Takes lacking or wanted pages of `places`, from the first on, that fit one frame.
+    fn take_parts(&mut self, places: Range<u64>, source: Source) -> Option<Next> {
+        let first = places.start;
         let layout = self.remainder.layout();
         let (region, page) = layout.locate(Place(u32::try_from(first).ok()?));
         let known = *layout.region(region)?;
         let install = u64::from(known.install_size.pages()).max(1);
         let batch = self.batch_pages.max(install).min(BATCH_PAGES_MAX as u64);
         let end = first.saturating_add(known.pages().saturating_sub(page.0).min(SPAN_PAGES.max(install)));
+        let end = end.min(places.end);
         let from = if source == Source::Wants { &self.wants } else { &self.lacking };
         let (mut parts, mut taken) = (Vec::new(), 0u64);
         for run in from.runs(first..end) {
@@ -386,7 +402,7 @@ impl<M: GuestMemory> Serving<M> {
             set.remove_range(part.clone());
         }
         let range = self.range(parts.first()?.start..parts.last()?.end)?;
-        Some((source, range, parts))
+        Some(Next { source, range, parts, unasked: false })
     }
 
     fn range(&self, places: Range<u64>) -> Option<PageRange> {
@@ -482,9 +498,106 @@ impl<M: GuestMemory> Serving<M> {
     }
 }
 
+/// What goes next in the background.
+struct Next {
+    source: Source,
+    range: PageRange,
+    /// The places of it that go.
+    parts: Vec<Range<u64>>,
+    /// Nobody waits for them, and the guest will touch them.
+    unasked: bool,
+}
+
 /// Where background pages are taken from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Source {
     Lacking,
     Wants,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{MappedMemory, MappedRegion, Mapping};
+    use pagewire_protocol::domain::LineageId;
+    use pagewire_protocol::handover::{Epoch, Handover, HostId};
+    use pagewire_protocol::page::InstallSize;
+    use std::sync::Arc;
+    use std::sync::atomic::Ordering;
+
+    const PAGES: u64 = 400;
+
+    /// Serves a guest that lacks everything, without a window or cap in the way.
+    fn serving() -> Serving<MappedMemory> {
+        let mapping = Arc::new(Mapping::private(usize::try_from(PAGES).unwrap() * PAGE_BYTES).unwrap());
+        // No page is zero.
+        (0..mapping.len()).step_by(PAGE_BYTES).for_each(|at| mapping.byte(at).unwrap().store(1, Ordering::Relaxed));
+        let memory = MappedMemory::new(vec![MappedRegion::of(mapping, InstallSize::KIB_4)]).unwrap();
+        let (sender, receiver) = (HostId([1; 32]), HostId([2; 32]));
+        let handover = Handover {
+            lineage: LineageId([3; 16]),
+            session: [4; 16],
+            epoch: Epoch::ZERO,
+            root: Digest::default(),
+            sender,
+            receiver,
+            arbiter: false,
+            post_copy: true,
+        };
+        let remainder = Remainder::recover(memory, &[0; 32], handover).unwrap();
+        let lack = Lack { transcript: [0; 32], secret: [0; 32], window: 1 << 30, pages: PAGES, lanes: 1, holds: false };
+        let ways = Ways { compress: false, workers: 0, bandwidth_limit: None, batch_pages: 16 };
+        let mut serving = Serving::new(remainder, &lack, ways);
+        serving.handle_lacking(&Lacking { first: 0, bits: &[0xFF; 50] }).unwrap();
+        serving
+    }
+
+    fn name(serving: &mut Serving<MappedMemory>, urgency: Urgency, pages: &[(u64, u32)]) {
+        let pages = pages.iter().map(|&(first, count)| Want { region: 0, first, count }).collect();
+        serving.handle_fault(&Fault { urgency, pages }).unwrap();
+    }
+
+    /// Inline pages of the next frame in the background.
+    fn step(serving: &mut Serving<MappedMemory>) -> u64 {
+        let before = serving.counts.inline;
+        assert!(serving.step(Time::ZERO).unwrap());
+        serving.lanes.poll_frame(LaneId::bulk(0), Time::ZERO).unwrap();
+        serving.counts.inline - before
+    }
+
+    #[test]
+    fn what_the_guest_waited_for_does_not_go_again_in_the_background() {
+        let mut serving = serving();
+        name(&mut serving, Urgency::NOW, &[(100, 1), (102, 1)]);
+        assert!(serving.next_urgent().unwrap().is_some() && serving.next_urgent().unwrap().is_some());
+        assert!(serving.next_urgent().unwrap().is_none());
+        // Behind the last of them first, and at last what lies before them.
+        assert_eq!((step(&mut serving), serving.cursor, serving.counts.prepaged), (16, 119, 16));
+        while !serving.is_sent() {
+            step(&mut serving);
+        }
+        assert_eq!((serving.counts.inline, serving.counts.faults, serving.counts.prepaged), (PAGES, 2, 16));
+    }
+
+    #[test]
+    fn what_went_in_the_background_goes_at_once_if_the_guest_waits_for_it() {
+        let mut serving = serving();
+        assert_eq!(step(&mut serving), 16);
+        name(&mut serving, Urgency::NOW, &[(3, 1)]);
+        assert!(serving.next_urgent().unwrap().is_some(), "it may be far behind on its lane");
+        name(&mut serving, Urgency::NOW, &[(3, 1)]);
+        assert!(serving.next_urgent().unwrap().is_none(), "and once");
+    }
+
+    #[test]
+    fn what_the_guest_will_touch_goes_first_and_without_its_neighbours() {
+        let mut serving = serving();
+        name(&mut serving, Urgency::AHEAD, &[(300, 1), (7, 20), (300, 1), (50, 2)]);
+        assert_eq!([(); 4].map(|()| step(&mut serving)), [1, 16, 4, 2]);
+        assert_eq!(serving.counts.prepaged, 23);
+        while !serving.is_sent() {
+            step(&mut serving);
+        }
+        assert_eq!((serving.counts.inline, serving.counts.prepaged), (PAGES, 23));
+    }
 }

@@ -15,10 +15,11 @@ use crate::image::Image;
 use crate::link::{Cut, LinkConfig, Pipe};
 use crate::memory::ImageSink;
 use crate::rng::Rng;
-use pagewire_protocol::frame::{FrameKind, LaneId, Want};
+use pagewire_protocol::frame::{FrameKind, LaneId};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::handover::{Message, Word};
 use pagewire_protocol::limits::WINDOW_BYTES;
+use pagewire_protocol::page::Place;
 use pagewire_protocol::session::{FEATURE_LIVE, FEATURE_POST_COPY, Machine, Outgoing, Policy};
 use pagewire_protocol::time::{Span, Time};
 use pagewire_receiver::fill::{FillEngine as ReceiverFill, FillEvent as ReceiverEvent, FillTerms, Incomplete};
@@ -71,7 +72,7 @@ pub struct FillWorldConfig {
     /// Somebody in the middle.
     pub meddler: Option<Meddler>,
     /// The pages that the guest is known to touch.
-    pub ahead: Vec<Want>,
+    pub ahead: Vec<Place>,
 }
 
 impl FillWorldConfig {

@@ -69,7 +69,7 @@ impl World {
             match action {
                 Action::Say(message) => self.say(TO_RECEIVER, message),
                 Action::Release => self.sender.machine.release(),
-                Action::Fill(_) => self.sender.machine.split(),
+                Action::Fill(_) => self.sender.machine.release(),
                 Action::Run => {
                     self.config.guest.iter().for_each(|guest| guest.state().resume());
                     self.sender.machine.cancel(why.take().unwrap_or(SenderFailure::Rejected));
