@@ -3,7 +3,7 @@
 //! `PAGEWIRE_NAME`, and where there is one `PAGEWIRE_STATE`, `PAGEWIRE_EPOCH` and `PAGEWIRE_THROTTLE`, tell a command what
 //! it is about.
 
-use crate::args::{AtLimit, Live, Take};
+use crate::args::{AtLimit, Live, PostCopy, Take};
 use crate::command::run;
 use crate::throttle::Throttle;
 use anyhow::{Context, Result};
@@ -32,7 +32,7 @@ const STATES: &str = ".device-states";
 const STATE_MAX: u64 = (16 << 20) + 1;
 
 /// Where hand-overs are recorded.
-fn journal(dir: Option<&Path>) -> Result<Arc<Journal>> {
+pub(crate) fn journal(dir: Option<&Path>) -> Result<Arc<Journal>> {
     let dir = dir.map_or_else(Journal::default_dir, |dir| Ok(dir.to_path_buf()))?;
     Ok(Arc::new(Journal::open(&dir).context("--journal")?))
 }
@@ -53,6 +53,12 @@ pub(crate) fn live(args: &Live, name: &ImageName) -> Result<(LiveOptions, Box<dy
     options.limits.at_limit = match args.at_limit {
         AtLimit::Cancel => pagewire::AtLimit::Cancel,
         AtLimit::Force => pagewire::AtLimit::Force,
+        AtLimit::PostCopy => pagewire::AtLimit::PostCopy,
+    };
+    options.post_copy = match (args.post_copy, args.at_limit) {
+        (Some(PostCopy::Now), _) => pagewire::PostCopy::Now,
+        (Some(PostCopy::Auto), _) | (None, AtLimit::PostCopy) => pagewire::PostCopy::Auto,
+        (Some(PostCopy::Never) | None, _) => pagewire::PostCopy::Never,
     };
     let mut about = vec![("PAGEWIRE_NAME", name.to_string())];
     about.extend(args.state.iter().map(|state| ("PAGEWIRE_STATE", state.display().to_string())));

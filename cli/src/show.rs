@@ -95,6 +95,8 @@ fn phase_line(phase: Phase) -> String {
         Phase::Waiting => "--pause-before-switchover is asked whether to go on".to_owned(),
         Phase::Handed => "handed over: the receiver may start it".to_owned(),
         Phase::Started => "the guest is the receiver's".to_owned(),
+        Phase::Filling { pages } => format!("the guest runs there and lacks {pages} pages: they follow"),
+        Phase::Filled => "the guest has all of its pages: its memory here can go".to_owned(),
         Phase::Stays => "the guest stays here, and was told to run on".to_owned(),
         Phase::InDoubt => "the receiver does not answer: it is asked where the guest is".to_owned(),
     }

@@ -1,6 +1,6 @@
 //! What each verb does: options from the command line to the facade, outcomes to exit codes.
 
-use crate::args::{Args, Copy, Inspect, Keep, Keeping, Receive, Send, Transfer, Verb};
+use crate::args::{Args, AtLimit, Copy, Inspect, Keep, Keeping, PostCopy, Receive, Resume, Send, Transfer, Verb};
 use crate::show::{Show, draw, finish, print_json, size, warn};
 use crate::{demo, exit, live, resolve, signals, status, store};
 use anyhow::{Context, Result, bail};
@@ -25,6 +25,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         Verb::Store(args) => store::run(&args.verb),
         Verb::Status(args) => status::run(&args),
         Verb::Resolve(args) => resolve::run(&args),
+        Verb::Resume(args) => resume(&args),
     }
 }
 
@@ -76,7 +77,30 @@ fn is_remote(path: &Path) -> bool {
     text.split_once(':').is_some_and(|(host, _)| !host.is_empty() && !host.contains('/'))
 }
 
+/// Brings what a guest lacks that runs at the receiver.
+fn resume(args: &Resume) -> Result<ExitCode> {
+    let options = SendOptions {
+        lanes: args.lanes,
+        install_size: args.page_size.into(),
+        compress: !args.no_compress,
+        bandwidth_limit: args.bandwidth_limit,
+        insecure_plaintext: args.insecure_plaintext,
+        cancel: cancellation()?,
+        ..SendOptions::default()
+    };
+    let journal = live::journal(args.journal.as_deref())?;
+    let mut show = Show::new(args.output.json);
+    let outcome = pagewire::resume(&args.source, &args.name, &args.to, (&journal, args.patience), &options, &mut show);
+    let seen = show.end();
+    finish(&outcome, &args.output, seen);
+    Ok(end(&outcome))
+}
+
 fn send(args: &Send) -> Result<ExitCode> {
+    if let (Some(PostCopy::Never), AtLimit::PostCopy) = (args.live.post_copy, args.live.at_limit) {
+        eprintln!("pagewire: --post-copy never and --at-limit post-copy exclude each other");
+        return Ok(ExitCode::from(2));
+    }
     let reuse = match reuse(&args.keeping, false) {
         Ok(reuse) => reuse,
         Err(error) => return store::refused(error),

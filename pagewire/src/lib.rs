@@ -79,7 +79,7 @@ pub use journal::{GuestJournal, GuestStatus, Journal, JournalError};
 pub use lease::Lease;
 pub use live::{
     Arbiter, GuestHooks, GuestStarter, LiveOptions, Operator, PostCopy, Started, TakeOptions, ask_receiver,
-    device_state_name, milliseconds,
+    device_state_name, milliseconds, resume, resume_memory,
 };
 pub use observe::{Event, NoObserver, Observer, Phase};
 pub use pagewire_protocol::bitmap::PageBitmap;

@@ -2,7 +2,7 @@
 
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
-use crate::live::{GuestHooks, LiveOptions, bring, give};
+use crate::live::{GuestHooks, LiveOptions, PostCopy, bring, give};
 use crate::observe::{Event, Observer};
 use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round};
 use crate::reuse::{Departed, Departure, Reuse, keep_departed};
@@ -211,6 +211,12 @@ pub(crate) fn run<M: GuestMemory>(
     if options.reuse.is_some() && reuse.is_none() {
         report.warnings.push("the store is not used: the link is neither local nor authenticated".to_owned());
     }
+    // Its pages may follow in a new process, which knows the hand-over's record and no key that was made for a session.
+    let follows = guest.as_ref().is_some_and(|(live, _)| live.post_copy != PostCopy::Never);
+    if reuse.is_some() && follows {
+        report.warnings.push("the store is not used: no guest is built on one in post-copy yet".to_owned());
+    }
+    let reuse = reuse.filter(|_| !follows);
     let departure = match reuse {
         Some(reuse) => Departure::of(reuse, name, memory.layout(), &mut report),
         None => Departure::unknown(),
@@ -246,7 +252,10 @@ pub(crate) fn run<M: GuestMemory>(
             let result = result.map_err(|error| error.kind);
             let ended = giving.end(result, (to.as_ref(), live), session, (&mut report, observer));
             match (remainder.filter(|_| giving.is_serving()), &to) {
-                (Some(remainder), Some(to)) => bring(&giving, remainder, to, (options, live), (&mut report, observer)),
+                (Some(remainder), Some(to)) => {
+                    let with = (options, live.patience);
+                    bring(remainder, to, with, || giving.filled(), (&mut report, observer))
+                }
                 _ => ended,
             }
         }
