@@ -402,8 +402,8 @@ pub(crate) enum PostCopy {
 #[derive(Debug, ClapArgs)]
 #[command(next_help_heading = "Guests that run")]
 pub(crate) struct Take {
-    /// Take guests over, and start each by CMD when it is this host's: PAGEWIRE_NAME, PAGEWIRE_IMAGE, PAGEWIRE_STATE
-    /// (its device state) and PAGEWIRE_EPOCH tell which. CMD has 10 seconds; what it leaves in the background goes on.
+    /// Take guests over, and start each by CMD when it is this host's: PAGEWIRE_NAME, PAGEWIRE_IMAGE (or PAGEWIRE_SOCKET),
+    /// PAGEWIRE_STATE (its device state) and PAGEWIRE_EPOCH tell which. CMD has 10 seconds; what it leaves in the background goes on.
     #[arg(long, value_name = "CMD")]
     pub(crate) on_start: Option<String>,
     /// Take guests over, and leave it to somebody else to start them.
@@ -423,11 +423,16 @@ pub(crate) struct Receive {
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Address,
     /// Images land in DIR/NAME. A file that exists is the base; it stays until the new one replaces it.
-    #[arg(long, value_name = "DIR", required_unless_present = "into_file")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["into_file", "into_uffd"])]
     pub(crate) into: Option<PathBuf>,
     /// Fill the existing file PATH where it lies, whatever the image is called; somebody may hold it open.
     #[arg(long, value_name = "PATH", conflicts_with_all = ["into", "inplace"])]
     pub(crate) into_file: Option<PathBuf>,
+    /// Guests land in the memory of a hypervisor that loads them in --on-start and hands over its userfaultfd, as
+    /// Firecracker does: each on the Unix socket DIR/NAME.sock, which PAGEWIRE_SOCKET names. They are sent with
+    /// --post-copy now. If this process ends before all of a guest is there, the guest stands still for ever.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["into", "into_file", "inplace", "fresh", "store"])]
+    pub(crate) into_uffd: Option<PathBuf>,
     /// Change files where they lie: nothing unchanged is written, but until it is whole a file is absent.
     #[arg(long)]
     pub(crate) inplace: bool,

@@ -140,20 +140,26 @@ fn reuse(keeping: &Keeping, trust: bool) -> Result<Option<Reuse>, StoreError> {
 }
 
 fn receive(args: Receive) -> Result<ExitCode> {
-    let into = match (args.into, args.into_file) {
-        (_, Some(file)) => Into::File(file),
-        (Some(dir), None) => Into::Folder(dir),
-        (None, None) => bail!("--into or --into-file is needed"),
+    let into = match (args.into, args.into_file, args.into_uffd) {
+        (_, Some(file), _) => Into::File(file),
+        (_, _, Some(dir)) => Into::HandedOver(dir),
+        (Some(dir), None, None) => Into::Folder(dir),
+        (None, None, None) => bail!("--into, --into-file or --into-uffd is needed"),
     };
-    if let Into::Folder(dir) = &into
+    if let Into::Folder(dir) | Into::HandedOver(dir) = &into
         && !dir.is_dir()
     {
-        eprintln!("pagewire: --into {}: is not a folder", dir.display());
+        eprintln!("pagewire: {}: is not a folder", dir.display());
+        return Ok(ExitCode::from(2));
+    }
+    if matches!(into, Into::HandedOver(_)) && args.take.on_start.is_none() && !args.take.leave_paused {
+        eprintln!("pagewire: --into-uffd is for guests that run: say --on-start CMD, or --leave-paused");
         return Ok(ExitCode::from(2));
     }
     let live = match &into {
-        Into::Folder(dir) => live::take(&args.take, dir.clone(), true)?,
-        Into::File(file) => live::take(&args.take, file.clone(), false)?,
+        Into::Folder(dir) => live::take(&args.take, live::Images::Folder(dir.clone()))?,
+        Into::File(file) => live::take(&args.take, live::Images::File(file.clone()))?,
+        Into::HandedOver(dir) => live::take(&args.take, live::Images::Sockets(dir.clone()))?,
         Into::Memory | Into::PostCopy { .. } => None,
     };
     let reuse = match reuse(&args.keeping, args.trust_store) {
@@ -207,8 +213,14 @@ fn tell(event: &ServerEvent<'_>, output: &crate::args::Output) -> Option<ExitCod
             }
             return Some(outcome.error.as_ref().map_or(ExitCode::SUCCESS, exit::code));
         }
+        ServerEvent::HandedOver { session, name, .. } if output.json => {
+            print_json(&json!({"event": "handed_over", "session": session, "name": name}));
+        }
         ServerEvent::Stranger { peer, why } => warn(&format!("{peer}: {why}")),
-        ServerEvent::Connected { .. } | ServerEvent::Progress { .. } | ServerEvent::Arrived { .. } => {}
+        ServerEvent::Connected { .. }
+        | ServerEvent::Progress { .. }
+        | ServerEvent::Arrived { .. }
+        | ServerEvent::HandedOver { .. } => {}
     }
     None
 }

@@ -3,6 +3,7 @@
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::ground::{Ground, Search};
+use crate::handed::{HandedNews, HandedSink, Handing};
 use crate::live::{MemorySlot, TakeOptions, Taking};
 use crate::observe::Event;
 use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
@@ -52,6 +53,10 @@ pub enum Into {
         /// Who may touch what is absent.
         faults_of: FaultsOf,
     },
+    /// Into memory of a hypervisor that loads the guest when it is started, and hands over its userfaultfd then: for the
+    /// guest NAME on the Unix socket `NAME.sock` in this folder, as Firecracker does. The guest comes in post-copy alone,
+    /// at once.
+    HandedOver(PathBuf),
 }
 
 /// How to receive.
@@ -124,6 +129,17 @@ pub enum ServerEvent<'a> {
         /// The guest's memory.
         memory: GuestRam,
     },
+    /// A hypervisor has handed over the memory of a guest that runs in it. Whoever keeps a
+    /// [duplicate](PostcopyMemory::duplicate) and the [table](PostcopyMemory::table) can serve it when this process is gone;
+    /// until then nobody sees a zero.
+    HandedOver {
+        /// Which session.
+        session: u64,
+        /// What the sender calls it.
+        name: &'a str,
+        /// The guest's memory.
+        memory: &'a Arc<PostcopyMemory>,
+    },
     /// A session ended.
     Ended {
         /// Which session.
@@ -156,6 +172,8 @@ struct Shared {
     count: AtomicU64,
     /// Guests that run here and lack pages.
     parking: Arc<Parking<PostcopySink>>,
+    /// The same, of those that run in the memory of another process.
+    handed: Arc<Parking<HandedSink>>,
 }
 
 type Tell = Arc<dyn Fn(ServerEvent<'_>) + Send + Sync>;
@@ -169,8 +187,8 @@ impl Server {
         check_plaintext(address, options.insecure_plaintext).map_err(ErrorKind::at_sender)?;
         let failed = |source| ErrorKind::Listen { address: address.to_string(), source }.at_sender();
         let listener = Listener::bind(address).map_err(failed)?;
-        let (strangers, open, count, parking) = Default::default();
-        let shared = Shared { options, sessions: Sessions::default(), strangers, open, count, parking };
+        let (strangers, open, count, parking, handed) = Default::default();
+        let shared = Shared { options, sessions: Sessions::default(), strangers, open, count, parking, handed };
         Ok(Self { listener, shared: Arc::new(shared) })
     }
 
@@ -251,7 +269,7 @@ impl Shared {
                 let (named, outcome) = self.receive(session, arriving, stranger, tell);
                 tell(ServerEvent::Ended { session, outcome: &outcome });
                 // A guest that lacks pages needs this process until it has them.
-                if self.options.once && named && self.parking.is_empty() {
+                if self.options.once && named && self.parking.is_empty() && self.handed.is_empty() {
                     self.options.cancel.cancel();
                 }
             }
@@ -283,6 +301,7 @@ impl Shared {
             Into::PostCopy { backing, faults_of } => {
                 self.receive_post_copy(arriving, stranger, (*backing, *faults_of), observe)
             }
+            Into::HandedOver(dir) => self.receive_handed(arriving, stranger, (dir, session), tell),
             Into::Memory => {
                 let shared = Cell::new(None);
                 let place = |offer: &Offer, warnings: &mut Vec<String>| {
@@ -325,8 +344,7 @@ impl Shared {
         let slot = MemorySlot::default();
         let place = |offer: &Offer, _: &mut Vec<String>| {
             if offer.open.live.is_none() {
-                let reason = "this memory is for guests that run: send it with --live".to_owned();
-                return Err(Refusal { code: CloseCode::REFUSED, reason });
+                return Err(refused("this memory is for guests that run: send it with --live"));
             }
             let memory = PostcopyMemory::new(offer.open.layout.clone(), backing).map(Arc::new);
             let memory = memory.map_err(|error| no_memory(&error))?;
@@ -335,6 +353,40 @@ impl Shared {
         };
         let at = Some((Arc::clone(&slot), &self.parking));
         self.run(arriving, stranger, (place, at), |_, _, _| (), observe)
+    }
+
+    /// Runs one session into the memory of a hypervisor, or one that fills a guest there.
+    fn receive_handed(
+        &self,
+        arriving: Arriving,
+        stranger: Stranger,
+        (dir, session): (&Path, u64),
+        tell: &Tell,
+    ) -> (bool, Outcome) {
+        let place = |offer: &Offer, _: &mut Vec<String>| {
+            if !offer.open.live.is_some_and(|live| live.post_copy) {
+                return Err(refused(
+                    "this memory comes with a guest that runs in it: send it with --live --post-copy now",
+                ));
+            }
+            let [_] = offer.open.layout.regions() else {
+                return Err(refused("this memory is for images of one region"));
+            };
+            let name = offer.open.name.to_string();
+            let path = dir.join(format!("{name}.sock"));
+            let (tell, peer) = (Arc::clone(tell), path.display().to_string());
+            let told = move |news: HandedNews<'_>| match news {
+                HandedNews::Come(memory) => tell(ServerEvent::HandedOver { session, name: &name, memory }),
+                HandedNews::Refused(why) => tell(ServerEvent::Stranger { peer: &peer, why }),
+            };
+            let handing = Handing::listen(&path, offer.open.layout.clone(), told).map_err(|error| {
+                let reason = format!("no hypervisor can be waited for at {}: {}", path.display(), chain(&error));
+                Refusal { code: CloseCode::DESTINATION, reason }
+            })?;
+            Ok(Ground::plain(handing).landed(HandedSink::new))
+        };
+        let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
+        self.run(arriving, stranger, (place, Some((MemorySlot::default(), &self.handed))), |_, _, _| (), observe)
     }
 
     /// Runs one session. Until it names an image its peer is a stranger.
@@ -523,6 +575,10 @@ fn no_memory(error: &dyn std::error::Error) -> Refusal {
 fn seed() -> Result<u64, Refusal> {
     let failed = |kind: ErrorKind| Refusal { code: CloseCode::DESTINATION, reason: chain(&kind) };
     random().map(u64::from_le_bytes).map_err(failed)
+}
+
+fn refused(reason: &str) -> Refusal {
+    Refusal { code: CloseCode::REFUSED, reason: reason.to_owned() }
 }
 
 /// What the peer is told of a place that cannot be used.

@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind};
 use crate::observe::{Event, Observer, Phase};
 use crate::report::{Decision, Report};
 use crate::send::SendOptions;
-use pagewire_protocol::error::{GuestAt, chain};
+use pagewire_protocol::error::{GuestAt, PeerError, chain};
 use pagewire_protocol::handover::Message;
 use pagewire_sender::driver::{FillSummary, Route, fill};
 use pagewire_sender::fill::{FillConfig, Remainder};
@@ -64,7 +64,9 @@ pub(crate) fn bring<M: GuestMemory>(
             Err(error) => error,
         };
         left = rest;
-        if summary.wire.received_bytes > 0 && summary.counts != Default::default() {
+        // What the receiver itself ends is as if nothing had gone: it cannot put pages in, or its guest is lost.
+        let refused = matches!(error, Failure::Peer(PeerError::Closed { .. }));
+        if !refused && summary.counts != Default::default() {
             (until, pause) = (Instant::now() + patience, TRY_FIRST);
         }
         let last = matches!(error, Failure::Cancelled | Failure::Source(_)) || Instant::now() >= until;
