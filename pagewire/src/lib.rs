@@ -100,6 +100,6 @@ pub use pagewire_sender::{GuestMemory, Tracking};
 pub use pagewire_store::{self as store, LandingOptions};
 pub use pagewire_transport::{Address, AddressError, CancellationToken};
 pub use receive::{Into, ReceiveOptions, Server, ServerEvent};
-pub use report::{Decision, Faults, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round, WireBytes};
+pub use report::{Decision, Faults, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round, ThreadWaits, WireBytes};
 pub use reuse::{KeepWhat, Reuse};
 pub use send::{SendOptions, send, send_live, send_live_memory, send_memory};

@@ -6,7 +6,7 @@ use crate::ground::{Ground, Search};
 use crate::handed::{HandedNews, HandedSink, Handing};
 use crate::live::{MemorySlot, TakeOptions, Taking};
 use crate::observe::Event;
-use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
+use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role, ThreadWaits};
 use crate::reuse::{Image, KeepWhat, Reuse, keep_arrived};
 use crate::send::check_plaintext;
 use pagewire_protocol::error::{CloseCode, GuestAt, chain};
@@ -513,6 +513,7 @@ fn fill_report(report: &mut Report, filled: &FillSummary) {
     let counts = filled.counts;
     let micros = |span: Span| span.as_secs_f64() * 1e6;
     let faults = &mut report.faults;
+    faults.seconds = report.seconds;
     (faults.count, faults.local, faults.remote) = (counts.faults, counts.local, counts.faults);
     faults.background = counts.inline.saturating_add(counts.zero).saturating_sub(counts.faults);
     if let Some(times) = &filled.times {
@@ -520,6 +521,9 @@ fn fill_report(report: &mut Report, filled: &FillSummary) {
         faults.p99_us = micros(times.quantile(990));
         faults.max_us = micros(times.longest());
         faults.blocked_seconds = times.total().as_secs_f64();
+        let waits =
+            |(thread, count, span): (u32, u64, Span)| ThreadWaits { thread, count, seconds: span.as_secs_f64() };
+        faults.threads = times.threads().map(waits).collect();
     }
 }
 

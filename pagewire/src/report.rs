@@ -136,8 +136,19 @@ impl From<&pagewire_sender::RoundReport> for Round {
     }
 }
 
+/// A thread of the guest that waited for pages: a vCPU, or whoever else touches its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ThreadWaits {
+    /// Its id on the receiver's host.
+    pub thread: u32,
+    /// How often.
+    pub count: u64,
+    /// For how long together.
+    pub seconds: f64,
+}
+
 /// What came while the guest ran at the receiver: of a post-copy.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Faults {
     /// Pages that the guest touched before they had come.
     pub count: u64,
@@ -153,13 +164,16 @@ pub struct Faults {
     pub max_us: f64,
     /// All of them together, in seconds.
     pub blocked_seconds: f64,
+    /// Each of them, where the kernel tells which, of the first 256; at the receiver.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub threads: Vec<ThreadWaits>,
     /// Pages that came in the background.
     pub background: u64,
     /// Pages that the guest lacks still.
     pub lacking: u64,
     /// Sessions that it took.
     pub sessions: u64,
-    /// From the first of them to the end of the last.
+    /// From the first of them to the end of the last; at the receiver of the last one alone.
     pub seconds: f64,
 }
 

@@ -136,7 +136,7 @@ fn accept(listener: &UnixListener, handing: &Weak<Handing>, tell: &impl Fn(Hande
                 let _ = std::fs::remove_file(&handing.path);
                 return;
             }
-            Err(error) => tell(HandedNews::Refused(&format!("{}: {}", handing.path.display(), chain(&error)))),
+            Err(error) => tell(HandedNews::Refused(&chain(&error))),
         }
     }
 }

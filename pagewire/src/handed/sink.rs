@@ -7,7 +7,8 @@ use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::time::Time;
 use pagewire_receiver::GuestSink;
-use pagewire_receiver::memory::{FaultTimes, Installed, PostcopyMemory, Served};
+use pagewire_receiver::memory::{FaultTimes, Installed, PostcopyError, PostcopyMemory, Served};
+use rustix::io::Errno;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -41,7 +42,10 @@ impl HandedSink {
     }
 
     fn note(&mut self, served: &[Served]) {
-        served.iter().flat_map(|served| &served.waited).for_each(|(_, waited)| self.times.add(*waited));
+        served
+            .iter()
+            .flat_map(|served| &served.waited)
+            .for_each(|(thread, waited)| self.times.add_of(*thread, *waited));
     }
 
     /// The memory, for pages that have come.
@@ -166,7 +170,13 @@ impl GuestSink for HandedSink {
 
     fn finish(&mut self) -> io::Result<()> {
         match &self.handed {
-            Some(Handed { memory, .. }) if memory.absent_pages() == 0 => Ok(memory.finish()?),
+            Some(Handed { memory, .. }) if memory.absent_pages() == 0 => match memory.finish() {
+                // It had all of its pages, and has ended since: nothing of it is watched.
+                Err(PostcopyError::Call { error, .. }) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => {
+                    Ok(())
+                }
+                finished => Ok(finished?),
+            },
             _ => Ok(()),
         }
     }

@@ -34,7 +34,10 @@ impl PostcopySink {
     }
 
     fn note(&mut self, served: &[Served]) {
-        served.iter().flat_map(|served| &served.waited).for_each(|(_, waited)| self.times.add(*waited));
+        served
+            .iter()
+            .flat_map(|served| &served.waited)
+            .for_each(|(thread, waited)| self.times.add_of(*thread, *waited));
     }
 }
 
