@@ -41,7 +41,8 @@ pub(crate) enum Verb {
     /// Show what it does: 5, 10 and 15 guests move from host A to host B and back while they run, on this machine.
     ///
     /// They come back changed, and what did not change never travels again: it is in the store of the host they left.
-    /// They stand still for the last round alone. Takes less than a minute and, at full scale, 6 GB of memory or disk while it runs.
+    /// They stand still for the last round alone. One guest of each row moves once more in post-copy: it runs on B at once,
+    /// and its memory follows. Takes less than a minute and, at full scale, 6 GB of memory or disk while it runs.
     Demo(Demo),
     /// Copy an image to another file on this host; if that exists, only what differs is written.
     Copy(Copy),

@@ -22,6 +22,8 @@ fn shows_the_table_with_nothing_prepared() {
         assert!(said.lines().any(|line| line.contains(heading)), "{said}");
     }
     assert!(said.contains("compared page by page after each leg: equal"), "{said}");
+    let post_copy = ["waits", "touched", "p99"].map(|heading| said.contains(heading));
+    assert!(post_copy == [true; 3] || progress.contains("SKIPPED: the leg in post-copy"), "{said}");
     assert!(progress.contains("scale 0.01") && progress.contains("row 3 of 3, 15 guests: all move back"), "{progress}");
 }
 

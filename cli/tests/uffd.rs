@@ -226,6 +226,29 @@ fn another_process_brings_the_rest_when_a_sender_has_given_up_or_was_killed() {
 }
 
 #[test]
+fn a_guest_that_has_all_and_cannot_be_recorded_as_gone_ends_with_5_until_it_can() {
+    let Some(scene) = Scene::set(4 << 20) else { return };
+    let journal = scene.path("journal-here");
+    fs::create_dir(&journal).unwrap();
+    let Some(mounted) = Mounted::tmpfs(&journal, "size=4m,mode=700") else { return };
+    let sender = scene.send(&["--post-copy", "now"]).spawn().unwrap();
+    scene.wait_until_it_runs();
+    mounted.remount("remount,ro");
+    let (code, said) = ended(sender);
+    assert_eq!(code, Some(5), "{said}");
+    assert!(said.contains("has all of it") && said.contains("pagewire resume"), "{said}");
+    scene.is_right();
+    let report = scene.report("sent");
+    assert!(report["guest_at"] == "receiver" && report["faults"]["lacking"] == 0, "{report}");
+    mounted.remount("remount,rw");
+    let output = scene.resume();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert_eq!(scene.whereabouts("journal-here"), "there");
+    wait_until("the receiver knows it", || scene.whereabouts("journal-there") == "here");
+    assert_eq!(scene.report("resumed")["pages"]["inline"], 0, "nothing is sent again");
+}
+
+#[test]
 fn a_guest_in_post_copy_is_refused_where_it_cannot_come_so_and_runs_on() {
     let Some(scene) = Scene::set(100 << 20) else { return };
     // Nothing can be stored before the memory is handed over.

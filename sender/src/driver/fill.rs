@@ -85,8 +85,8 @@ async fn drive<M: GuestMemory>(
         match (event, &address) {
             (Some(FillEvent::Accepted { lanes }), Some(address)) => {
                 // What the guest waits for first of all.
-                let lanes = std::iter::once(LaneId::URGENT).chain((0..lanes).map(LaneId::bulk));
-                let joined = lanes.map(|lane| join(&mut pump, address, lane)).collect::<Result<(), ErrorKind>>();
+                let mut lanes = std::iter::once(LaneId::URGENT).chain((0..lanes).map(LaneId::bulk));
+                let joined = lanes.try_for_each(|lane| join(&mut pump, address, lane));
                 joined.unwrap_or_else(|kind| pump.machine().cancel(kind));
             }
             (Some(FillEvent::Accepted { .. }), None) => {}
