@@ -292,11 +292,11 @@ impl Shared {
                 let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
                     keep(open, manifest, Some(Image::File(&dir.join(open.name.as_str()))), report);
                 };
-                self.run(arriving, stranger, (place, None), keep, observe)
+                self.run(arriving, stranger, place, None, keep, observe)
             }
             Into::File(path) => {
                 let place = |offer: &Offer, _: &mut Vec<String>| into_file(path, offer, options);
-                self.run(arriving, stranger, (place, None), |_, _, _| (), observe)
+                self.run(arriving, stranger, place, None, |_, _, _| (), observe)
             }
             Into::PostCopy { backing, faults_of } => {
                 self.receive_post_copy(arriving, stranger, (*backing, *faults_of), observe)
@@ -328,7 +328,7 @@ impl Shared {
                         keep(open, manifest, None, report);
                     }
                 };
-                self.run(arriving, stranger, (place, None), keep, observe)
+                self.run(arriving, stranger, place, None, keep, observe)
             }
         }
     }
@@ -352,7 +352,7 @@ impl Shared {
             Ok(Ground::plain(memory).landed(|memory| PostcopySink::new(memory, faults_of)))
         };
         let at = Some((Arc::clone(&slot), &self.parking));
-        self.run(arriving, stranger, (place, at), |_, _, _| (), observe)
+        self.run(arriving, stranger, place, at, |_, _, _| (), observe)
     }
 
     /// Runs one session into the memory of a hypervisor, or one that fills a guest there.
@@ -386,7 +386,8 @@ impl Shared {
             Ok(Ground::plain(handing).landed(HandedSink::new))
         };
         let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
-        self.run(arriving, stranger, (place, Some((MemorySlot::default(), &self.handed))), |_, _, _| (), observe)
+        let waiting = Some((MemorySlot::default(), &self.handed));
+        self.run(arriving, stranger, place, waiting, |_, _, _| (), observe)
     }
 
     /// Runs one session. Until it names an image its peer is a stranger.
@@ -394,10 +395,8 @@ impl Shared {
         &self,
         arriving: Arriving,
         stranger: Stranger,
-        (mut place, waiting): (
-            impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>,
-            Option<(MemorySlot, &Arc<Parking<S>>)>,
-        ),
+        mut place: impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>,
+        waiting: Option<(MemorySlot, &Arc<Parking<S>>)>,
         keep: impl FnOnce(&Open, &Manifest, &mut Report),
         observe: impl FnMut(&Event),
     ) -> (bool, Outcome) {
