@@ -250,7 +250,7 @@ mod tests {
         let pids = dir.path().join("pids");
         let command = format!("echo $$ > {0}; sleep 1000 & echo $! >> {0}; wait", pids.display());
         let began = Instant::now();
-        let error = run(&command, &[], Duration::from_secs(2)).unwrap_err();
+        let error = run(&command, &[], Duration::from_secs(2), None).unwrap_err();
         assert!(error.contains("not done after 2 s") && began.elapsed() < Duration::from_secs(60), "{error}");
         let is_gone = |pid: &str| {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
@@ -268,10 +268,10 @@ mod tests {
     #[test]
     fn a_command_is_told_what_it_is_about_and_says_how_it_failed() {
         let about = [("PAGEWIRE_NAME", "vm $(exit 4)".to_owned())];
-        assert_eq!(run("test \"$PAGEWIRE_NAME\" = 'vm $(exit 4)'", &about, PAUSE_MAX), Ok(()));
-        assert!(run("exit 3", &[], PAUSE_MAX).unwrap_err().contains("exit status: 3"));
-        assert!(run("kill -9 $$", &[], PAUSE_MAX).unwrap_err().contains("signal: 9"));
+        assert_eq!(run("test \"$PAGEWIRE_NAME\" = 'vm $(exit 4)'", &about, PAUSE_MAX, None), Ok(()));
+        assert!(run("exit 3", &[], PAUSE_MAX, None).unwrap_err().contains("exit status: 3"));
+        assert!(run("kill -9 $$", &[], PAUSE_MAX, None).unwrap_err().contains("signal: 9"));
         // Nothing can be read from the terminal of whoever started it.
-        assert_eq!(run("! read line", &[], PAUSE_MAX), Ok(()));
+        assert_eq!(run("! read line", &[], PAUSE_MAX, None), Ok(()));
     }
 }

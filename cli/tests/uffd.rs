@@ -13,7 +13,7 @@ use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use support::network::Network;
@@ -161,10 +161,6 @@ fn ended(child: Child) -> (Option<i32>, String) {
     (output.status.code(), text(&output.stderr))
 }
 
-fn exists(path: &Path) -> bool {
-    path.exists()
-}
-
 #[test]
 fn a_workload_in_served_memory_comes_to_the_right_answer_though_the_network_is_cut_six_times() {
     let Some(scene) = Scene::set(2 << 20) else { return };
@@ -172,7 +168,7 @@ fn a_workload_in_served_memory_comes_to_the_right_answer_though_the_network_is_c
     scene.wait_until_it_runs();
     for cut in 1..=6 {
         std::thread::sleep(Duration::from_millis(300));
-        assert!(!exists(&scene.path("there/said")), "it is not done before cut {cut}");
+        assert!(!scene.path("there/said").exists(), "it is not done before cut {cut}");
         scene.network.cut();
     }
     let (code, said) = ended(sender);
@@ -206,7 +202,7 @@ fn another_process_brings_the_rest_when_a_sender_has_given_up_or_was_killed() {
     assert!(said.contains("pagewire resume") && said.contains("lacks"), "{said}");
     let report = scene.report("sent");
     assert!(report["guest_at"] == "receiver" && report["faults"]["lacking"].as_u64().unwrap() > 0, "{report}");
-    assert!(!exists(&scene.path("there/said")), "it waits for pages");
+    assert!(!scene.path("there/said").exists(), "it waits for pages");
     // One that is killed at once, by the network that is slow no more, and one that comes to the end.
     let mut killed = command(&["resume", "--name", "vm", "--bandwidth-limit", "1MB", "--to", &scene.direct]);
     let killed = killed.arg(scene.path("ram")).arg("--journal").arg(scene.path("journal-here"));
@@ -262,7 +258,7 @@ fn a_guest_in_post_copy_is_refused_where_it_cannot_come_so_and_runs_on() {
     let ram = scene.path("ram");
     let said = fails(1, &["send", ram.to_str().unwrap(), "--to", &scene.direct, "--name", "vm"]);
     assert!(said.contains("--live --post-copy now"), "{said}");
-    assert!(!exists(&scene.path("there/vm.sock")), "nobody is waited for");
+    assert!(!scene.path("there/vm.sock").exists(), "nobody is waited for");
     // Nobody has sent this one.
     let output = scene.resume();
     assert!(output.status.code() == Some(1) && text(&output.stderr).contains("nothing is to be brought"));

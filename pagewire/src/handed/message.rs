@@ -186,7 +186,9 @@ mod tests {
         if !descriptors.is_empty() {
             assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
         }
-        if !message.is_empty() {
+        if message.is_empty() {
+            drop(near);
+        } else {
             // What does not fit into a socket's buffer is sent by a thread that is not waited for.
             let message = message.to_vec();
             let (first, rest) = message.split_at(message.len().min(4096));
@@ -243,7 +245,7 @@ mod tests {
         assert!(matches!(said(&[(at, 2 * PAGE, 0), (2 * at, 2 * PAGE, 3 * PAGE)]), E::Offset { .. }), "a hole");
         assert!(matches!(said(&[(at, 100, 0), (2 * at, 4 * PAGE, 100)]), E::Offset { .. }), "half a page");
         assert!(matches!(said(&[(at, u64::MAX - 4095, 0), (2 * at, PAGE, u64::MAX - 4095)]), E::Size { .. }));
-        let memory = |table| matches!(said(table), E::Memory(PostcopyError::Table(_)));
+        let memory = |table: &[(u64, u64, u64)]| matches!(said(table), E::Memory(PostcopyError::Table(_)));
         assert!(memory(&[(at, 2 * PAGE, 0), (at + PAGE, 2 * PAGE, 2 * PAGE)]), "addresses overlap");
         assert!(memory(&[(at + 1, 4 * PAGE, 0)]), "no whole pages");
         assert!(memory(&[(u64::MAX - 4095, 4 * PAGE, 0)]), "beyond all addresses");
@@ -251,12 +253,9 @@ mod tests {
 
     #[test]
     fn regions_are_found_in_the_image_whatever_their_order() {
-        let entry = |at, size, offset| Entry {
-            base_host_virt_addr: at,
-            size,
-            offset,
-            page_size: Some(4096),
-            page_size_kib: None,
+        let entry = |base_host_virt_addr, size, offset| {
+            let (page_size, page_size_kib) = (Some(4096), None);
+            Entry { base_host_virt_addr, size, offset, page_size, page_size_kib }
         };
         let (table, parts) = fit(&[entry(1 << 30, PAGE, 3 * PAGE), entry(1 << 20, 3 * PAGE, 0)], &layout(4)).unwrap();
         assert_eq!((table[0].address, table[1].bytes), (1 << 30, 3 * PAGE));
