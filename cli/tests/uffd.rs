@@ -181,6 +181,8 @@ fn a_workload_in_served_memory_comes_to_the_right_answer_though_the_network_is_c
     assert!(sent["downtime_seconds"].as_f64().unwrap() > 0.0 && sent["guest_at"] == "receiver", "{sent}");
     wait_until("the receiver knows it", || scene.whereabouts("journal-there") == "here");
     let received = scene.report("received");
+    assert!(received["name"] == "vm" && received["bytes_total"] == workload::BYTES, "{received}");
+    assert!(received["wire"]["received_bytes"].as_u64().unwrap() > 0, "{received}");
     let faults = &received["faults"];
     assert!(
         faults["count"].as_u64().unwrap() > 100 && faults["p99_us"].as_f64() >= faults["p50_us"].as_f64(),

@@ -6,18 +6,15 @@ use crate::ground::{Ground, Search};
 use crate::handed::{HandedNews, HandedSink, Handing};
 use crate::live::{MemorySlot, TakeOptions, Taking};
 use crate::observe::Event;
-use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role, ThreadWaits};
+use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
 use crate::reuse::{Image, KeepWhat, Reuse, keep_arrived};
 use crate::send::check_plaintext;
 use pagewire_protocol::error::{CloseCode, GuestAt, chain};
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
-use pagewire_protocol::time::Span;
 use pagewire_protocol::tree::Manifest;
-use pagewire_receiver::driver::{
-    Beginning, Entropy, FillSummary, GuestTaker, Landed, Parking, Progress, Refusal, Summary,
-};
+use pagewire_receiver::driver::{Beginning, Entropy, GuestTaker, Landed, Parking, Progress, Refusal, Summary};
 use pagewire_receiver::memory::uffd::FaultsOf;
 use pagewire_receiver::memory::{Backing, FileSink, GuestRam, PostcopyMemory, PostcopySink, RamSink};
 use pagewire_receiver::{GuestSink, Offer};
@@ -463,6 +460,10 @@ pub(crate) fn session<S: GuestSink>(
     let to = (taker, parking);
     let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, to, observe);
     let mut report = report(&summary);
+    let filled = summary.filled.as_ref().and_then(|filled| filled.handover);
+    if let (Some(taking), Some(handover)) = (&taking, filled) {
+        report.name = taking.name_of(&handover).unwrap_or_default();
+    }
     if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
         report.image = Some(ImageId { root: manifest.root.0, session: offer.open.session });
         keep(&offer.open, manifest, &mut report);
@@ -502,28 +503,9 @@ fn report(summary: &Summary) -> Report {
     report.wire = summary.wire.into();
     report.faults.lacking = summary.lacking;
     if let Some(filled) = &summary.filled {
-        fill_report(&mut report, filled);
+        report.note_filled(filled);
     }
     report
-}
-
-/// What of a guest came while it ran here.
-fn fill_report(report: &mut Report, filled: &FillSummary) {
-    let counts = filled.counts;
-    let micros = |span: Span| span.as_secs_f64() * 1e6;
-    let faults = &mut report.faults;
-    faults.seconds = report.seconds;
-    (faults.count, faults.local, faults.remote) = (counts.faults, counts.local, counts.faults);
-    faults.background = counts.inline.saturating_add(counts.zero).saturating_sub(counts.faults);
-    if let Some(times) = &filled.times {
-        faults.p50_us = micros(times.quantile(500));
-        faults.p99_us = micros(times.quantile(990));
-        faults.max_us = micros(times.longest());
-        faults.blocked_seconds = times.total().as_secs_f64();
-        let waits =
-            |(thread, count, span): (u32, u64, Span)| ThreadWaits { thread, count, seconds: span.as_secs_f64() };
-        faults.threads = times.threads().map(waits).collect();
-    }
 }
 
 /// Whether an offered image is to be built on nothing.

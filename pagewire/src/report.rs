@@ -2,6 +2,8 @@
 
 use crate::error::Error;
 use pagewire_protocol::error::{GuestAt, chain};
+use pagewire_protocol::time::Span;
+use pagewire_receiver::driver::FillSummary;
 use pagewire_transport::Wire;
 use serde::Serialize;
 
@@ -283,6 +285,26 @@ impl Report {
             decisions: Vec::new(),
             reuse: ReuseCounts::default(),
             warnings: Vec::new(),
+        }
+    }
+
+    /// What of a guest came while it ran here.
+    pub(crate) fn note_filled(&mut self, filled: &FillSummary) {
+        let counts = filled.counts;
+        let micros = |span: Span| span.as_secs_f64() * 1e6;
+        (self.bytes_total, self.pages_total) = filled.size;
+        let faults = &mut self.faults;
+        faults.seconds = self.seconds;
+        (faults.count, faults.local, faults.remote) = (counts.faults, counts.local, counts.faults);
+        faults.background = counts.inline.saturating_add(counts.zero).saturating_sub(counts.faults);
+        if let Some(times) = &filled.times {
+            faults.p50_us = micros(times.quantile(500));
+            faults.p99_us = micros(times.quantile(990));
+            faults.max_us = micros(times.longest());
+            faults.blocked_seconds = times.total().as_secs_f64();
+            let waits =
+                |(thread, count, span): (u32, u64, Span)| ThreadWaits { thread, count, seconds: span.as_secs_f64() };
+            faults.threads = times.threads().map(waits).collect();
         }
     }
 

@@ -202,7 +202,7 @@ async fn drive<S: GuestSink>(
                     let with = (lanes, entropy, cancel);
                     let (filled, result) = fill::fill(pump, parking, taker, with, &mut observe).await;
                     drop(guard);
-                    (summary.lacking, summary.filled) = (filled.lacking, Some(filled));
+                    (summary.lacking, summary.wire, summary.filled) = (filled.lacking, filled.wire, Some(filled));
                     summary.spent = Time::from_nanos(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX))
                         .since(Time::ZERO);
                     return result;

@@ -8,7 +8,7 @@ use pagewire_protocol::page::{Layout, RegionId};
 use pagewire_receiver::memory::{HandedRegion, PostcopyError, PostcopyMemory};
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
-use rustix::process::geteuid;
+use rustix::process::{Uid, geteuid};
 use serde::Deserialize;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -80,12 +80,17 @@ pub(crate) struct Part {
 /// Reads and judges the message of a peer that connected.
 pub(crate) fn take(stream: &UnixStream, layout: &Layout) -> Result<(PostcopyMemory, Vec<Part>), HandedError> {
     let user = socket_peercred(stream).map_err(io::Error::from)?.uid;
-    if user != geteuid() && !user.is_root() {
+    if !may_hand_over(user, geteuid()) {
         return Err(HandedError::User(user.as_raw()));
     }
     let (entries, uffd) = read(stream)?;
     let (table, parts) = fit(&entries, layout)?;
     Ok((PostcopyMemory::handed_over(uffd, &table)?, parts))
+}
+
+/// Whether a peer of this user may say where a guest's memory is: it gets the guest's pages for it.
+fn may_hand_over(user: Uid, me: Uid) -> bool {
+    user == me || user.is_root()
 }
 
 fn read(stream: &UnixStream) -> Result<(Vec<Entry>, OwnedFd), HandedError> {
@@ -226,6 +231,13 @@ mod tests {
         assert!(matches!(said(b"[]", &one, &image), E::Size { bytes: 0, .. }));
         let sizes = r#"[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096,"page_size_kib":4}]"#;
         assert!(matches!(said(sizes.as_bytes(), &one, &image), E::PageSize { region: 0 }));
+    }
+
+    #[test]
+    fn other_users_are_refused() {
+        let user = Uid::from_raw;
+        assert!(may_hand_over(user(1000), user(1000)) && may_hand_over(user(0), user(1000)));
+        assert!(!may_hand_over(user(1001), user(1000)) && !may_hand_over(user(1000), user(0)));
     }
 
     #[test]

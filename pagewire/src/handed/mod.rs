@@ -97,12 +97,12 @@ impl Handing {
         stream.set_nonblocking(false)?;
         let (memory, parts) = take(stream, &self.layout)?;
         let memory = Arc::new(memory);
-        let (data, flags) = (epoll::EventData::new_u64(0), epoll::EventFlags::IN);
-        epoll::add(&self.touches, &*memory, data, flags).map_err(io::Error::from)?;
         tell(HandedNews::Come(&memory));
-        *self.handed() = Some(Handed { memory, parts: parts.into() });
+        *self.handed() = Some(Handed { memory: Arc::clone(&memory), parts: parts.into() });
         self.come.notify_all();
-        Ok(())
+        // Behind it: whoever is told of a touch has to find the memory.
+        let (data, flags) = (epoll::EventData::new_u64(0), epoll::EventFlags::IN);
+        Ok(epoll::add(&self.touches, &*memory, data, flags).map_err(io::Error::from)?)
     }
 }
 

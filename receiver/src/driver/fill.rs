@@ -7,7 +7,7 @@ use crate::memory::{FaultTimes, GuestSink};
 use crate::report::FillCounts;
 use pagewire_protocol::error::{CloseCode, PeerError};
 use pagewire_protocol::handover::{Handover, Word};
-use pagewire_transport::{CancellationToken, PROGRESS_EVERY, Progress, Pump};
+use pagewire_transport::{CancellationToken, PROGRESS_EVERY, Progress, Pump, Wire};
 use std::future::pending;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -27,12 +27,17 @@ pub struct FillSummary {
     pub times: Option<FaultTimes>,
     /// Pages that it lacks still.
     pub lacking: u64,
+    /// All of its bytes and pages.
+    pub size: (u64, u64),
+    /// Bytes on the wire, in this session.
+    pub wire: Wire,
 }
 
 impl FillSummary {
     fn of<S: GuestSink>(guest: &Incomplete<S>) -> Self {
-        let (counts, lacking) = (guest.counts(), guest.pages());
-        Self { handover: Some(*guest.handover()), counts, times: guest.sink.fault_times(), lacking }
+        let (counts, lacking, layout) = (guest.counts(), guest.pages(), guest.layout());
+        let (times, size) = (guest.sink.fault_times(), (layout.bytes(), layout.pages()));
+        Self { handover: Some(*guest.handover()), counts, times, lacking, size, wire: Wire::default() }
     }
 }
 
@@ -100,7 +105,9 @@ pub(super) async fn fill<S: GuestSink>(
         }
     };
     observe(progress(&mut pump));
+    let wire = pump.wire();
     let summary = pump.machine().guest().map(FillSummary::of).unwrap_or_default();
+    let summary = FillSummary { wire, ..summary };
     match (pump.into_machine().into_incomplete(), &result) {
         (Some(guest), Some(Ok(()))) => parking.leave(guest.handover()),
         (Some(guest), _) => parking.park(guest),
