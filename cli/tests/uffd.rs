@@ -180,6 +180,13 @@ fn a_workload_in_served_memory_comes_to_the_right_answer_though_the_network_is_c
     assert!(faults["remote"].as_u64().unwrap() > 100, "pages were touched before they came: {faults}");
     assert!(sent["downtime_seconds"].as_f64().unwrap() > 0.0 && sent["guest_at"] == "receiver", "{sent}");
     wait_until("the receiver knows it", || scene.whereabouts("journal-there") == "here");
+    // Each session writes it anew; the last one that fills the guest counts.
+    let told = || fs::read(scene.path("received")).ok().and_then(|text| serde_json::from_slice::<Value>(&text).ok());
+    wait_until("the receiver reports the end", || {
+        told().is_some_and(|report| {
+            report["outcome"] == "done" && report["faults"]["count"] != 0 && report["faults"]["lacking"] == 0
+        })
+    });
     let received = scene.report("received");
     assert!(received["name"] == "vm" && received["bytes_total"] == workload::BYTES, "{received}");
     assert!(received["wire"]["received_bytes"].as_u64().unwrap() > 0, "{received}");

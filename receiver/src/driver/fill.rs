@@ -60,12 +60,7 @@ pub(super) async fn fill<S: GuestSink>(
                 gather(&mut pump);
                 continue;
             }
-            () = cancel.cancelled(), if !stopped => {
-                stopped = true;
-                pump.machine().cancel();
-                continue;
-            }
-            () = superseded.cancelled(), if !stopped => {
+            () = either(cancel, &superseded), if !stopped => {
                 stopped = true;
                 pump.machine().cancel();
                 continue;
@@ -114,6 +109,13 @@ pub(super) async fn fill<S: GuestSink>(
         (None, _) => {}
     }
     (summary, result.unwrap_or_else(|| Err(PeerError::EndOfStream { lane: 0 }.into())))
+}
+
+async fn either(one: &CancellationToken, other: &CancellationToken) {
+    tokio::select! {
+        () = one.cancelled() => {}
+        () = other.cancelled() => {}
+    }
 }
 
 /// Waits until somebody touches a page that is absent.
