@@ -477,6 +477,8 @@ pub(crate) fn session<S: GuestSink>(
             None
         }
         (Some(error), guest_at) => {
+            // Whoever is filled runs here.
+            let guest_at = guest_at.or(filled.map(|_| GuestAt::Receiver));
             let error = Error::from(error);
             Some(Error { guest_at: guest_at.unwrap_or(error.guest_at), ..error })
         }

@@ -175,6 +175,12 @@ fn moves(image: Vec<u8>, post_copy: PostCopy, options: &SendOptions, cuts: &[Dur
         }
         sending.join().unwrap()
     });
+    // The sender is done before the receiver has taken its last word in.
+    let ended = || reports.lock().unwrap().iter().any(|report| report.error.is_none() && report.faults.seconds > 0.0);
+    let begin = std::time::Instant::now();
+    while !ended() && begin.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     cancel.cancel();
     serving.join().unwrap();
     let received = reports.lock().unwrap().clone();
