@@ -18,12 +18,20 @@ pub(crate) struct Args {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the guest is at the sender; 2 wrong usage; 3 the guest \
-                          is in doubt, see `pagewire status`; 130 cancelled.";
+                          is in doubt, see `pagewire status`; 4 it runs at the receiver and lacks pages, see \
+                          `pagewire resume`; 5 it is at the receiver, and that is not recorded here; 130 cancelled.";
+
+const RESUME_CODES: &str = "Exit codes: 0 done: the guest has all of its pages, and SRC can go; 1 failed: nothing is to be \
+                            brought, or SRC cannot be read; 2 wrong usage; 3 the guest is in doubt still: it may run \
+                            there; 4 it lacks pages still: keep SRC, and try again; 5 it has all, and that cannot be \
+                            recorded here: try again.";
 
 const SEND_CODES: &str = "Exit codes: 0 done: a guest that ran is the receiver's and must not run here; 1 failed: the \
                           guest is here, and runs on, except when it is said to be at the receiver already; 2 wrong \
                           usage, nothing was touched; 3 the guest is in doubt: keep it paused, and see `pagewire \
-                          status`; 130 cancelled: as 1.";
+                          status`; 4 the guest runs at the receiver and lacks pages: keep SRC, and bring them by \
+                          `pagewire resume`; 5 the guest is at the receiver, and that cannot be recorded here; 130 \
+                          cancelled: as 1.";
 
 const RECEIVE_CODES: &str = "Exit codes with --once: 0 the image is here; 1 failed: it is at the sender; 3 nobody knows \
                              where the guest is, see `pagewire status`. Without it: 0, when a signal ends it.";
@@ -33,7 +41,8 @@ pub(crate) enum Verb {
     /// Show what it does: 5, 10 and 15 guests move from host A to host B and back while they run, on this machine.
     ///
     /// They come back changed, and what did not change never travels again: it is in the store of the host they left.
-    /// They stand still for the last round alone. Takes less than a minute and, at full scale, 6 GB of memory or disk while it runs.
+    /// They stand still for the last round alone. One guest of each row moves once more in post-copy: it runs on B at once,
+    /// and its memory follows. Takes less than a minute and, at full scale, 6 GB of memory or disk while it runs.
     Demo(Demo),
     /// Copy an image to another file on this host; if that exists, only what differs is written.
     Copy(Copy),
@@ -72,6 +81,50 @@ pub(crate) enum Verb {
     /// was to receive it, it says that the guest does not run there and never will by this hand-over.
     #[command(after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 the guest is still in doubt.")]
     Resolve(Resolve),
+    /// Bring what a guest lacks that runs at the receiver, after `send --post-copy` ended with code 4, 3, or not at all.
+    ///
+    /// The guest runs there, and waits where it touches a page that is not there. SRC is the memory that it left, and must
+    /// be as it was then: nothing can check that. The journal's record names the hand-over; if this host has not heard
+    /// that the guest was started, the receiver is asked first, as `pagewire resolve --ask` does. Any number of times:
+    /// what is there is not sent again.
+    #[command(after_help = RESUME_CODES)]
+    Resume(Resume),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Resume {
+    /// The memory that the guest left: the file that it was sent from.
+    #[arg(value_name = "SRC")]
+    pub(crate) source: PathBuf,
+    /// The receiver, where it listens now: tcp://HOST:PORT or unix:/PATH.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) to: Address,
+    /// What the guest was called when it was sent.
+    #[arg(long, value_name = "NAME", value_parser = ImageName::new)]
+    pub(crate) name: ImageName,
+    /// Where the hand-over is recorded [default: ~/.local/state/pagewire/journal]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) journal: Option<PathBuf>,
+    /// How long the receiver is tried again when nothing goes on, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub(crate) patience: Duration,
+    /// Connections that carry pages.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) lanes: u8,
+    /// Send at most this many bytes a second, as in 125MB.
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub(crate) bandwidth_limit: Option<u64>,
+    /// What is installed at once at the destination: as it was sent with.
+    #[arg(long, value_name = "SIZE", default_value = "4KiB")]
+    pub(crate) page_size: PageSize,
+    /// Never compress.
+    #[arg(long)]
+    pub(crate) no_compress: bool,
+    /// Allow memory to cross a network in the clear (there is no TLS yet).
+    #[arg(long)]
+    pub(crate) insecure_plaintext: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
 }
 
 /// Where this host's records are.
@@ -297,7 +350,15 @@ pub(crate) struct Live {
     /// What to do when the guest writes too fast to be stopped for as short as it should, or --rounds are over.
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = AtLimit::Cancel, requires = "live")]
     pub(crate) at_limit: AtLimit,
-    /// How long a receiver that does not answer is asked where the guest is, in seconds; then it is in doubt.
+    /// Whether the guest may start at the receiver before all of its memory is there (never, if this is not given). It
+    /// stands still for less then, whatever it writes; who touches a page that is not there waits until it has come from
+    /// here, so SRC has to be kept until this command ends with 0. If the network breaks the guest runs on as far as it
+    /// can, and is brought the rest when the receiver is back; after --patience `pagewire resume` goes on. The receiver
+    /// has to be able to: `receive --into-uffd`.
+    #[arg(long, value_enum, value_name = "WHEN", requires = "live")]
+    pub(crate) post_copy: Option<PostCopy>,
+    /// How long a receiver that does not answer is asked where the guest is, in seconds; then it is in doubt. In post-copy
+    /// also how long the receiver is tried again when nothing goes on.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds, requires = "live")]
     pub(crate) patience: Duration,
     /// Where hand-overs are recorded, to survive a crash [default: ~/.local/state/pagewire/journal]
@@ -323,14 +384,27 @@ pub(crate) enum AtLimit {
     Cancel,
     /// Hand it over all the same.
     Force,
+    /// Start it at the receiver, and bring what it lacks while it runs there: as --post-copy auto.
+    PostCopy,
+}
+
+/// When a guest may start before all of its memory is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum PostCopy {
+    /// It stands still until all of it is there.
+    Never,
+    /// When the rounds come to their limits: then what is left follows.
+    Auto,
+    /// At once: none of its memory goes ahead of it.
+    Now,
 }
 
 /// Guests that run, at the receiver.
 #[derive(Debug, ClapArgs)]
 #[command(next_help_heading = "Guests that run")]
 pub(crate) struct Take {
-    /// Take guests over, and start each by CMD when it is this host's: PAGEWIRE_NAME, PAGEWIRE_IMAGE, PAGEWIRE_STATE
-    /// (its device state) and PAGEWIRE_EPOCH tell which. CMD has 10 seconds; what it leaves in the background goes on.
+    /// Take guests over, and start each by CMD when it is this host's: PAGEWIRE_NAME, PAGEWIRE_IMAGE (or PAGEWIRE_SOCKET),
+    /// PAGEWIRE_STATE (its device state) and PAGEWIRE_EPOCH tell which. CMD has 10 seconds; what it leaves in the background goes on.
     #[arg(long, value_name = "CMD")]
     pub(crate) on_start: Option<String>,
     /// Take guests over, and leave it to somebody else to start them.
@@ -350,11 +424,16 @@ pub(crate) struct Receive {
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Address,
     /// Images land in DIR/NAME. A file that exists is the base; it stays until the new one replaces it.
-    #[arg(long, value_name = "DIR", required_unless_present = "into_file")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["into_file", "into_uffd"])]
     pub(crate) into: Option<PathBuf>,
     /// Fill the existing file PATH where it lies, whatever the image is called; somebody may hold it open.
     #[arg(long, value_name = "PATH", conflicts_with_all = ["into", "inplace"])]
     pub(crate) into_file: Option<PathBuf>,
+    /// Guests land in the memory of a hypervisor that loads them in --on-start and hands over its userfaultfd, as
+    /// Firecracker does: each on the Unix socket DIR/NAME.sock, which PAGEWIRE_SOCKET names. They are sent with
+    /// --post-copy now. If this process ends before all of a guest is there, the guest stands still for ever.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["into", "into_file", "inplace", "fresh", "store"])]
+    pub(crate) into_uffd: Option<PathBuf>,
     /// Change files where they lie: nothing unchanged is written, but until it is whole a file is absent.
     #[arg(long)]
     pub(crate) inplace: bool,

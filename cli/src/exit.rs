@@ -10,6 +10,10 @@ const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 /// The guest was handed over and nobody answers: it stays paused until that is resolved.
 const IN_DOUBT: u8 = 3;
+/// The guest runs at the receiver and lacks pages.
+const SPLIT: u8 = 4;
+/// The guest is at the receiver and has all, which is not recorded here.
+const UNRECORDED: u8 = 5;
 /// Somebody stopped it: as a shell counts SIGINT.
 const CANCELLED: u8 = 130;
 
@@ -19,6 +23,8 @@ pub(crate) fn code(error: &Error) -> ExitCode {
         _ if error.kind.is_cancelled() && error.guest_at != GuestAt::InDoubt => CANCELLED,
         _ if error.kind.is_usage() => USAGE,
         _ if error.guest_at == GuestAt::InDoubt => IN_DOUBT,
+        _ if error.kind.is_split() => SPLIT,
+        _ if error.kind.is_unrecorded() => UNRECORDED,
         _ => FAILED,
     })
 }
@@ -30,6 +36,16 @@ pub(crate) fn explain_transfer(error: &Error) -> ExitCode {
         warn(
             "the guest is in doubt: keep it paused here; `pagewire status` shows the hand-over, and `pagewire resolve` \
              ends the doubt when you know where it is",
+        );
+    } else if error.kind.is_split() {
+        warn(
+            "the guest runs at the receiver and must not run here: keep its memory as it is, and bring what it lacks by \
+             `pagewire resume SRC --to ADDR --name NAME`, with the same --journal, as often as it takes",
+        );
+    } else if error.kind.is_unrecorded() {
+        warn(
+            "the guest is at the receiver, has all of it, and must not run here: mend the journal's disk, and say it \
+             again by `pagewire resume` (after post-copy) or `pagewire resolve --ask`",
         );
     } else if error.guest_at == GuestAt::Receiver {
         warn("the guest is at the receiver and must not run here");

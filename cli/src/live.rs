@@ -3,7 +3,7 @@
 //! `PAGEWIRE_NAME`, and where there is one `PAGEWIRE_STATE`, `PAGEWIRE_EPOCH` and `PAGEWIRE_THROTTLE`, tell a command what
 //! it is about.
 
-use crate::args::{AtLimit, Live, Take};
+use crate::args::{AtLimit, Live, PostCopy, Take};
 use crate::command::run;
 use crate::throttle::Throttle;
 use anyhow::{Context, Result};
@@ -32,7 +32,7 @@ const STATES: &str = ".device-states";
 const STATE_MAX: u64 = (16 << 20) + 1;
 
 /// Where hand-overs are recorded.
-fn journal(dir: Option<&Path>) -> Result<Arc<Journal>> {
+pub(crate) fn journal(dir: Option<&Path>) -> Result<Arc<Journal>> {
     let dir = dir.map_or_else(Journal::default_dir, |dir| Ok(dir.to_path_buf()))?;
     Ok(Arc::new(Journal::open(&dir).context("--journal")?))
 }
@@ -53,6 +53,12 @@ pub(crate) fn live(args: &Live, name: &ImageName) -> Result<(LiveOptions, Box<dy
     options.limits.at_limit = match args.at_limit {
         AtLimit::Cancel => pagewire::AtLimit::Cancel,
         AtLimit::Force => pagewire::AtLimit::Force,
+        AtLimit::PostCopy => pagewire::AtLimit::PostCopy,
+    };
+    options.post_copy = match (args.post_copy, args.at_limit) {
+        (Some(PostCopy::Now), _) => pagewire::PostCopy::Now,
+        (Some(PostCopy::Auto), _) | (None, AtLimit::PostCopy) => pagewire::PostCopy::Auto,
+        (Some(PostCopy::Never) | None, _) => pagewire::PostCopy::Never,
     };
     let mut about = vec![("PAGEWIRE_NAME", name.to_string())];
     about.extend(args.state.iter().map(|state| ("PAGEWIRE_STATE", state.display().to_string())));
@@ -71,11 +77,11 @@ pub(crate) fn live(args: &Live, name: &ImageName) -> Result<(LiveOptions, Box<dy
 }
 
 /// How guests are taken over, if they are.
-pub(crate) fn take(args: &Take, images: PathBuf, is_folder: bool) -> Result<Option<TakeOptions>> {
+pub(crate) fn take(args: &Take, images: Images) -> Result<Option<TakeOptions>> {
     if args.on_start.is_none() && !args.leave_paused {
         return Ok(None);
     }
-    let starter = Arc::new(Starter { on_start: args.on_start.clone(), images, is_folder });
+    let starter = Arc::new(Starter { on_start: args.on_start.clone(), images });
     Ok(Some(TakeOptions { journal: journal(args.journal.as_deref())?, lease: arbiter(args.lease.as_deref()), starter }))
 }
 
@@ -134,22 +140,44 @@ impl Operator for Approval {
 #[derive(Debug)]
 struct Starter {
     on_start: Option<String>,
-    /// The folder of images, or the one file that is filled.
-    images: PathBuf,
-    is_folder: bool,
+    images: Images,
 }
 
-impl Starter {
-    fn image(&self, name: &ImageName) -> PathBuf {
-        if self.is_folder { self.images.join(name.as_str()) } else { self.images.clone() }
+/// Where guests land.
+#[derive(Debug)]
+pub(crate) enum Images {
+    /// Each in a file of this folder.
+    Folder(PathBuf),
+    /// In this file.
+    File(PathBuf),
+    /// Each in a hypervisor's memory, which is handed over at a socket in this folder.
+    Sockets(PathBuf),
+}
+
+impl Images {
+    fn folder(&self) -> Option<&Path> {
+        match self {
+            Self::Folder(dir) | Self::Sockets(dir) => Some(dir),
+            Self::File(_) => None,
+        }
+    }
+
+    /// What tells the start of a guest where its memory is.
+    fn place(&self, name: &ImageName) -> (&'static str, PathBuf) {
+        match self {
+            Self::Folder(dir) => ("PAGEWIRE_IMAGE", dir.join(name.as_str())),
+            Self::File(path) => ("PAGEWIRE_IMAGE", path.clone()),
+            Self::Sockets(dir) => ("PAGEWIRE_SOCKET", dir.join(format!("{name}.sock"))),
+        }
     }
 
     /// Where a guest's device state is kept: beside the one file, or in a folder where no image can land.
     fn state(&self, name: &ImageName) -> PathBuf {
-        if self.is_folder {
-            return self.images.join(STATES).join(name.as_str());
+        if let Some(dir) = self.folder() {
+            return dir.join(STATES).join(name.as_str());
         }
-        let mut path = self.images.clone().into_os_string();
+        let (_, path) = self.place(name);
+        let mut path = path.into_os_string();
         path.push(".device-state");
         path.into()
     }
@@ -157,12 +185,12 @@ impl Starter {
 
 impl GuestStarter for Starter {
     fn prepare(&self, name: &ImageName, blobs: &Blobs) -> Result<(), String> {
-        let path = self.state(name);
+        let path = self.images.state(name);
         let failed = |error: std::io::Error| format!("{}: {error}", path.display());
         if let Some(unknown) = blobs.iter().find(|blob| Some(blob.name()) != device_state_name().as_ref()) {
             return Err(format!("nobody here knows what blob {} is for", unknown.name()));
         }
-        if let Some(folder) = path.parent().filter(|_| self.is_folder) {
+        if let Some(folder) = path.parent().filter(|_| self.images.folder().is_some()) {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
         }
         match blobs.iter().next() {
@@ -176,17 +204,22 @@ impl GuestStarter for Starter {
     }
 
     fn has(&self, name: &ImageName) -> bool {
-        self.image(name).exists()
+        match self.images.place(name) {
+            // What a hypervisor has is gone or there as it is; the record of a guest that lacks pages knows its own end.
+            _ if matches!(self.images, Images::Sockets(_)) => true,
+            (_, path) => path.exists(),
+        }
     }
 
     fn start(&self, started: &Started<'_>) -> Result<(), String> {
         let Some(command) = &self.on_start else { return Ok(()) };
+        let (what, place) = self.images.place(started.name);
         let mut about = vec![
             ("PAGEWIRE_NAME", started.name.to_string()),
-            ("PAGEWIRE_IMAGE", self.image(started.name).display().to_string()),
+            (what, place.display().to_string()),
             ("PAGEWIRE_EPOCH", started.handover.epoch.to_string()),
         ];
-        let state = self.state(started.name);
+        let state = self.images.state(started.name);
         about.extend(state.exists().then(|| ("PAGEWIRE_STATE", state.display().to_string())));
         run(command, &about, START_MAX, None)
     }

@@ -4,7 +4,7 @@ use crate::args::Output;
 use crate::plot;
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
-use pagewire::{Event, Observer, Outcome, Phase, Report, Role};
+use pagewire::{Event, Faults, Observer, Outcome, Phase, Report, Role};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -95,6 +95,8 @@ fn phase_line(phase: Phase) -> String {
         Phase::Waiting => "--pause-before-switchover is asked whether to go on".to_owned(),
         Phase::Handed => "handed over: the receiver may start it".to_owned(),
         Phase::Started => "the guest is the receiver's".to_owned(),
+        Phase::Filling { pages } => format!("the guest runs there and lacks {pages} pages: they follow"),
+        Phase::Filled => "the guest has all of its pages: its memory here can go".to_owned(),
         Phase::Stays => "the guest stays here, and was told to run on".to_owned(),
         Phase::InDoubt => "the receiver does not answer: it is asked where the guest is".to_owned(),
     }
@@ -190,8 +192,37 @@ fn summary(report: &Report, seen: bool) -> String {
     if report.downtime_seconds > 0.0 {
         text += &format!("the guest stood still for {:.1} ms\n", report.downtime_seconds * 1e3);
     }
+    text += &faults(&report.faults, report.role);
     for decision in report.decisions.iter().skip(1).filter(|_| !seen) {
         text += &format!("  at {:.3} s: {}\n", decision.seconds, decision.what);
+    }
+    text
+}
+
+/// What came while the guest ran at the receiver, if something did.
+fn faults(faults: &Faults, role: Role) -> String {
+    let Faults { count, remote, local, background, sessions, lacking, .. } = faults;
+    if role == Role::Sender && *sessions > 0 {
+        let seconds = faults.seconds;
+        return format!(
+            "it ran there while its memory followed, for {seconds:.2} s in {sessions} sessions; {count} pages were waited for\n"
+        );
+    }
+    if role == Role::Sender || count.saturating_add(*background).saturating_add(*local) == 0 {
+        return String::new();
+    }
+    let mut text = format!(
+        "while it ran here {remote} pages came as it waited for them, {background} in the background, {local} were found \
+         here; {lacking} are lacking\n"
+    );
+    if *count > 0 {
+        text += &format!(
+            "it waited {:.0} µs (half of the times no longer), {:.0} µs (99 of 100), {:.0} µs (the longest), {:.2} s in all\n",
+            faults.p50_us, faults.p99_us, faults.max_us, faults.blocked_seconds
+        );
+    }
+    for waits in &faults.threads {
+        text += &format!("  thread {}: {} times, {:.2} s\n", waits.thread, waits.count, waits.seconds);
     }
     text
 }
@@ -199,7 +230,20 @@ fn summary(report: &Report, seen: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pagewire::{Decision, Round};
+    use pagewire::{Decision, Round, ThreadWaits};
+
+    #[test]
+    fn a_summary_of_post_copy_says_who_waited() {
+        let threads = vec![ThreadWaits { thread: 77, count: 5, seconds: 0.25 }];
+        let there = Faults { count: 5, remote: 5, background: 90, p50_us: 150.0, threads, ..Faults::default() };
+        let text = faults(&there, Role::Receiver);
+        for figure in ["5 pages came as it waited", "90 in the background", "150 µs", "thread 77: 5 times, 0.25 s"] {
+            assert!(text.contains(figure), "{figure}: {text}");
+        }
+        let here = Faults { count: 5, sessions: 3, seconds: 1.5, ..Faults::default() };
+        assert!(faults(&here, Role::Sender).contains("1.50 s in 3 sessions; 5 pages"));
+        assert_eq!(faults(&Faults::default(), Role::Sender) + &faults(&Faults::default(), Role::Receiver), "");
+    }
 
     #[test]
     fn a_terminal_keeps_a_line_of_all_but_how_far_it_is() {

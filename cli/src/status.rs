@@ -120,7 +120,11 @@ fn show(guest: &GuestStatus, me: HostId) {
         say(&format!("  damaged: {}", plain(&chain(error))));
     }
     if guest.records.iter().any(is_lacking) {
-        say("  the other host may lack pages of it: keep its memory here, and run `pagewire resume`");
+        let name = called(guest);
+        say(&format!(
+            "  the other host may lack pages of it: keep its memory here, and bring them: pagewire resume SRC --to \
+             tcp://HOST:PORT --name {name}"
+        ));
     }
     if is_in_doubt(guest) {
         let name = called(guest);

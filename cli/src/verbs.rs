@@ -1,6 +1,6 @@
 //! What each verb does: options from the command line to the facade, outcomes to exit codes.
 
-use crate::args::{Args, Copy, Inspect, Keep, Keeping, Receive, Send, Transfer, Verb};
+use crate::args::{Args, AtLimit, Copy, Inspect, Keep, Keeping, PostCopy, Receive, Resume, Send, Transfer, Verb};
 use crate::show::{Show, draw, finish, print_json, size, warn};
 use crate::{demo, exit, live, resolve, signals, status, store};
 use anyhow::{Context, Result, bail};
@@ -25,6 +25,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         Verb::Store(args) => store::run(&args.verb),
         Verb::Status(args) => status::run(&args),
         Verb::Resolve(args) => resolve::run(&args),
+        Verb::Resume(args) => resume(&args),
     }
 }
 
@@ -76,7 +77,30 @@ fn is_remote(path: &Path) -> bool {
     text.split_once(':').is_some_and(|(host, _)| !host.is_empty() && !host.contains('/'))
 }
 
+/// Brings what a guest lacks that runs at the receiver.
+fn resume(args: &Resume) -> Result<ExitCode> {
+    let options = SendOptions {
+        lanes: args.lanes,
+        install_size: args.page_size.into(),
+        compress: !args.no_compress,
+        bandwidth_limit: args.bandwidth_limit,
+        insecure_plaintext: args.insecure_plaintext,
+        cancel: cancellation()?,
+        ..SendOptions::default()
+    };
+    let journal = live::journal(args.journal.as_deref())?;
+    let mut show = Show::new(args.output.json);
+    let outcome = pagewire::resume(&args.source, &args.name, &args.to, (&journal, args.patience), &options, &mut show);
+    let seen = show.end();
+    finish(&outcome, &args.output, seen);
+    Ok(end(&outcome))
+}
+
 fn send(args: &Send) -> Result<ExitCode> {
+    if let (Some(PostCopy::Never), AtLimit::PostCopy) = (args.live.post_copy, args.live.at_limit) {
+        eprintln!("pagewire: --post-copy never and --at-limit post-copy exclude each other");
+        return Ok(ExitCode::from(2));
+    }
     let reuse = match reuse(&args.keeping, false) {
         Ok(reuse) => reuse,
         Err(error) => return store::refused(error),
@@ -116,20 +140,26 @@ fn reuse(keeping: &Keeping, trust: bool) -> Result<Option<Reuse>, StoreError> {
 }
 
 fn receive(args: Receive) -> Result<ExitCode> {
-    let into = match (args.into, args.into_file) {
-        (_, Some(file)) => Into::File(file),
-        (Some(dir), None) => Into::Folder(dir),
-        (None, None) => bail!("--into or --into-file is needed"),
+    let into = match (args.into, args.into_file, args.into_uffd) {
+        (_, Some(file), _) => Into::File(file),
+        (_, _, Some(dir)) => Into::HandedOver(dir),
+        (Some(dir), None, None) => Into::Folder(dir),
+        (None, None, None) => bail!("--into, --into-file or --into-uffd is needed"),
     };
-    if let Into::Folder(dir) = &into
+    if let Into::Folder(dir) | Into::HandedOver(dir) = &into
         && !dir.is_dir()
     {
-        eprintln!("pagewire: --into {}: is not a folder", dir.display());
+        eprintln!("pagewire: {}: is not a folder", dir.display());
+        return Ok(ExitCode::from(2));
+    }
+    if matches!(into, Into::HandedOver(_)) && args.take.on_start.is_none() && !args.take.leave_paused {
+        eprintln!("pagewire: --into-uffd is for guests that run: say --on-start CMD, or --leave-paused");
         return Ok(ExitCode::from(2));
     }
     let live = match &into {
-        Into::Folder(dir) => live::take(&args.take, dir.clone(), true)?,
-        Into::File(file) => live::take(&args.take, file.clone(), false)?,
+        Into::Folder(dir) => live::take(&args.take, live::Images::Folder(dir.clone()))?,
+        Into::File(file) => live::take(&args.take, live::Images::File(file.clone()))?,
+        Into::HandedOver(dir) => live::take(&args.take, live::Images::Sockets(dir.clone()))?,
         Into::Memory | Into::PostCopy { .. } => None,
     };
     let reuse = match reuse(&args.keeping, args.trust_store) {
@@ -183,8 +213,14 @@ fn tell(event: &ServerEvent<'_>, output: &crate::args::Output) -> Option<ExitCod
             }
             return Some(outcome.error.as_ref().map_or(ExitCode::SUCCESS, exit::code));
         }
+        ServerEvent::HandedOver { session, name, .. } if output.json => {
+            print_json(&json!({"event": "handed_over", "session": session, "name": name}));
+        }
         ServerEvent::Stranger { peer, why } => warn(&format!("{peer}: {why}")),
-        ServerEvent::Connected { .. } | ServerEvent::Progress { .. } | ServerEvent::Arrived { .. } => {}
+        ServerEvent::Connected { .. }
+        | ServerEvent::Progress { .. }
+        | ServerEvent::Arrived { .. }
+        | ServerEvent::HandedOver { .. } => {}
     }
     None
 }

@@ -76,6 +76,9 @@ pub enum ErrorKind {
     /// The journal of hand-overs cannot be used.
     #[error(transparent)]
     Journal(#[from] crate::journal::JournalError),
+    /// The guest has come to the receiver for good, and no record here says so.
+    #[error("the guest is at the receiver, and it cannot be recorded that it is gone from here: {0}")]
+    Unrecorded(String),
     /// The system gives no sockets or threads.
     #[error("{what}")]
     Local {
@@ -94,6 +97,16 @@ impl ErrorKind {
             Self::Sender(pagewire_sender::ErrorKind::Cancelled)
                 | Self::Receiver(pagewire_receiver::ErrorKind::Cancelled)
         )
+    }
+
+    /// Whether the guest runs at the receiver and lacks pages that are here alone.
+    pub fn is_split(&self) -> bool {
+        matches!(self, Self::Sender(pagewire_sender::ErrorKind::Split { .. }))
+    }
+
+    /// Whether all that is missing is the record of where the guest is.
+    pub fn is_unrecorded(&self) -> bool {
+        matches!(self, Self::Unrecorded(_))
     }
 
     /// Whether another command line would have helped.

@@ -61,6 +61,7 @@ mod copy;
 mod entropy;
 mod error;
 mod ground;
+mod handed;
 mod inspect;
 mod journal;
 mod lease;
@@ -79,7 +80,7 @@ pub use journal::{GuestJournal, GuestStatus, Journal, JournalError};
 pub use lease::Lease;
 pub use live::{
     Arbiter, GuestHooks, GuestStarter, LiveOptions, Operator, PostCopy, Started, TakeOptions, ask_receiver,
-    device_state_name, milliseconds,
+    device_state_name, milliseconds, resume, resume_memory,
 };
 pub use observe::{Event, NoObserver, Observer, Phase};
 pub use pagewire_protocol::bitmap::PageBitmap;
@@ -92,15 +93,13 @@ pub use pagewire_protocol::handover;
 pub use pagewire_protocol::page::{InstallSize, Layout, Place, Region, RegionId};
 pub use pagewire_receiver::GuestSink;
 pub use pagewire_receiver::memory::uffd::FaultsOf;
-pub use pagewire_receiver::memory::{Backing, GuestRam, PostcopyMemory, RamRegion};
+pub use pagewire_receiver::memory::{Backing, GuestRam, HandedRegion, PostcopyMemory, RamRegion};
 pub use pagewire_sender::converge::{AtLimit, Limits};
 pub use pagewire_sender::memory::{BitmapMemory, DirtyBitmap, FileMemory, MappedMemory, MappedRegion, Mapping};
 pub use pagewire_sender::{GuestMemory, Tracking};
 pub use pagewire_store::{self as store, LandingOptions};
 pub use pagewire_transport::{Address, AddressError, CancellationToken};
 pub use receive::{Into, ReceiveOptions, Server, ServerEvent};
-pub use report::{
-    BlockedThread, Decision, Faults, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round, WireBytes,
-};
+pub use report::{Decision, Faults, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round, ThreadWaits, WireBytes};
 pub use reuse::{KeepWhat, Reuse};
 pub use send::{SendOptions, send, send_live, send_live_memory, send_memory};

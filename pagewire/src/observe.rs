@@ -72,6 +72,13 @@ pub enum Phase {
     Handed,
     /// It is the receiver's.
     Started,
+    /// It runs at the receiver and lacks pages, which are brought from here.
+    Filling {
+        /// So many at most.
+        pages: u64,
+    },
+    /// It lacks nothing any more.
+    Filled,
     /// It stays here, and was told to run on.
     Stays,
     /// The receiver does not answer, and is asked again and again.

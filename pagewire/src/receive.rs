@@ -3,20 +3,19 @@
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::ground::{Ground, Search};
+use crate::handed::{HandedNews, HandedSink, Handing};
 use crate::live::{MemorySlot, TakeOptions, Taking};
 use crate::observe::Event;
-use crate::report::{BlockedThread, ImageId, Outcome, Pages, Report, ReuseCounts, Role};
+use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
 use crate::reuse::{Image, KeepWhat, Reuse, keep_arrived};
 use crate::send::check_plaintext;
 use pagewire_protocol::error::{CloseCode, GuestAt, chain};
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
-use pagewire_protocol::time::{Span, Time};
+use pagewire_protocol::time::Time;
 use pagewire_protocol::tree::Manifest;
-use pagewire_receiver::driver::{
-    Beginning, Entropy, FillSummary, GuestTaker, Landed, Parking, Progress, Refusal, Summary,
-};
+use pagewire_receiver::driver::{Beginning, Entropy, GuestTaker, Landed, Parking, Progress, Refusal, Summary};
 use pagewire_receiver::memory::uffd::FaultsOf;
 use pagewire_receiver::memory::{Backing, Clock, FileSink, GuestRam, PostcopyMemory, PostcopySink, RamSink};
 use pagewire_receiver::{GuestSink, Offer};
@@ -52,6 +51,10 @@ pub enum Into {
         /// Who may touch what is absent.
         faults_of: FaultsOf,
     },
+    /// Into memory of a hypervisor that loads the guest when it is started, and hands over its userfaultfd then: for the
+    /// guest NAME on the Unix socket `NAME.sock` in this folder, as Firecracker does. The guest comes in post-copy alone,
+    /// at once.
+    HandedOver(PathBuf),
 }
 
 /// How to receive.
@@ -98,9 +101,6 @@ impl ReceiveOptions {
     }
 }
 
-/// Where memory that guests can wait in is left for who starts them, and while it lacks pages.
-type Waits<'a, S> = Option<(MemorySlot, &'a Arc<Parking<S>>)>;
-
 /// What a server tells, and hands over. `session` counts from 1.
 #[derive(Debug)]
 pub enum ServerEvent<'a> {
@@ -126,6 +126,17 @@ pub enum ServerEvent<'a> {
         name: &'a str,
         /// The guest's memory.
         memory: GuestRam,
+    },
+    /// A hypervisor has handed over the memory of a guest that runs in it. Whoever keeps a
+    /// [duplicate](PostcopyMemory::duplicate) and the [table](PostcopyMemory::table) can serve it when this process is gone;
+    /// until then nobody sees a zero.
+    HandedOver {
+        /// Which session.
+        session: u64,
+        /// What the sender calls it.
+        name: &'a str,
+        /// The guest's memory.
+        memory: &'a Arc<PostcopyMemory>,
     },
     /// A session ended.
     Ended {
@@ -159,6 +170,8 @@ struct Shared {
     count: AtomicU64,
     /// Guests that run here and lack pages.
     parking: Arc<Parking<PostcopySink>>,
+    /// The same, of those that run in the memory of another process.
+    handed: Arc<Parking<HandedSink>>,
 }
 
 type Tell = Arc<dyn Fn(ServerEvent<'_>) + Send + Sync>;
@@ -172,8 +185,8 @@ impl Server {
         check_plaintext(address, options.insecure_plaintext).map_err(ErrorKind::at_sender)?;
         let failed = |source| ErrorKind::Listen { address: address.to_string(), source }.at_sender();
         let listener = Listener::bind(address).map_err(failed)?;
-        let (strangers, open, count, parking) = Default::default();
-        let shared = Shared { options, sessions: Sessions::default(), strangers, open, count, parking };
+        let (strangers, open, count, parking, handed) = Default::default();
+        let shared = Shared { options, sessions: Sessions::default(), strangers, open, count, parking, handed };
         Ok(Self { listener, shared: Arc::new(shared) })
     }
 
@@ -254,7 +267,7 @@ impl Shared {
                 let (named, outcome) = self.receive(session, arriving, stranger, tell);
                 tell(ServerEvent::Ended { session, outcome: &outcome });
                 // A guest that lacks pages needs this process until it has them.
-                if self.options.once && named && self.parking.is_empty() {
+                if self.options.once && named && self.parking.is_empty() && self.handed.is_empty() {
                     self.options.cancel.cancel();
                 }
             }
@@ -277,15 +290,16 @@ impl Shared {
                 let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
                     keep(open, manifest, Some(Image::File(&dir.join(open.name.as_str()))), report);
                 };
-                self.run(arriving, stranger, (place, None), keep, observe)
+                self.run(arriving, stranger, place, None, keep, observe)
             }
             Into::File(path) => {
                 let place = |offer: &Offer, _: &mut Vec<String>| into_file(path, offer, options);
-                self.run(arriving, stranger, (place, None), |_, _, _| (), observe)
+                self.run(arriving, stranger, place, None, |_, _, _| (), observe)
             }
             Into::PostCopy { backing, faults_of } => {
                 self.receive_post_copy(arriving, stranger, (*backing, *faults_of), observe)
             }
+            Into::HandedOver(dir) => self.receive_handed(arriving, stranger, (dir, session), tell),
             Into::Memory => {
                 let shared = Cell::new(None);
                 let place = |offer: &Offer, warnings: &mut Vec<String>| {
@@ -312,7 +326,7 @@ impl Shared {
                         keep(open, manifest, None, report);
                     }
                 };
-                self.run(arriving, stranger, (place, None), keep, observe)
+                self.run(arriving, stranger, place, None, keep, observe)
             }
         }
     }
@@ -328,8 +342,7 @@ impl Shared {
         let slot = MemorySlot::default();
         let place = |offer: &Offer, _: &mut Vec<String>| {
             if offer.open.live.is_none() {
-                let reason = "this memory is for guests that run: send it with --live".to_owned();
-                return Err(Refusal { code: CloseCode::REFUSED, reason });
+                return Err(refused("this memory is for guests that run: send it with --live"));
             }
             let memory = PostcopyMemory::new(offer.open.layout.clone(), backing).map(Arc::new);
             let memory = memory.map_err(|error| no_memory(&error))?;
@@ -337,7 +350,42 @@ impl Shared {
             Ok(Ground::plain(memory).landed(|memory| PostcopySink::new(memory, faults_of, clock())))
         };
         let at = Some((Arc::clone(&slot), &self.parking));
-        self.run(arriving, stranger, (place, at), |_, _, _| (), observe)
+        self.run(arriving, stranger, place, at, |_, _, _| (), observe)
+    }
+
+    /// Runs one session into the memory of a hypervisor, or one that fills a guest there.
+    fn receive_handed(
+        &self,
+        arriving: Arriving,
+        stranger: Stranger,
+        (dir, session): (&Path, u64),
+        tell: &Tell,
+    ) -> (bool, Outcome) {
+        let place = |offer: &Offer, _: &mut Vec<String>| {
+            if !offer.open.live.is_some_and(|live| live.post_copy) {
+                return Err(refused(
+                    "this memory comes with a guest that runs in it: send it with --live --post-copy now",
+                ));
+            }
+            let [_] = offer.open.layout.regions() else {
+                return Err(refused("this memory is for images of one region"));
+            };
+            let name = offer.open.name.to_string();
+            let path = dir.join(format!("{name}.sock"));
+            let (tell, peer) = (Arc::clone(tell), path.display().to_string());
+            let told = move |news: HandedNews<'_>| match news {
+                HandedNews::Come(memory) => tell(ServerEvent::HandedOver { session, name: &name, memory }),
+                HandedNews::Refused(why) => tell(ServerEvent::Stranger { peer: &peer, why }),
+            };
+            let handing = Handing::listen(&path, offer.open.layout.clone(), told).map_err(|error| {
+                let reason = format!("no hypervisor can be waited for at {}: {}", path.display(), chain(&error));
+                Refusal { code: CloseCode::DESTINATION, reason }
+            })?;
+            Ok(Ground::plain(handing).landed(HandedSink::new))
+        };
+        let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
+        let waiting = Some((MemorySlot::default(), &self.handed));
+        self.run(arriving, stranger, place, waiting, |_, _, _| (), observe)
     }
 
     /// Runs one session. Until it names an image its peer is a stranger.
@@ -345,7 +393,8 @@ impl Shared {
         &self,
         arriving: Arriving,
         stranger: Stranger,
-        (mut place, waiting): (impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>, Waits<'_, S>),
+        mut place: impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>,
+        waiting: Option<(MemorySlot, &Arc<Parking<S>>)>,
         keep: impl FnOnce(&Open, &Manifest, &mut Report),
         observe: impl FnMut(&Event),
     ) -> (bool, Outcome) {
@@ -412,6 +461,10 @@ pub(crate) fn session<S: GuestSink>(
     let to = (taker, parking);
     let (summary, result) = pagewire_receiver::driver::receive(begin, sessions, cancel, decide, to, observe);
     let mut report = report(&summary);
+    let filled = summary.filled.as_ref().and_then(|filled| filled.handover);
+    if let (Some(taking), Some(handover)) = (&taking, filled) {
+        report.name = taking.name_of(&handover).unwrap_or_default();
+    }
     if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
         report.image = Some(ImageId { root: manifest.root.0, session: offer.open.session });
         keep(&offer.open, manifest, &mut report);
@@ -425,6 +478,8 @@ pub(crate) fn session<S: GuestSink>(
             None
         }
         (Some(error), guest_at) => {
+            // Whoever is filled runs here.
+            let guest_at = guest_at.or(filled.map(|_| GuestAt::Receiver));
             let error = Error::from(error);
             Some(Error { guest_at: guest_at.unwrap_or(error.guest_at), ..error })
         }
@@ -451,27 +506,9 @@ fn report(summary: &Summary) -> Report {
     report.wire = summary.wire.into();
     report.faults.lacking = summary.lacking;
     if let Some(filled) = &summary.filled {
-        fill_report(&mut report, filled);
+        report.note_filled(filled);
     }
     report
-}
-
-/// What of a guest came while it ran here.
-fn fill_report(report: &mut Report, filled: &FillSummary) {
-    let blocked =
-        filled.blocked.iter().map(|(thread, span)| BlockedThread { thread: *thread, seconds: span.as_secs_f64() });
-    report.blocked_threads = blocked.collect();
-    let counts = filled.counts;
-    let micros = |span: Span| span.as_secs_f64() * 1e6;
-    let faults = &mut report.faults;
-    (faults.count, faults.local, faults.remote) = (counts.faults, counts.local, counts.answers);
-    faults.background = counts.inline.saturating_add(counts.zero).saturating_sub(counts.answers);
-    if let Some(times) = &filled.times {
-        faults.p50_us = micros(times.quantile(500));
-        faults.p99_us = micros(times.quantile(990));
-        faults.max_us = micros(times.longest());
-        faults.blocked_seconds = times.total().as_secs_f64();
-    }
 }
 
 /// Whether an offered image is to be built on nothing.
@@ -532,6 +569,10 @@ fn no_memory(error: &dyn std::error::Error) -> Refusal {
 fn seed() -> Result<u64, Refusal> {
     let failed = |kind: ErrorKind| Refusal { code: CloseCode::DESTINATION, reason: chain(&kind) };
     random().map(u64::from_le_bytes).map_err(failed)
+}
+
+fn refused(reason: &str) -> Refusal {
+    Refusal { code: CloseCode::REFUSED, reason: reason.to_owned() }
 }
 
 /// What the peer is told of a place that cannot be used.

@@ -2,6 +2,8 @@
 
 use crate::error::Error;
 use pagewire_protocol::error::{GuestAt, chain};
+use pagewire_protocol::time::Span;
+use pagewire_receiver::driver::FillSummary;
 use pagewire_transport::Wire;
 use serde::Serialize;
 
@@ -136,8 +138,19 @@ impl From<&pagewire_sender::RoundReport> for Round {
     }
 }
 
+/// A thread of the guest that waited for pages: a vCPU, or whoever else touches its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ThreadWaits {
+    /// Its id on the receiver's host.
+    pub thread: u32,
+    /// How often.
+    pub count: u64,
+    /// For how long together.
+    pub seconds: f64,
+}
+
 /// What came while the guest ran at the receiver: of a post-copy.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Faults {
     /// Pages that the guest touched before they had come.
     pub count: u64,
@@ -155,22 +168,16 @@ pub struct Faults {
     pub blocked_seconds: f64,
     /// Pages that went before others because the guest was to touch them; at the sender.
     pub prepaged: u64,
+    /// Each of them, where the kernel tells which, of the first 256; at the receiver.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub threads: Vec<ThreadWaits>,
     /// Pages that came in the background.
     pub background: u64,
     /// Pages that the guest lacks still.
     pub lacking: u64,
     /// Sessions that it took.
     pub sessions: u64,
-    /// From the first of them to the end of the last.
-    pub seconds: f64,
-}
-
-/// A thread of the guest, and how long it waited for its memory.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct BlockedThread {
-    /// Its number in the system.
-    pub thread: u32,
-    /// All of its waits together.
+    /// From the first of them to the end of the last; at the receiver of the last one alone.
     pub seconds: f64,
 }
 
@@ -223,9 +230,6 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// Of a post-copy.
     pub faults: Faults,
-    /// Of a post-copy, the threads that waited, as far as the kernel tells them apart; at the receiver.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub blocked_threads: Vec<BlockedThread>,
     /// What was moved, if all of it was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageId>,
@@ -279,11 +283,30 @@ impl Report {
             wire: WireBytes::default(),
             rounds: Vec::new(),
             faults: Faults::default(),
-            blocked_threads: Vec::new(),
             image: None,
             decisions: Vec::new(),
             reuse: ReuseCounts::default(),
             warnings: Vec::new(),
+        }
+    }
+
+    /// What of a guest came while it ran here.
+    pub(crate) fn note_filled(&mut self, filled: &FillSummary) {
+        let counts = filled.counts;
+        let micros = |span: Span| span.as_secs_f64() * 1e6;
+        (self.bytes_total, self.pages_total) = filled.size;
+        let faults = &mut self.faults;
+        faults.seconds = self.seconds;
+        (faults.count, faults.local, faults.remote) = (counts.faults, counts.local, counts.answers);
+        faults.background = counts.inline.saturating_add(counts.zero).saturating_sub(counts.answers);
+        if let Some(times) = &filled.times {
+            faults.p50_us = micros(times.quantile(500));
+            faults.p99_us = micros(times.quantile(990));
+            faults.max_us = micros(times.longest());
+            faults.blocked_seconds = times.total().as_secs_f64();
+            let waits =
+                |(thread, count, span): (u32, u64, Span)| ThreadWaits { thread, count, seconds: span.as_secs_f64() };
+            faults.threads = times.threads().map(waits).collect();
         }
     }
 

@@ -2,7 +2,7 @@
 
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
-use crate::live::{GuestHooks, LiveOptions, bring, give};
+use crate::live::{GuestHooks, LiveOptions, PostCopy, bring, give};
 use crate::observe::{Event, Observer};
 use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round};
 use crate::reuse::{Departed, Departure, Reuse, keep_departed};
@@ -205,12 +205,8 @@ pub(crate) fn run<M: GuestMemory>(
     let (bytes_total, pages_total) = (report.bytes_total, report.pages_total);
     observer.event(&Event::Started { bytes_total, pages_total });
     let single_stream = matches!(route, Route::Over(_));
-    // SPEC 4.10: no link is authenticated yet, so on others than local ones the domain stays the public one.
-    let local = matches!(&route, Route::Connect(to) if to.is_local().unwrap_or(false));
-    let reuse = options.reuse.as_ref().filter(|_| local);
-    if options.reuse.is_some() && reuse.is_none() {
-        report.warnings.push("the store is not used: the link is neither local nor authenticated".to_owned());
-    }
+    let follows = guest.as_ref().is_some_and(|(live, _)| live.post_copy != PostCopy::Never);
+    let reuse = reuse_for(options, &route, follows, &mut report);
     let departure = match reuse {
         Some(reuse) => Departure::of(reuse, name, memory.layout(), &mut report),
         None => Departure::unknown(),
@@ -246,7 +242,10 @@ pub(crate) fn run<M: GuestMemory>(
             let result = result.map_err(|error| error.kind);
             let ended = giving.end(result, (to.as_ref(), live), session, (&mut report, observer));
             match (remainder.filter(|_| giving.is_serving()), &to) {
-                (Some(remainder), Some(to)) => bring(&giving, remainder, to, (options, live), (&mut report, observer)),
+                (Some(remainder), Some(to)) => {
+                    let with = (options, live.background_limit, live.patience);
+                    bring(remainder, to, with, || giving.filled(), (&mut report, observer))
+                }
                 _ => ended,
             }
         }
@@ -259,6 +258,21 @@ pub(crate) fn run<M: GuestMemory>(
         keep_departed(reuse, lineage, &departed, &mut report);
     }
     report.close(error)
+}
+
+/// The store, if the session may use it.
+fn reuse_for<'a>(options: &'a SendOptions, route: &Route, follows: bool, report: &mut Report) -> Option<&'a Reuse> {
+    let reuse = options.reuse.as_ref()?;
+    // SPEC 4.10: no link is authenticated yet, so on others than local ones the domain stays the public one.
+    let local = matches!(route, Route::Connect(to) if to.is_local().unwrap_or(false));
+    let why = match (local, follows) {
+        (false, _) => "the link is neither local nor authenticated",
+        // Pages may follow in a new process, which knows the hand-over's record and no key that was made for a session.
+        (true, true) => "no guest is built on one in post-copy yet",
+        (true, false) => return Some(reuse),
+    };
+    report.warnings.push(format!("the store is not used: {why}"));
+    None
 }
 
 /// The trace that a live session was asked for; without one it goes on all the same.

@@ -48,7 +48,20 @@ pub(super) fn create(path: &Path, pages: u64, seed: u64, cancel: &CancellationTo
 /// They differ.
 pub(super) fn compare(left: &Path, right: &Path, written: &Written, cancel: &CancellationToken) -> Result<()> {
     let open = |path: &Path| File::open(path).with_context(|| path.display().to_string());
-    let (mut one, mut other) = (open(left)?, open(right)?);
+    let names = (left.display().to_string(), right.display().to_string());
+    compare_readers((open(left)?, open(right)?), (&names.0, &names.1), written, cancel)
+}
+
+/// As [`compare`], whatever they are read from.
+///
+/// # Errors
+/// They differ, or cannot be read.
+pub(super) fn compare_readers(
+    (mut one, mut other): (impl Read, impl Read),
+    (left, right): (&str, &str),
+    written: &Written,
+    cancel: &CancellationToken,
+) -> Result<()> {
     let (mut here, mut there) = (Vec::with_capacity(PIECE), Vec::with_capacity(PIECE));
     let (mut first, mut text) = (0, Vec::with_capacity(PAGE));
     loop {
@@ -57,7 +70,7 @@ pub(super) fn compare(left: &Path, right: &Path, written: &Written, cancel: &Can
         there.clear();
         one.by_ref().take(PIECE as u64).read_to_end(&mut here)?;
         other.by_ref().take(PIECE as u64).read_to_end(&mut there)?;
-        ensure!(here.len() == there.len(), "{} and {} have different lengths", left.display(), right.display());
+        ensure!(here.len() == there.len(), "{left} and {right} have different lengths");
         if here.is_empty() {
             return Ok(());
         }
@@ -70,7 +83,7 @@ pub(super) fn compare(left: &Path, right: &Path, written: &Written, cancel: &Can
                     text == there
                 }
             };
-            ensure!(is_equal, "page {page} of {} is not that of {}", right.display(), left.display());
+            ensure!(is_equal, "page {page} of {right} is not that of {left}");
         }
         first = first.saturating_add((here.len() / PAGE) as u64);
     }

@@ -5,8 +5,8 @@ use anyhow::{Context, Result, anyhow};
 use pagewire::store::{Store, StoreOptions};
 use pagewire::{
     Address, AtLimit, Blobs, CancellationToken, GuestHooks, GuestStarter, ImageName, Into, Journal, LandingOptions,
-    LiveOptions, NoObserver, ReceiveOptions, Report, Reuse, SendOptions, Server, ServerEvent, Started, TakeOptions,
-    send_live,
+    LiveOptions, NoObserver, PostCopy, ReceiveOptions, Report, Reuse, SendOptions, Server, ServerEvent, Started,
+    TakeOptions, send_live,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -101,6 +101,10 @@ impl Host {
         Ok(Self { guests, journal, reuse, address, stop, ended: Mutex::new(ended), thread: Some(thread) })
     }
 
+    pub(super) fn journal(&self) -> Arc<Journal> {
+        Arc::clone(&self.journal)
+    }
+
     pub(super) fn image(&self, guest: &str) -> PathBuf {
         self.guests.images.join(guest)
     }
@@ -124,21 +128,36 @@ impl Host {
 
     /// Sends a guest that runs here to another host.
     pub(super) fn send(&self, guest: &str, to: &Self, cancel: &CancellationToken) -> Result<Report> {
+        self.send_by(guest, &to.address, (PostCopy::Never, Some(self.reuse.clone())), cancel)
+    }
+
+    /// Sends a guest that runs here to a host where it runs before any of its memory is there.
+    pub(super) fn send_in_post_copy(&self, guest: &str, to: &Address, cancel: &CancellationToken) -> Result<Report> {
+        self.send_by(guest, to, (PostCopy::Now, None), cancel)
+    }
+
+    fn send_by(
+        &self,
+        guest: &str,
+        to: &Address,
+        (post_copy, reuse): (PostCopy, Option<Reuse>),
+        cancel: &CancellationToken,
+    ) -> Result<Report> {
         let options = SendOptions {
             // On loopback pages are seldom compressed anyway; never, the bytes on the wire are those of the pages.
             compress: false,
-            reuse: Some(self.reuse.clone()),
+            reuse,
             cancel: cancel.clone(),
             ..SendOptions::default()
         };
         let runs = self.guest(guest)?;
-        let mut live = LiveOptions::new(Arc::clone(&self.journal));
+        let mut live = LiveOptions { post_copy, ..LiveOptions::new(Arc::clone(&self.journal)) };
         // A machine that is too slow for the downtime shows by how much.
         live.limits.at_limit = AtLimit::Force;
         live.writes = Some(runs.writes());
         let (image, name) = (self.image(guest), ImageName::new(guest)?);
         let hooks = Box::new(Hooks(runs));
-        let outcome = send_live(&image, &name, &to.address, &options, (&live, hooks), &mut NoObserver);
+        let outcome = send_live(&image, &name, to, &options, (&live, hooks), &mut NoObserver);
         let report = outcome.into_result()?;
         report.warnings.first().map_or(Ok(()), |warning| Err(anyhow!("{warning}")))?;
         Ok(report)

@@ -2,13 +2,14 @@
 //!
 //! It repeats, on one machine, the table of the paper that pagewire comes from. The hosts are two folders, each with a
 //! store, a journal and a real receiver on loopback TCP; a guest is a thread that writes to a file that stands for its
-//! memory, also while it moves. After each leg all images are compared page by page: a difference is a failure of the
+//! memory, also while it moves. In the end one guest of each row goes to B once more, in post-copy. After each leg all images are compared page by page: a difference is a failure of the
 //! demo, never a footnote.
 
 mod guest;
 mod host;
 mod peak;
 mod place;
+mod postcopy;
 mod row;
 mod running;
 mod table;

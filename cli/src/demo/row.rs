@@ -3,6 +3,7 @@
 use super::guest::{self, PAGE};
 use super::host::Host;
 use super::place::Place;
+use super::postcopy::{self, PostCopyLeg};
 use super::{Plan, peak, say};
 use anyhow::{Context, Result, anyhow, ensure};
 use pagewire::{CancellationToken, Pages, Report};
@@ -76,6 +77,8 @@ pub(super) struct Row {
     /// `VmHWM` over both legs; of the whole run until then where the kernel does not forget it.
     pub(super) memory_peak_bytes: Option<u64>,
     pub(super) memory_peak_is_of_this_row: bool,
+    /// Of one guest, which moves a third time; of none where the system has no userfaultfd for us.
+    pub(super) post_copy: Option<PostCopyLeg>,
 }
 
 /// Two hosts and the guests on A.
@@ -120,6 +123,9 @@ impl<'a> Scene<'a> {
         at_once(&seeds, |guest, _| b.guest(guest)?.work(plan.rewritten_percent, cancel))?;
         say(&format!("{title}: all move back to A at once, and run meanwhile"));
         let back = self.leg(b, a)?;
+        // What one guest takes a third time, in memory that all of it is copied to, is not of these legs.
+        let memory_peak_bytes = peak::bytes();
+        let post_copy = self.post_copy()?;
         let pages_total = self.pages.saturating_mul(self.guests.len() as u64);
         Ok(Row {
             guests: plan.guests,
@@ -128,9 +134,22 @@ impl<'a> Scene<'a> {
             pages_rewritten: back.pages_rewritten,
             out,
             back,
-            memory_peak_bytes: peak::bytes(),
+            memory_peak_bytes,
             memory_peak_is_of_this_row: forgotten,
+            post_copy,
         })
+    }
+
+    /// Moves the first guest once more, in post-copy.
+    fn post_copy(&self) -> Result<Option<PostCopyLeg>> {
+        let Self { title, cancel, a, b, .. } = self;
+        let Some(guest) = self.guests.first() else { return Ok(None) };
+        if let Some(why) = postcopy::missing() {
+            say(&format!("{title}: SKIPPED: the leg in post-copy: {why}"));
+            return Ok(None);
+        }
+        say(&format!("{title}: {guest} moves to B in post-copy: it runs there at once, and its memory follows"));
+        postcopy::leg(guest, a, b, cancel).with_context(|| guest.clone()).map(Some)
     }
 
     /// Moves all guests at once, compares, and leaves on the host they left what the store kept and no more.

@@ -1,6 +1,7 @@
 //! The table, for people and for programs.
 
 use super::place::Place;
+use super::postcopy::PostCopyLeg;
 use super::row::{Leg, Row};
 use serde_json::{Value, json};
 
@@ -41,6 +42,25 @@ const RAN: [Column; 7] = [
     ("downtime", "back", |row| format!("{:.1} ms", row.back.downtime_seconds_max * 1e3)),
 ];
 
+/// How one guest moved in post-copy.
+const FOLLOWED: [Column; 10] = [
+    ("", "guests", |row| row.guests.to_string()),
+    ("memory", "of one", |row| of(row, |leg| megabytes(leg.memory_bytes))),
+    ("runs", "after", |row| of(row, |leg| format!("{:.1} ms", leg.downtime_seconds * 1e3))),
+    ("all there", "after", |row| of(row, |leg| format!("{:.2} s", leg.seconds))),
+    ("pages", "touched", |row| of(row, |leg| leg.faults.remote.to_string())),
+    ("came by", "itself", |row| of(row, |leg| leg.faults.background.to_string())),
+    ("found", "on B", |row| of(row, |leg| leg.faults.local.to_string())),
+    ("waits", "p50", |row| of(row, |leg| format!("{:.0} us", leg.faults.p50_us))),
+    ("waits", "p99", |row| of(row, |leg| format!("{:.0} us", leg.faults.p99_us))),
+    ("waits", "longest", |row| of(row, |leg| format!("{:.0} us", leg.faults.max_us))),
+];
+
+/// A cell of the leg in post-copy, where there was one.
+fn of(row: &Row, cell: impl Fn(&PostCopyLeg) -> String) -> String {
+    row.post_copy.as_ref().map_or_else(|| "-".to_owned(), cell)
+}
+
 fn rounds(leg: &Leg) -> String {
     let Leg { rounds_min, rounds_max, .. } = leg;
     if rounds_min == rounds_max { rounds_max.to_string() } else { format!("{rounds_min} to {rounds_max}") }
@@ -61,6 +81,14 @@ fn table(columns: &[Column], rows: &[Row]) -> String {
 /// The table as people read it.
 pub(super) fn text(rows: &[Row]) -> String {
     let text = table(&MOVED, rows) + "\n" + &table(&RAN, rows);
+    let followed = match rows.iter().any(|row| row.post_copy.is_some()) {
+        true => {
+            "\none guest of each row moves to B once more, in post-copy: it runs there before its memory comes\n"
+                .to_owned()
+                + &table(&FOLLOWED, rows)
+        }
+        false => "\nSKIPPED: no guest moved in post-copy: this system has no userfaultfd for us\n".to_owned(),
+    };
     let peak = match rows.iter().all(|row| row.memory_peak_is_of_this_row) {
         true => "of this process with both hosts (VmHWM) in that row",
         false => "of this process with both hosts (VmHWM) since it began",
@@ -70,7 +98,8 @@ pub(super) fn text(rows: &[Row]) -> String {
             rounds: with the last one, for which a guest stands still; changed: pages that all guests write while they move\n\
             downtime: of the guest that stood still for the longest, until it is the other host's\n"
         + &format!("memory peak: {peak}\n")
-        + "all guests' memory was compared page by page after each leg: equal\n"
+        + &followed
+        + "\nall guests' memory was compared page by page after each leg: equal\n"
 }
 
 /// The table with all figures behind it.

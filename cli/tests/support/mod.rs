@@ -1,9 +1,12 @@
 //! The program as a user runs it: processes, files and sockets of this machine.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
+#![allow(clippy::cast_possible_truncation, reason = "tests choose their numbers")]
 
 pub mod guest;
+pub mod network;
 pub mod proxy;
+pub mod workload;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};

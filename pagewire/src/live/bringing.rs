@@ -1,13 +1,12 @@
 //! Post-copy at the sender: what a guest lacks that runs at the receiver is brought, in as many sessions as it takes.
 
-use super::LiveOptions;
-use super::giving::Giving;
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
-use crate::observe::Observer;
+use crate::observe::{Event, Observer, Phase};
 use crate::report::{Decision, Report};
 use crate::send::SendOptions;
-use pagewire_protocol::error::{GuestAt, chain};
+use pagewire_protocol::error::{GuestAt, PeerError, chain};
+use pagewire_protocol::handover::Message;
 use pagewire_sender::driver::{FillSummary, Route, fill};
 use pagewire_sender::fill::{FillConfig, Remainder};
 use pagewire_sender::{ErrorKind as Failure, GuestMemory};
@@ -31,42 +30,55 @@ pub enum PostCopy {
 }
 
 /// Brings all that the guest lacks, or says why not: the guest runs at the receiver then, and the memory must be kept.
+/// `filled` makes it durable that the memory is given up, and gives the word that says so.
 pub(crate) fn bring<M: GuestMemory>(
-    giving: &Giving,
     remainder: Remainder<M>,
     to: &Address,
-    (options, live): (&SendOptions, &LiveOptions),
+    (options, background_limit, patience): (&SendOptions, Option<u64>, Duration),
+    mut filled: impl FnMut() -> Result<Message, String>,
     (report, observer): (&mut Report, &mut dyn Observer),
 ) -> Option<Error> {
     let (began, pages) = (Instant::now(), remainder.pages());
-    let (mut left, mut until, mut pause) = (Some(remainder), began + live.patience, TRY_FIRST);
+    let (mut left, mut until, mut pause) = (Some(remainder), began + patience, TRY_FIRST);
+    let ended = report.seconds;
     report.faults.lacking = pages;
+    observer.event(&Event::Phase { seconds: ended, phase: Phase::Filling { pages } });
     let why = loop {
         let Some(remainder) = left.take() else { break "its memory is gone".to_owned() };
-        let config = match config(options, live) {
+        let config = match config(options, background_limit) {
             Ok(config) => config,
             Err(error) => break chain(&error),
         };
         let route = Route::Connect(to.clone());
         let observe = |progress: pagewire_transport::Progress| observer.event(&progress.into());
-        let (summary, result, rest) =
-            fill(remainder, config, route, &options.stop_by_hand(), || giving.filled(), observe);
+        let (summary, result, rest) = fill(remainder, config, route, &options.stop_by_hand(), &mut filled, observe);
         note(report, &summary);
         report.faults.seconds = began.elapsed().as_secs_f64();
         let error = match result {
             Ok(()) => {
                 report.faults.lacking = 0;
+                let seconds = ended + began.elapsed().as_secs_f64();
+                observer.event(&Event::Phase { seconds, phase: Phase::Filled });
                 return None;
             }
             Err(error) => error,
         };
         left = rest;
-        if summary.wire.received_bytes > 0 && summary.counts != Default::default() {
-            (until, pause) = (Instant::now() + live.patience, TRY_FIRST);
+        // What the receiver itself ends is as if nothing had gone: it cannot put pages in, or its guest is lost.
+        let refused = matches!(error, Failure::Peer(PeerError::Closed { .. }));
+        if !refused && summary.counts != Default::default() {
+            (until, pause) = (Instant::now() + patience, TRY_FIRST);
         }
         let last = matches!(error, Failure::Cancelled | Failure::Source(_)) || Instant::now() >= until;
         let what = format!("a session that fills the guest broke: {}", chain(&error));
-        report.decisions.push(Decision { seconds: report.seconds + began.elapsed().as_secs_f64(), what });
+        let decision = Decision { seconds: ended + began.elapsed().as_secs_f64(), what };
+        observer.event(&Event::Decision(decision.clone()));
+        report.decisions.push(decision);
+        if let Failure::Handover(why) = error {
+            // It has all: nothing but the record is missing, which was tried several times.
+            report.faults.lacking = 0;
+            return Some(Error { kind: ErrorKind::Unrecorded(why), guest_at: GuestAt::Receiver });
+        }
         if last {
             break chain(&error);
         }
@@ -76,14 +88,14 @@ pub(crate) fn bring<M: GuestMemory>(
     Some(Error { kind: ErrorKind::Sender(Failure::Split { pages, why }), guest_at: GuestAt::Receiver })
 }
 
-fn config(options: &SendOptions, live: &LiveOptions) -> Result<FillConfig, ErrorKind> {
+fn config(options: &SendOptions, background_limit: Option<u64>) -> Result<FillConfig, ErrorKind> {
     Ok(FillConfig {
         session: random()?,
         nonce: random()?,
         lanes: options.lanes,
         compress: options.compress,
         workers: options.workers(),
-        bandwidth_limit: live.background_limit.or(options.bandwidth_limit),
+        bandwidth_limit: background_limit.or(options.bandwidth_limit),
         ..FillConfig::default()
     })
 }

@@ -157,6 +157,9 @@ impl Giving {
         }
         report.downtime_seconds = holding.downtime.map_or(0.0, |downtime| downtime.as_secs_f64());
         report.warnings.append(&mut holding.warnings);
+        if let Some(error) = holding.journal.owed().filter(|_| holding.guest_at() == GuestAt::Receiver) {
+            return Some(Error { kind: ErrorKind::Unrecorded(chain(error)), guest_at: GuestAt::Receiver });
+        }
         let guest_at = if holding.handover.is_some() { holding.guest_at() } else { GuestAt::Sender };
         match (guest_at, kind.take()) {
             (GuestAt::Receiver, Some(lost)) => {

@@ -6,12 +6,14 @@
 mod asking;
 mod bringing;
 mod giving;
+mod resuming;
 mod taking;
 
 pub use asking::ask_receiver;
 pub use bringing::PostCopy;
 pub(crate) use bringing::bring;
 pub(crate) use giving::give;
+pub use resuming::{resume, resume_memory};
 pub use taking::{GuestStarter, Started};
 pub(crate) use taking::{MemorySlot, Taking};
 

@@ -77,6 +77,11 @@ impl<'a> Taking<'a> {
         Self { options, guest: None, name: None, handover: None, memory, warnings: Vec::new() }
     }
 
+    /// What the guest of a hand-over is called.
+    pub(crate) fn name_of(&self, handover: &Handover) -> Option<String> {
+        name_of(&self.options.journal, handover.lineage).map(|name| name.to_string())
+    }
+
     /// The session is over: what became of the guest, if there was one.
     pub(crate) fn end(&mut self, failed: bool, report: &mut Report) -> Option<GuestAt> {
         let handover = self.handover;

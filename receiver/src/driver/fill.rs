@@ -29,10 +29,10 @@ pub struct FillSummary {
     pub counts: FillCounts,
     /// How long it waited for those that it touched.
     pub times: Option<FaultTimes>,
-    /// How long each thread did, by its number, of those that the kernel tells apart.
-    pub blocked: Vec<(u32, Span)>,
     /// Pages that it lacks still.
     pub lacking: u64,
+    /// All of its bytes and pages.
+    pub size: (u64, u64),
     /// Bytes on the wire, of the last session.
     pub wire: Wire,
     /// How long that took.
@@ -41,9 +41,9 @@ pub struct FillSummary {
 
 impl FillSummary {
     fn of<S: GuestSink>(guest: &Incomplete<S>) -> Self {
-        let (counts, lacking, sink) = (guest.counts(), guest.pages(), &guest.sink);
-        let (times, blocked) = (sink.fault_times(), sink.blocked());
-        Self { handover: Some(*guest.handover()), counts, times, blocked, lacking, ..Self::default() }
+        let (counts, lacking, layout) = (guest.counts(), guest.pages(), guest.layout());
+        let (times, size) = (guest.sink.fault_times(), (layout.bytes(), layout.pages()));
+        Self { handover: Some(*guest.handover()), counts, times, lacking, size, ..Self::default() }
     }
 }
 

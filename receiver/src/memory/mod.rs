@@ -16,7 +16,6 @@ pub use ram::{GuestRam, RamRegion, RamSink};
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageBytes};
 use pagewire_protocol::page::RegionId;
-use pagewire_protocol::time::Span;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -113,11 +112,6 @@ pub trait GuestSink: Send + 'static {
     /// How long those waited who touched absent pages.
     fn fault_times(&self) -> Option<FaultTimes> {
         None
-    }
-
-    /// How long each thread waited that did, by its number, as far as they are told apart; in no order.
-    fn blocked(&self) -> Vec<(u32, Span)> {
-        Vec::new()
     }
 
     /// Makes everything last and visible. May block as long as a disk does.

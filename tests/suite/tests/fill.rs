@@ -7,7 +7,7 @@
     reason = "test code: a failed expectation is a failed test"
 )]
 
-use pagewire_protocol::frame::{FrameKind, LaneId, Want};
+use pagewire_protocol::frame::{FrameKind, LaneId};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Place, Region};
 use pagewire_protocol::time::Span;

@@ -6,17 +6,13 @@ use crate::memory::uffd::FaultsOf;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::RegionId;
-use pagewire_protocol::time::{Span, Time};
-use std::collections::BTreeMap;
+use pagewire_protocol::time::Time;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, PoisonError};
 
 /// Tells the time, counted from any moment.
 pub type Clock = Box<dyn Fn() -> Time + Send>;
-
-/// Threads whose time is counted each: more than a guest has vCPUs, whatever it is made of.
-const THREADS_MAX: usize = 1024;
 
 /// Memory of this process while a guest arrives in it: plain memory until it is armed, and each page once from then on.
 ///
@@ -26,8 +22,6 @@ pub struct PostcopySink {
     faults_of: FaultsOf,
     clock: Clock,
     times: FaultTimes,
-    /// How long threads waited, of the first so many that did.
-    blocked: BTreeMap<u32, Span>,
 }
 
 impl std::fmt::Debug for PostcopySink {
@@ -39,7 +33,7 @@ impl std::fmt::Debug for PostcopySink {
 impl PostcopySink {
     /// The guest arrives in `memory`, and `faults_of` may touch what is absent. `clock` says how long they wait.
     pub fn new(memory: Arc<PostcopyMemory>, faults_of: FaultsOf, clock: Clock) -> Self {
-        Self { memory, faults_of, clock, times: FaultTimes::default(), blocked: BTreeMap::new() }
+        Self { memory, faults_of, clock, times: FaultTimes::default() }
     }
 
     fn now(&self) -> Time {
@@ -47,14 +41,10 @@ impl PostcopySink {
     }
 
     fn note(&mut self, served: &[Served]) {
-        for (thread, waited) in served.iter().flat_map(|served| &served.waited) {
-            self.times.add(*waited);
-            let Some(thread) = thread else { continue };
-            if self.blocked.len() < THREADS_MAX || self.blocked.contains_key(thread) {
-                let blocked = self.blocked.entry(*thread).or_default();
-                *blocked = *blocked + *waited;
-            }
-        }
+        served
+            .iter()
+            .flat_map(|served| &served.waited)
+            .for_each(|(thread, waited)| self.times.add_of(*thread, *waited));
     }
 }
 
@@ -146,10 +136,6 @@ impl GuestSink for PostcopySink {
 
     fn fault_times(&self) -> Option<FaultTimes> {
         Some(self.times.clone())
-    }
-
-    fn blocked(&self) -> Vec<(u32, Span)> {
-        self.blocked.iter().map(|(thread, waited)| (*thread, *waited)).collect()
     }
 
     fn renew_touches(&mut self) {

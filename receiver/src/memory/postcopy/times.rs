@@ -1,6 +1,7 @@
 //! How long threads waited for pages: a histogram of fixed size.
 
 use pagewire_protocol::time::Span;
+use std::collections::BTreeMap;
 
 /// Steps of each doubling: a quantile is at most an eighth too large.
 const STEPS: u32 = 8;
@@ -9,18 +10,23 @@ const STEPS_BITS: u32 = STEPS.ilog2();
 const DOUBLINGS: u32 = 37;
 const BUCKETS: usize = ((DOUBLINGS + 1) * STEPS) as usize;
 
-/// Spans that were waited, counted by length. 2.4 KiB, whatever is put in.
+/// Threads that are told apart: more than a guest has vCPUs, whatever it is made of.
+const THREADS_MAX: usize = 256;
+
+/// Spans that were waited, counted by length, and by thread where that is known. 2.4 KiB, and 6 KiB for threads at most.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FaultTimes {
     buckets: Vec<u64>,
     count: u64,
     total: u64,
     longest: u64,
+    /// How often each thread waited, and for how long together.
+    threads: BTreeMap<u32, (u64, u64)>,
 }
 
 impl Default for FaultTimes {
     fn default() -> Self {
-        Self { buckets: vec![0; BUCKETS], count: 0, total: 0, longest: 0 }
+        Self { buckets: vec![0; BUCKETS], count: 0, total: 0, longest: 0, threads: BTreeMap::new() }
     }
 }
 
@@ -36,12 +42,31 @@ impl FaultTimes {
         self.longest = self.longest.max(nanos);
     }
 
+    /// Counts one of a thread, if it is known.
+    pub fn add_of(&mut self, thread: Option<u32>, waited: Span) {
+        self.add(waited);
+        self.add_thread(thread, (1, waited.as_nanos()));
+    }
+
+    fn add_thread(&mut self, thread: Option<u32>, (count, nanos): (u64, u64)) {
+        let has_room = self.threads.len() < THREADS_MAX;
+        let Some(thread) = thread.filter(|thread| has_room || self.threads.contains_key(thread)) else { return };
+        let of_thread = self.threads.entry(thread).or_default();
+        *of_thread = (of_thread.0.saturating_add(count), of_thread.1.saturating_add(nanos));
+    }
+
+    /// How often each thread waited, and for how long together: of the first threads that did.
+    pub fn threads(&self) -> impl Iterator<Item = (u32, u64, Span)> {
+        self.threads.iter().map(|(thread, (count, nanos))| (*thread, *count, Span::from_nanos(*nanos)))
+    }
+
     /// Counts all of another histogram's.
     pub fn add_all(&mut self, other: &Self) {
         self.buckets.iter_mut().zip(&other.buckets).for_each(|(to, from)| *to = to.saturating_add(*from));
         self.count = self.count.saturating_add(other.count);
         self.total = self.total.saturating_add(other.total);
         self.longest = self.longest.max(other.longest);
+        other.threads.iter().for_each(|(thread, counted)| self.add_thread(Some(*thread), *counted));
     }
 
     /// How many were counted.
@@ -105,6 +130,21 @@ mod tests {
             assert!(last_of(at) <= nanos + nanos / 8, "{nanos}: {}", last_of(at));
         }
         assert_eq!(bucket(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn threads_are_told_apart_and_not_without_bound() {
+        let mut times = FaultTimes::default();
+        for thread in 0..THREADS_MAX as u32 + 10 {
+            times.add_of(Some(thread), Span::from_nanos(5));
+        }
+        times.add_of(Some(3), Span::from_nanos(7));
+        times.add_of(None, Span::from_nanos(100));
+        let mut twice = times.clone();
+        twice.add_all(&times);
+        assert_eq!((times.threads().count(), times.count()), (THREADS_MAX, THREADS_MAX as u64 + 12));
+        assert_eq!(times.threads().nth(3), Some((3, 2, Span::from_nanos(12))));
+        assert_eq!(twice.threads().nth(3), Some((3, 4, Span::from_nanos(24))));
     }
 
     proptest! {
