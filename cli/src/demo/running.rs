@@ -67,6 +67,8 @@ impl Guest {
             state: Mutex::default(),
             changed: Condvar::new(),
         });
+        // A guest that is moved at once has written something, however busy the machine is.
+        shared.working_page(0).map_or(Ok(()), |page| shared.write(page))?;
         let its = Arc::clone(&shared);
         let run = move || its.run().unwrap_or_else(|error| its.lock().failed = Some(error));
         let thread = std::thread::Builder::new().name("pagewire-guest".to_owned()).spawn(run)?;
@@ -136,7 +138,7 @@ impl Shared {
     fn run(&self) -> std::io::Result<()> {
         let rate = (used(self.pages) / BUSY_SHARE).max(BUSY_MIN);
         let turn = TURN.max(Duration::from_secs(1) / u32::try_from(rate).unwrap_or(u32::MAX));
-        let (begin, mut done) = (Instant::now(), 0);
+        let (begin, mut done) = (Instant::now(), 1);
         loop {
             let state = self.lock();
             let ends = |state: &mut State| !state.ends;
@@ -151,7 +153,7 @@ impl Shared {
             let due = due as u64;
             let writes = done..due.min(done + rate);
             writes.filter_map(|write| self.working_page(write)).try_for_each(|page| self.write(page))?;
-            done = due;
+            done = due.max(done);
         }
     }
 

@@ -114,6 +114,16 @@ pub(super) async fn fill<S: GuestSink>(
     };
     drop(registered_as);
     observe(progress(&mut pump));
+    end(pump, parking, result)
+}
+
+/// What a session that is over did. A guest that its sender has let go of is nobody's concern here any more; any other is
+/// parked.
+fn end<S: GuestSink>(
+    mut pump: Pump<FillEngine<S>>,
+    parking: Option<&Arc<Parking<S>>>,
+    result: Option<Result<(), ErrorKind>>,
+) -> (FillSummary, Result<(), ErrorKind>) {
     let (wire, spent) = (pump.wire(), pump.now().since(Time::ZERO));
     let summary = pump.machine().guest().map(FillSummary::of).unwrap_or_default();
     match (pump.into_machine().into_incomplete(), parking, &result) {

@@ -56,7 +56,7 @@ pub(super) struct Filling<S> {
 /// PAGES bytes of a lane with this window after which it is acknowledged at the latest: before the window is full, or
 /// the sender would wait for the longest delay of an acknowledgement whenever the next frame does not fit.
 const fn ack_bytes(window: u64) -> u64 {
-    let quarter = window / 4;
+    let quarter = window.div_ceil(4);
     if quarter < ACK_BYTES { quarter } else { ACK_BYTES }
 }
 
