@@ -43,7 +43,7 @@ impl Fault {
     pub fn decode(body: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(body);
         let (urgency, reserved): (u8, [u8; 7]) = (reader.u8("urgency")?, reader.array("reserved")?);
-        // SPEC 13.7
+        // SPEC 13.9
         if !(1..=2).contains(&urgency) || reserved != [0; 7] {
             return Err(DecodeError::Unknown {
                 field: "urgency or reserved bytes of FAULT",
