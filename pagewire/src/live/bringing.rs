@@ -94,7 +94,8 @@ fn config(options: &SendOptions, background_limit: Option<u64>) -> Result<FillCo
         nonce: random()?,
         lanes: options.lanes,
         compress: options.compress,
-        workers: options.workers(),
+        // A core is left to whoever waits for a page.
+        workers: options.workers().saturating_sub(1).max(1),
         bandwidth_limit: background_limit.or(options.bandwidth_limit),
         ..FillConfig::default()
     })
