@@ -7,6 +7,7 @@ use pagewire::{
     Server, ServerEvent, send_memory,
 };
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 
 pub const PAGE: usize = 4096;
@@ -57,8 +58,10 @@ impl Host {
         tell: impl Fn(ServerEvent<'_>) + Send + Sync + 'static,
     ) -> (Address, Receiver<Report>) {
         let options = ReceiveOptions { reuse: Some(reuse), once: true, ..ReceiveOptions::new(into) };
-        let socket = format!("unix:{}", self.dir.path().join("socket").display());
-        let _ = std::fs::remove_file(self.dir.path().join("socket"));
+        // A server that ends takes its socket with it: none is another's.
+        static SERVERS: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("socket-{}", SERVERS.fetch_add(1, Ordering::Relaxed));
+        let socket = format!("unix:{}", self.dir.path().join(name).display());
         let server = Server::bind(&socket.parse().unwrap(), options).unwrap();
         let address = server.address().unwrap();
         let (ended, report) = channel();
