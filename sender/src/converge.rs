@@ -1,7 +1,8 @@
 //! What comes after a round: a pure function of what was measured and of what the caller allows.
 //!
 //! The prediction rests on the last round: what a page that had to be looked at cost in time and in bytes, and how fast
-//! bytes reach the receiver. The sender pauses the guest only when what is left fits the downtime.
+//! bytes reach the receiver. The sender pauses the guest only when what is left fits the downtime; where one more round
+//! would leave less than half of that, it is made first.
 
 use pagewire_protocol::time::Span;
 
@@ -56,6 +57,10 @@ pub struct Facts {
     pub elapsed: Span,
     /// How long the last round would take with the guest standing still, and what is under way before it.
     pub predicted: Span,
+    /// The same after another round, during which the guest goes on writing as it does.
+    pub after_another: Span,
+    /// A round was made already though what was left fitted the downtime.
+    pub shortened: bool,
     /// Pages that changed, a second.
     pub dirty_rate: f64,
     /// Bytes that reach the receiver, a second.
@@ -126,6 +131,8 @@ impl std::fmt::Display for Reason {
 pub(crate) const STUCK_SHARE: f64 = 0.9;
 /// Such rounds in a row until it is believed: one can be chance.
 const STUCK_ROUNDS: u32 = 2;
+/// A downtime that is not worth another round: records and messages of a hand-over take as long.
+const SHORTENED_FROM: Span = Span::from_millis(3);
 /// How much a guest is slowed down at first and then in each step, and at most, in per cent: QEMU's figures.
 const THROTTLE_FIRST: u8 = 20;
 const THROTTLE_STEP: u8 = 10;
@@ -133,11 +140,16 @@ const THROTTLE_MAX: u8 = 99;
 
 /// Decides what comes after a round.
 pub fn decide(facts: &Facts, limits: &Limits) -> Verdict {
-    // Nothing is known of a guest's writes before it was looked at twice.
+    let rounds_are_over = facts.round.saturating_add(1) >= limits.rounds;
     if facts.predicted <= limits.downtime {
-        return Verdict::SwitchOver;
+        // It takes as long as the downtime that it shortens, and the guest runs meanwhile. One is the most that is worth
+        // its bytes: a second one has less than half to gain.
+        let pays = facts.after_another + facts.after_another <= facts.predicted && facts.predicted >= SHORTENED_FROM;
+        let in_time = limits.total.is_none_or(|total| facts.elapsed + facts.predicted < total);
+        let again = pays && in_time && !facts.shortened && !rounds_are_over;
+        return if again { Verdict::Again } else { Verdict::SwitchOver };
     }
-    let reason = if facts.round.saturating_add(1) >= limits.rounds {
+    let reason = if rounds_are_over {
         Reason::Rounds
     } else if limits.total.is_some_and(|total| facts.elapsed >= total) {
         Reason::Total
@@ -163,7 +175,8 @@ mod tests {
     use super::*;
 
     fn facts(round: u32, predicted: u64, stuck: u32) -> Facts {
-        Facts { round, predicted: Span::from_millis(predicted), stuck, ..Facts::default() }
+        let predicted = Span::from_millis(predicted);
+        Facts { round, predicted, after_another: predicted, stuck, ..Facts::default() }
     }
 
     #[test]
@@ -172,6 +185,25 @@ mod tests {
         assert_eq!(decide(&facts(0, 300, 0), &limits), Verdict::SwitchOver);
         assert_eq!(decide(&facts(0, 301, 0), &limits), Verdict::Again);
         assert_eq!(decide(&facts(40, 299, 9), &limits), Verdict::SwitchOver, "whatever else is over");
+    }
+
+    #[test]
+    fn makes_one_more_round_where_that_halves_the_downtime() {
+        let limits = Limits { rounds: 5, total: Some(Span::from_secs(9)), ..Limits::default() };
+        let facts = Facts { after_another: Span::from_millis(40), elapsed: Span::from_secs(8), ..facts(1, 80, 0) };
+        let on = |facts: Facts| decide(&facts, &limits);
+        assert_eq!(on(facts), Verdict::Again);
+        assert_eq!(
+            on(Facts { after_another: Span::from_millis(41), ..facts }),
+            Verdict::SwitchOver,
+            "it gains too little"
+        );
+        assert_eq!(on(Facts { shortened: true, ..facts }), Verdict::SwitchOver, "one was made");
+        assert_eq!(on(Facts { round: 4, ..facts }), Verdict::SwitchOver, "no round is left");
+        let late = Span::from_millis(8_920);
+        assert_eq!(on(Facts { elapsed: late, ..facts }), Verdict::SwitchOver, "it would end too late");
+        let short = Facts { predicted: Span::from_millis(2), after_another: Span::ZERO, ..facts };
+        assert_eq!(on(short), Verdict::SwitchOver, "there is nothing to gain");
     }
 
     #[test]

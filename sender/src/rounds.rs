@@ -89,6 +89,8 @@ pub(crate) struct Rounds {
     dirty_rate: f64,
     stuck: u32,
     throttled: u8,
+    /// A round was made only to shorten a downtime that was short enough.
+    shortened: bool,
     leaving: Leave,
     /// No round was begun before the last.
     no_rounds: bool,
@@ -127,6 +129,7 @@ impl Rounds {
             dirty_rate: 0.0,
             stuck: 0,
             throttled: 0,
+            shortened: false,
             leaving: Leave::No,
             no_rounds: false,
             reports: Vec::new(),
@@ -310,12 +313,15 @@ impl Rounds {
             round: self.number,
             elapsed: now.since(self.began),
             predicted: span(predicted),
+            after_another: span(self.after_another(predicted, (rate, each))),
+            shortened: self.shortened,
             dirty_rate: self.dirty_rate,
             rate,
             stuck: self.stuck,
             throttled: self.throttled,
         };
         let mut verdict = decide(&facts, &self.limits);
+        self.shortened |= verdict == Verdict::Again && facts.predicted <= self.limits.downtime;
         if scan > self.limits.downtime.as_secs_f64() {
             verdict = verdict.because(Reason::Scan);
         }
@@ -333,6 +339,18 @@ impl Rounds {
         });
         self.follow(verdict, rate, each);
         (verdict, decision)
+    }
+
+    /// Seconds of downtime after a round that takes `predicted` seconds: what the guest writes meanwhile, and what it
+    /// writes all the time.
+    fn after_another(&self, predicted: f64, (rate, bytes_a_page): (f64, f64)) -> f64 {
+        if self.tracking == Tracking::Unknown || predicted > self.limits.downtime.as_secs_f64() {
+            return predicted;
+        }
+        let mut left = self.deferred.clone();
+        left.insert_all(&self.dirty);
+        let pages = self.history.hot(&left).count() as f64 + self.dirty_rate * predicted;
+        over_rate(pages * bytes_a_page, rate)
     }
 
     /// Pages that the last round would have to look at.
@@ -470,8 +488,10 @@ fn span(seconds: f64) -> Span {
 
 fn explain(facts: &Facts, left: u64, verdict: Verdict, downtime: Span) -> String {
     let Facts { round, predicted, dirty_rate, rate, .. } = facts;
-    let (predicted, downtime) = (predicted.as_secs_f64() * 1e3, downtime.as_secs_f64() * 1e3);
     let next = match verdict {
+        Verdict::Again if facts.predicted <= downtime => {
+            format!("another round, after which it will be {:.1} ms", facts.after_another.as_secs_f64() * 1e3)
+        }
         Verdict::Again => "another round".to_owned(),
         Verdict::Throttle(percent) => format!("another round, with the guest slowed down by {percent} %"),
         Verdict::SwitchOver => "switch over".to_owned(),
@@ -482,6 +502,7 @@ fn explain(facts: &Facts, left: u64, verdict: Verdict, downtime: Span) -> String
     if dirty_rate.is_infinite() {
         return format!("after round {round}: nobody tells what the guest writes, so all of it is read again: {next}");
     }
+    let (predicted, downtime) = (predicted.as_secs_f64() * 1e3, downtime.as_secs_f64() * 1e3);
     format!(
         "after round {round}: {left} pages are left, the guest changes {dirty_rate:.0} a second, the link carries \
          {:.1} MB a second: a downtime of {predicted:.1} ms, allowed are {downtime:.1}: {next}",
