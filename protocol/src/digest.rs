@@ -46,9 +46,14 @@ impl Key {
         Self { bytes, words: blake3::platform::words_from_le_bytes_32(&bytes) }
     }
 
+    /// A keyed hash of what is to come.
+    pub(crate) fn hasher(&self) -> blake3::Hasher {
+        blake3::Hasher::new_keyed(&self.bytes)
+    }
+
     /// The keyed hash of the concatenation of `parts`.
     pub(crate) fn hash<'a>(&self, parts: impl IntoIterator<Item = &'a [u8]>) -> Digest {
-        let mut hasher = blake3::Hasher::new_keyed(&self.bytes);
+        let mut hasher = self.hasher();
         for part in parts {
             hasher.update(part);
         }
@@ -67,9 +72,7 @@ const CHUNK_BYTES: usize = 1024;
 const CHUNKS_MAX: usize = 8;
 /// Bytes of the digests below a lowest node of a tree.
 const SUBTREE_DIGEST_BYTES: usize = SUBTREE_PAGES * CV_BYTES;
-/// Bytes that a batch digest takes in at once: BLAKE3 hashes whole kibibytes side by side.
-const BATCH_PIECE_DIGESTS: usize = 2048;
-const CV_BYTES: usize = 32;
+pub(crate) const CV_BYTES: usize = 32;
 
 /// Pages hashed side by side: the widest SIMD degree BLAKE3 has.
 const LANES: usize = 16;
@@ -263,21 +266,6 @@ pub fn is_zero(bytes: &[u8]) -> bool {
     blocks.iter().all(|block| block.iter().fold(0, |all, word| all | zero(word)) == 0)
         && rest.iter().all(|word| zero(word) == 0)
         && tail.iter().all(|&byte| byte == 0)
-}
-
-/// The digest of a batch: over what is stated, where, and the digest of every page of it.
-///
-/// It proves beliefs and bytes at once: a receiver that resolved every page as the sender meant it finds the same value.
-pub fn batch_digest<'a>(domain: &DedupDomain, first: u64, digests: impl IntoIterator<Item = &'a [Digest]>) -> Digest {
-    let mut hasher = blake3::Hasher::new_keyed(&domain.batch.bytes);
-    let mut bytes = Vec::new();
-    for digests in digests.into_iter().flat_map(|digests| digests.chunks(BATCH_PIECE_DIGESTS)) {
-        bytes.clear();
-        digests.iter().for_each(|digest| bytes.extend_from_slice(&digest.0));
-        hasher.update(&bytes);
-    }
-    hasher.update(&first.to_le_bytes());
-    Digest(*hasher.finalize().as_bytes())
 }
 
 /// The digest both sides compare to know that nobody changed either HELLO on the way.

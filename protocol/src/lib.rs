@@ -12,6 +12,7 @@ extern crate alloc;
 #[cfg(any(test, feature = "std"))]
 extern crate std;
 
+pub mod batch;
 pub mod bitmap;
 pub mod blobs;
 pub mod challenge;

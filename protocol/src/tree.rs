@@ -4,9 +4,11 @@
 //! an all-zero region: zero subtrees are precomputed and take no memory, so a sparse terabyte costs eight bytes a MiB.
 //! Changing a leaf only marks its lowest node; nodes are hashed when somebody asks, batch by batch while leaves are hot.
 
+use crate::batch::{BatchHasher, says_all};
 use crate::blobs::Blobs;
-use crate::digest::{Digest, PageHasher, SubtreeBytes, batch_digest};
+use crate::digest::{Digest, PageHasher, SubtreeBytes};
 use crate::domain::DedupDomain;
+use crate::frame::Run;
 use crate::limits::SUBTREE_PAGES;
 use crate::page::Layout;
 use alloc::boxed::Box;
@@ -250,12 +252,20 @@ impl DigestTree {
         level.first().copied().unwrap_or_else(|| self.hasher.domain().subtree.hash([]))
     }
 
-    /// The batch digest of `count` pages from `first` as they stand in the tree.
-    pub fn batch(&self, first: u64, count: u32) -> Digest {
-        let end = first.saturating_add(u64::from(count)).min(self.pages);
-        let mut leaves = Vec::with_capacity(usize::try_from(end.saturating_sub(first)).unwrap_or(0));
-        self.copy_to(first..end, &mut leaves);
-        batch_digest(self.hasher.domain(), first, [leaves.as_slice()])
+    /// The batch digest of `runs` from page `first`, whose pages are as they stand in the tree.
+    pub fn batch(&self, first: u64, runs: &[Run]) -> Digest {
+        let mut batch = BatchHasher::new(self.hasher.domain());
+        let (mut next, mut leaves) = (first, Vec::new());
+        for &run in runs {
+            let end = next.saturating_add(u64::from(run.count)).min(self.pages);
+            leaves.clear();
+            if !says_all(run.kind) {
+                self.copy_to(next..end, &mut leaves);
+            }
+            batch.run(run, &leaves);
+            next = end;
+        }
+        batch.finish(first)
     }
 }
 
@@ -316,7 +326,9 @@ fn split(page: u64) -> (usize, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::batch_digest;
     use crate::digest::page_digest;
+    use crate::frame::EntryKind;
     use proptest::prelude::*;
 
     fn hasher() -> PageHasher {
@@ -357,7 +369,12 @@ mod tests {
             prop_assert!((0..pages).all(|page| longer.leaf(page) == tree.leaf(page)));
             prop_assert_ne!(longer.root(), expected);
             prop_assert_eq!(longer.resized(&hasher, pages).root(), expected);
-            prop_assert_eq!(tree.batch(0, pages as u32), batch_digest(hasher.domain(), 0, [twin.as_slice()]));
+            let kinds = [EntryKind::BASE, EntryKind::ZERO, EntryKind::BASE];
+            let mut counts = [pages / 3, pages / 2, 0];
+            counts[2] = pages - counts[0] - counts[1];
+            let runs = kinds.into_iter().zip(counts).filter(|(_, count)| *count > 0);
+            let runs: Vec<Run> = runs.map(|(kind, count)| Run { kind, count: count as u16 }).collect();
+            prop_assert_eq!(tree.batch(0, &runs), batch_digest(hasher.domain(), 0, runs.clone(), &twin));
         }
     }
 }

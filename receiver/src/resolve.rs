@@ -10,9 +10,10 @@ use crate::page_map::{Found, PageMap};
 use crate::report::Counts;
 use crate::scan::Scan;
 use crate::waiting::Waiting;
+use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::challenge::{Challenge, PageProof};
 use pagewire_protocol::compress::{Decompressor, decompress_delta};
-use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest, is_zero, page_digest};
+use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, is_zero, page_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::ABSENT_DIGEST;
 use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages, SKIPPED_DIGEST};
@@ -117,7 +118,8 @@ impl Resolver {
             let delta = if pages.head.codec == Codec::DELTA { Belief::Base } else { Belief::None };
             let belief = self.digest_entries(range, pages, bytes, to)?.max(delta);
             // SPEC 6.7, 6.8
-            let fits = batch_digest(to.hasher.domain(), range.first.0, [self.digests.as_slice()]) == pages.head.digest;
+            let digest = batch_digest(to.hasher.domain(), range.first.0, pages.runs(), &self.digests);
+            let fits = digest == pages.head.digest;
             if belief == Belief::Lost || !fits {
                 if belief != Belief::None {
                     return Ok(Resolved::Disbelieved);

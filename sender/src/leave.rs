@@ -8,8 +8,8 @@ use crate::fill::Remainder;
 use crate::lanes::Batch;
 use crate::memory::GuestMemory;
 use crate::sending::{Sending, Step};
+use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::batch_digest;
 use pagewire_protocol::frame::{ABSENT_DIGEST, EntryKind, Run};
 use pagewire_protocol::handover::Handover;
 use pagewire_protocol::limits::{COVER_PAGES_MAX, RUNS_MAX};
@@ -106,8 +106,7 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     fn send_absent(&mut self, range: PageRange, runs: Vec<Run>) {
-        let zeros = vec![ABSENT_DIGEST; usize::try_from(range.count).unwrap_or(0)];
-        let head = self.head(range, batch_digest(self.hasher.domain(), range.first.0, [zeros.as_slice()]));
+        let head = self.head(range, batch_digest(self.hasher.domain(), range.first.0, runs.iter().copied(), &[]));
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         self.note(range, &runs);
         let (references, proofs, payload) = Default::default();

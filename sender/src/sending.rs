@@ -16,10 +16,11 @@ use crate::reuse::{Reuse, Stated, between};
 use crate::rounds::Rounds;
 use crate::switch::{AnnounceSwitch, CompressSwitch, Way};
 use crate::tally::Tally;
+use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::challenge::Challenge;
-use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, batch_digest};
+use pagewire_protocol::digest::{Digest, PageBytes, PageHasher};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
     Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run,
@@ -463,7 +464,7 @@ impl<M: GuestMemory> Sending<M> {
             return self.cover(range, &runs);
         }
         self.flush_cover();
-        let digest = batch_digest(self.hasher.domain(), range.first.0, [self.digests.as_slice()]);
+        let digest = batch_digest(self.hasher.domain(), range.first.0, runs.iter().copied(), &self.digests);
         let head = PagesHead { shift: how.shift, ..self.head(range, digest) };
         let announced = if how.announced { u32::try_from(references.len()).unwrap_or(0) } else { 0 };
         let bytes = payload.len();
@@ -503,7 +504,7 @@ impl<M: GuestMemory> Sending<M> {
     pub(crate) fn flush_cover(&mut self) {
         let Some(Cover { range, runs }) = self.cover.take() else { return };
         let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return };
-        let head = self.head(range, tree.batch(range.first.0, range.count));
+        let head = self.head(range, tree.batch(range.first.0, &runs));
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let (references, proofs, payload) = Default::default();
         let batch = Batch { head, runs, references, proofs, payload, announced: 0, old: None };

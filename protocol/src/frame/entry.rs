@@ -27,7 +27,7 @@ impl Codec {
     }
 }
 
-/// What stands in a batch digest for a page that is skipped.
+/// What stands where a page's digest would, for one that is skipped: no bytes have it.
 pub const SKIPPED_DIGEST: Digest = Digest([0; 32]);
 
 /// What stands in digests for a page that is absent when its guest is handed over: no bytes have it.
@@ -48,7 +48,7 @@ impl EntryKind {
     pub const INLINE: Self = Self(4);
     /// As in the base, as many pages further as the frame's shift says.
     pub const SHIFTED: Self = Self(5);
-    /// Not stated by this frame: the page stays what it was. In a batch digest it counts as [`SKIPPED_DIGEST`].
+    /// Not stated by this frame: the page stays what it was.
     pub const SKIPPED: Self = Self(6);
     /// Comes when the guest runs at the receiver already. Its digest is [`ABSENT_DIGEST`] until then.
     pub const ABSENT: Self = Self(7);
@@ -61,6 +61,15 @@ pub struct Run {
     pub kind: EntryKind,
     /// How many.
     pub count: u16,
+}
+
+impl Run {
+    /// As it stands in a frame.
+    // SPEC 5.3
+    pub(crate) fn encode(self) -> [u8; 4] {
+        let [low, high] = self.count.to_le_bytes();
+        [self.kind.0, 0, low, high]
+    }
 }
 
 // SPEC 5.4

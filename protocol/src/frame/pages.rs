@@ -78,7 +78,7 @@ impl PagesHead {
         writer.u64(self.first).u32(self.count).u16(count).u16(0).bytes(&self.digest.0);
         writer.u64(self.shift.cast_unsigned());
         for run in runs {
-            writer.u8(run.kind.0).u8(0).u16(run.count);
+            writer.bytes(&run.encode());
         }
         for reference in references {
             writer.bytes(&reference.0);

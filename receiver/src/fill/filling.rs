@@ -5,8 +5,9 @@ use crate::error::ErrorKind;
 use crate::memory::GuestSink;
 use crate::page_map::Found;
 use crate::wants::Wants;
+use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::compress::Decompressor;
-use pagewire_protocol::digest::{Digest, PageBytes, batch_digest, is_zero, page_digest};
+use pagewire_protocol::digest::{Digest, PageBytes, is_zero, page_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
     Ack, Codec, EntryKind, Fault, Frame, FrameKind, Lacking, LaneId, Pages, SKIPPED_DIGEST, Urgency, Want,
@@ -272,7 +273,7 @@ impl<S: GuestSink> Filling<S> {
                 _ => self.digests.extend((0..count).map(|_| SKIPPED_DIGEST)),
             }
         }
-        let fits = batch_digest(hasher.domain(), range.first.0, [self.digests.as_slice()]) == pages.head.digest;
+        let fits = batch_digest(hasher.domain(), range.first.0, pages.runs(), &self.digests) == pages.head.digest;
         Ok(fits && self.pads(range, pages, inline))
     }
 

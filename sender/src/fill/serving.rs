@@ -11,8 +11,9 @@ use crate::lanes::{Batch, Lanes};
 use crate::memory::GuestMemory;
 use crate::report::{Decision, FillCounts};
 use crate::switch::CompressSwitch;
+use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::digest::{Digest, batch_digest};
+use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
     Ack, Codec, EntryKind, Fault, FrameKind, Lack, Lacking, LaneId, PagesHead, SKIPPED_DIGEST, Urgency, Want, seal,
@@ -456,10 +457,10 @@ impl<M: GuestMemory> Serving<M> {
             stated.push(digest);
             next = place.saturating_add(1);
         }
-        let digest = batch_digest(hasher.domain(), range.first.0, [stated.as_slice()]);
+        let Entries { runs, references, proofs, payload, inline, .. } = entries;
+        let digest = batch_digest(hasher.domain(), range.first.0, runs.iter().copied(), &stated);
         let (region, first, count) = (range.region.0, range.first.0, range.count);
         let head = PagesHead { round: 0, region, codec: Codec::NONE, first, count, digest, shift: 0 };
-        let Entries { runs, references, proofs, payload, inline, .. } = entries;
         self.counts.inline = self.counts.inline.saturating_add(u64::from(inline));
         let announced = references.len() as u64;
         self.counts.announced = self.counts.announced.saturating_add(announced);

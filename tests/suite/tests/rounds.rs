@@ -7,8 +7,6 @@
     reason = "test code: a failed expectation is a failed test"
 )]
 
-use pagewire_protocol::digest::batch_digest;
-use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::CloseCode;
 use pagewire_protocol::frame::{Ack, Frame, FrameKind, HEADER_BYTES, LaneId, RoundEnd, Want};
 use pagewire_protocol::page::{InstallSize, Region};
@@ -185,7 +183,7 @@ fn a_page_that_is_skipped_stays_what_it_was() {
     let (mut script, image) = receiving();
     let honest = Statement::at(0, 0).skipped().inline(page(&image, 1)).skipped();
     let mut moved = Statement::at(0, 0).inline(page(&image, 1)).skipped().skipped();
-    moved.digest = Some(batch_digest(&DedupDomain::public(), 0, [honest.digests.as_slice()]));
+    moved.digest = Some(honest.batch_digest());
     script.raw(BULK, FrameKind::PAGES, &moved.body());
     assert_eq!(script.failure().0, CloseCode::DIGEST);
 }

@@ -1,11 +1,12 @@
 //! The golden vectors, seen from outside the crate: files that another implementation reads, too.
 #![expect(clippy::unwrap_used, reason = "a test that cannot read its inputs has failed")]
 
+use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::challenge::Challenge;
-use pagewire_protocol::digest::{Digest, PageHasher, batch_digest, join_proof, page_digest, transcript_digest};
+use pagewire_protocol::digest::{Digest, PageHasher, join_proof, page_digest, transcript_digest};
 use pagewire_protocol::domain::DedupDomain;
-use pagewire_protocol::frame::{Frame, FrameHeader, FrameKind, HEADER_BYTES, ImageName};
+use pagewire_protocol::frame::{EntryKind, Frame, FrameHeader, FrameKind, HEADER_BYTES, ImageName, Run};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::handover::{Handover, Record, RecordKind};
 use pagewire_protocol::page::{InstallSize, Layout, Region};
@@ -136,6 +137,7 @@ fn digests() -> Vec<Digest> {
     let mut blobs = Blobs::new();
     let without = live_root(&domain, image, &blobs);
     blobs.insert(ImageName::new("a").unwrap(), 1, b"xyz".to_vec()).unwrap();
+    let stated = [(EntryKind::SKIPPED, 2), (EntryKind::INLINE, 1)].map(|(kind, count)| Run { kind, count });
     vec![
         hasher.zero(),
         ones,
@@ -145,7 +147,7 @@ fn digests() -> Vec<Digest> {
         tree(0).root(),
         root,
         image,
-        batch_digest(&domain, 7, [[hasher.zero(), ones].as_slice()]),
+        batch_digest(&domain, 7, stated, &[[0; 32], [0; 32], ones.0].map(Digest)),
         transcript_digest(b"sender", b"receiver"),
         without,
         live_root(&domain, image, &blobs),

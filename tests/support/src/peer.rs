@@ -5,11 +5,10 @@
 
 use crate::image::Image;
 use crate::memory::{ImageMemory, ImageSink, SourceFaults};
+use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::challenge::PageProof;
 use pagewire_protocol::compress::{Compressor, compress_delta};
-use pagewire_protocol::digest::{
-    Digest, PageBytes, PageHasher, batch_digest, join_proof, page_digest, transcript_digest,
-};
+use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, join_proof, page_digest, transcript_digest};
 use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::{CloseCode, Violation, chain};
 use pagewire_protocol::frame::{
@@ -262,9 +261,14 @@ impl Statement {
         self.encoded(Codec::ZSTD, &payload)
     }
 
+    /// The digest that proves it.
+    pub fn batch_digest(&self) -> Digest {
+        batch_digest(&DedupDomain::public(), self.first, self.runs.iter().copied(), &self.digests)
+    }
+
     /// The body with any payload.
     pub fn encoded(&self, codec: Codec, payload: &[u8]) -> Vec<u8> {
-        let right = || batch_digest(&DedupDomain::public(), self.first, [self.digests.as_slice()]);
+        let right = || self.batch_digest();
         let digest = self.digest.unwrap_or_else(right);
         let count = self.digests.len() as u32;
         let head = PagesHead {

@@ -8,7 +8,8 @@
     reason = "test code: a failed expectation is a failed test"
 )]
 
-use pagewire_protocol::digest::{Digest, PageHasher, batch_digest};
+use pagewire_protocol::batch::batch_digest;
+use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::CloseCode;
 use pagewire_protocol::frame::{
@@ -328,15 +329,9 @@ fn rejects_the_words_of_other_sessions() {
 fn rejects_absent_pages_without_post_copy_and_parts_of_install_pages() {
     let image = image();
     let leaving = |first: u64, count: u32, kinds: &[(EntryKind, u16)]| {
-        let zero = PageHasher::new(&DedupDomain::public()).zero();
-        let digests = kinds.iter().flat_map(|(kind, count)| {
-            let digest = if *kind == EntryKind::ZERO { zero } else { ABSENT_DIGEST };
-            std::iter::repeat_n(digest, usize::from(*count))
-        });
-        let digests: Vec<Digest> = digests.collect();
-        let digest = batch_digest(&DedupDomain::public(), first, [digests.as_slice()]);
-        let head = PagesHead { round: 0, region: 1, codec: Codec::NONE, first, count, digest, shift: 0 };
         let runs: Vec<Run> = kinds.iter().map(|&(kind, count)| Run { kind, count }).collect();
+        let digest = batch_digest(&DedupDomain::public(), first, runs.iter().copied(), &[]);
+        let head = PagesHead { round: 0, region: 1, codec: Codec::NONE, first, count, digest, shift: 0 };
         let mut body = Vec::new();
         head.encode(&runs, &[], &[], &mut body);
         body

@@ -145,11 +145,7 @@ fn wrong_answers_are_not_installed_and_wanted_again() {
     let right = || Statement::at(0, 2).inline(page(&image, 0, 2));
     // Other bytes, another page's, those of a page of another place, and one byte short under zstd.
     let other = Statement { payload: page(&image, 0, 3).to_vec(), ..right() };
-    let moved = Statement {
-        first: 3,
-        digest: Some(batch_digest(&DedupDomain::public(), 2, [&right().digests[..]])),
-        ..right()
-    };
+    let moved = Statement { first: 3, digest: Some(right().batch_digest()), ..right() };
     let mut short = Vec::new();
     let bytes = [5; PAGE_BYTES - 1];
     assert!(pagewire_protocol::compress::Compressor::new().unwrap().compress(&bytes, 1, &mut short));
