@@ -10,13 +10,11 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::frame::{EntryKind, SKIPPED_DIGEST};
-use pagewire_protocol::limits::{PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES};
+use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES};
 use pagewire_protocol::page::{GROUP_PAGES, PageNumber, PageRange, Place, RegionId};
 use pagewire_protocol::time::Time;
 use std::ops::Range;
 
-/// Pages that one frame may span where few of them have changed (8 MiB), with one lane: what it skips is in its proof.
-const SPAN_PAGES: u64 = 2048;
 /// Lowest nodes of trees that one step hashes: half a millisecond.
 const NODES_A_STEP: u64 = 256;
 
@@ -27,7 +25,7 @@ impl<M: GuestMemory> Sending<M> {
         let first = todo.runs(next..todo.len()).next()?.start;
         let (region, page) = self.layout.locate(Place(u32::try_from(first).ok()?));
         let known = *self.layout.region(region)?;
-        let step = if self.lanes.ids().count() > 1 { GROUP_PAGES } else { SPAN_PAGES };
+        let step = if self.lanes.ids().count() > 1 { GROUP_PAGES } else { u64::from(COVER_PAGES_MAX) };
         let border = (page.0 / step).saturating_add(1).saturating_mul(step).min(known.pages());
         let end = first.saturating_add(border.saturating_sub(page.0));
         let (mut looked, mut last) = (0u64, first);
