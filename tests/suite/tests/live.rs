@@ -122,6 +122,25 @@ fn a_guest_that_writes_little_switches_over_after_few_rounds_within_its_downtime
     assert!(outcome.rounds.last().unwrap().spent <= Span::from_millis(30), "{:?}", outcome.rounds);
 }
 
+/// What is left after round 0 fits the downtime already: one more round leaves a small part of it, and there is no third.
+#[test]
+fn one_more_round_is_made_where_it_shortens_the_downtime() {
+    let guest = guest(Pattern::Uniform, PAGES / 4, Tracking::Dirty, 3);
+    let sink = ImageSink::empty(&guest.state().image);
+    let mut config = config(&guest, 2, limits(400));
+    config.link.rate = Some(RATE / 2);
+    let outcome = run(&guest, &sink, config);
+    moved(&guest, &sink, &outcome);
+    let [first, second, last] = outcome.rounds.as_slice() else { panic!("{:?}", outcome.rounds) };
+    assert!(first.predicted.unwrap() <= Span::from_millis(400), "it could have been stopped then: {first:?}");
+    assert!(last.pages * 2 < second.pages, "{:?}", outcome.rounds);
+    assert!(
+        outcome.decisions.iter().any(|what| what.contains("another round, after which")),
+        "{:?}",
+        outcome.decisions
+    );
+}
+
 #[test]
 fn a_guest_that_writes_faster_than_the_link_carries_is_handled_as_told() {
     let fast = || guest(Pattern::Uniform, 40 * PAGES, Tracking::Dirty, 4);
