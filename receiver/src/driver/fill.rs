@@ -8,6 +8,7 @@ use crate::report::FillCounts;
 use pagewire_protocol::error::{CloseCode, PeerError};
 use pagewire_protocol::frame::Fill;
 use pagewire_protocol::handover::{Handover, Word};
+use pagewire_protocol::session::Machine;
 use pagewire_protocol::time::{Span, Time};
 use pagewire_transport::{CancellationToken, Joining, PROGRESS_EVERY, Progress, Pump, Registration, Sessions, Wire};
 use std::future::poll_fn;
@@ -84,6 +85,8 @@ pub(super) async fn fill<S: GuestSink>(
             event = pump.next() => event,
         };
         match event {
+            // Whoever asked is gone: the session that has the guest goes on.
+            Some(FillEvent::Asked(_)) if pump.machine().is_over() => {}
             Some(FillEvent::Asked(asked)) => match admit(&asked, sessions, parking).await {
                 Ok(Admitted { guest, session, joins, registration }) => {
                     superseded.set(session.cancelled_owned());

@@ -67,13 +67,14 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
 impl<S: GuestSink> Filling<S> {
     pub(super) fn new(
         mut guest: Incomplete<S>,
+        decompressor: Decompressor,
         (bulk_lanes, window, codecs): (u8, u64, u32),
         ahead: &[Place],
-    ) -> io::Result<Self> {
+    ) -> Self {
         let pages = guest.layout().pages();
         ahead.iter().for_each(|place| guest.touches.note(*place));
         let ahead = touches::ahead(guest.layout(), &guest.lacking, ahead);
-        Ok(Self {
+        Self {
             wants: Wants::new(guest.layout(), 1),
             lanes: Default::default(),
             bulk_lanes,
@@ -84,12 +85,12 @@ impl<S: GuestSink> Filling<S> {
             asked: pagewire_protocol::bitmap::PageBitmap::new(pages),
             again: 0,
             told: 0,
-            decompressor: Decompressor::new()?,
+            decompressor,
             payload: PageBuffer::default(),
             pages: PageBuffer::default(),
             digests: Vec::new(),
             guest,
-        })
+        }
     }
 
     /// The next part of what is lacking; `None` when all is said.

@@ -10,17 +10,19 @@
     reason = "test code: a failed expectation is a failed test"
 )]
 
-use pagewire_protocol::error::PeerError;
-use pagewire_protocol::frame::{FrameKind, LaneId};
+use pagewire_protocol::error::{CloseCode, PeerError};
+use pagewire_protocol::frame::{Close, Fill, Frame, FrameKind, LaneId, Role};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Region};
-use pagewire_protocol::session::Machine;
+use pagewire_protocol::session::{Machine, Policy};
 use pagewire_protocol::time::Span;
 use pagewire_receiver::ErrorKind;
-use pagewire_test_support::fill_peer::{AgainstFilled, AgainstFiller, all_absent};
+use pagewire_receiver::fill::{FillEngine, Incomplete};
+use pagewire_test_support::fill_peer::{AgainstFilled, AgainstFiller, FEATURES, all_absent};
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::link::{Cut, LinkConfig};
-use pagewire_test_support::peer::Statement;
+use pagewire_test_support::memory::ImageSink;
+use pagewire_test_support::peer::{AgainstReceiver, SESSION, Statement};
 use pagewire_test_support::rng::Rng;
 use pagewire_test_support::world::{FillHarm, FillOutcome, FillWorld, FillWorldConfig, Habit};
 
@@ -80,6 +82,44 @@ fn c28_sessions_that_fail_before_the_first_page_change_nothing() {
     let late = (1..30).flat_map(|frames| [FillHarm::StopSender(frames), FillHarm::StopReceiver(frames)]);
     let outcome = fill(late.collect(), 0);
     assert!(outcome.received.inline == PAGES && outcome.sessions.len() > 8, "{}", outcome.sessions.len());
+}
+
+/// A session that ends while it is looked for the guest stays ended, and the guest is there for the next one.
+#[test]
+fn c28_a_guest_that_is_found_for_a_session_that_has_ended_is_kept() {
+    let ends: [fn(&mut AgainstFilled); 3] = [
+        |script| script.say(LaneId::CONTROL, &Frame::Close(Close::new(CloseCode::CANCELLED, "not now"))),
+        |script| script.engine.handle_peer_error(PeerError::EndOfStream { lane: 0 }, script.now),
+        |script| script.engine.cancel(),
+    ];
+    let (left, _) = all_absent(&image(), None);
+    let (handover, mut guest) = (*left.guest.handover(), left.guest);
+    for end in ends {
+        let mut script = AgainstFilled::filled();
+        script.greet(Role::Sender);
+        let fill = script.honest_fill(handover);
+        script.say(LaneId::CONTROL, &Frame::Fill(fill));
+        end(&mut script);
+        script.grant(guest);
+        assert!(script.engine.is_over() && script.last(FrameKind::LACK).is_none(), "it stays ended");
+        assert_eq!(script.engine.guest().map(Incomplete::pages), Some(PAGES));
+        assert!(script.engine.outcome().unwrap().is_err());
+        guest = script.engine.into_incomplete().expect("the guest runs on");
+    }
+    // Nor is one looked for when the session ends before it is known to be one of these.
+    let policy = Policy { features_offered: FEATURES, ..Policy::default() };
+    let mut script = AgainstReceiver::receiver_with(&policy, 1);
+    script.features = FEATURES;
+    script.greet(Role::Sender);
+    let transcript = script.transcript;
+    let fill = Fill { transcript, session: SESSION, lanes: 1, single_stream: false, handover };
+    script.say(LaneId::CONTROL, &Frame::Fill(fill.clone()));
+    script.engine.cancel();
+    let mut engine = FillEngine::<ImageSink>::answering(script.engine.into_endpoint(), fill, script.now);
+    assert!(engine.is_over() && engine.poll_event().is_none());
+    let mut script = AgainstFilled::filled();
+    script.begin(guest);
+    assert_eq!(script.engine.guest().map(Incomplete::pages), Some(PAGES), "the next one goes on with it");
 }
 
 /// C33: the end of the stream is not the end of the memory.
