@@ -9,7 +9,7 @@ use super::filling::Filling;
 use crate::error::ErrorKind;
 use crate::memory::GuestSink;
 use pagewire_protocol::compress::Decompressor;
-use pagewire_protocol::digest::{Digest, join_proof, proofs_equal};
+use pagewire_protocol::digest::{join_proof, proofs_equal};
 use pagewire_protocol::error::{CloseCode, PeerError, Violation, chain};
 use pagewire_protocol::frame::{Done, Fill, Frame, FrameKind, Join, Lack, LaneId, Role};
 use pagewire_protocol::handover::Message;
@@ -58,8 +58,7 @@ pub struct FillEngine<S> {
     filling: Option<Box<Filling<S>>>,
     /// The guest, if it came to a session that could not take it any more.
     spare: Option<Box<Incomplete<S>>>,
-    /// The root over all pages as they came, once they have.
-    root: Option<Digest>,
+    /// When pages came last, or all had come.
     moved: Time,
     events: VecDeque<FillEvent>,
     outcome: Option<Result<(), ErrorKind>>,
@@ -78,7 +77,6 @@ impl<S: GuestSink> FillEngine<S> {
             joined_until: now,
             filling: None,
             spare: None,
-            root: None,
             moved: now,
             events: VecDeque::new(),
             outcome: None,
@@ -248,9 +246,10 @@ impl<S: GuestSink> FillEngine<S> {
         missing.then_some(self.joined_until)
     }
 
-    /// When a sender that is alive has brought nothing for too long.
+    /// When a sender that is alive has brought nothing, or has left DONE unanswered, for too long.
+    // SPEC 9.8
     fn stalled_at(&self) -> Option<Time> {
-        (self.endpoint.phase() == Phase::Filling && self.root.is_none()).then(|| self.moved + STALL_SPAN_MAX)
+        matches!(self.endpoint.phase(), Phase::Filling | Phase::Parting).then(|| self.moved + STALL_SPAN_MAX)
     }
 }
 
@@ -285,7 +284,10 @@ impl<S: GuestSink> Machine for FillEngine<S> {
         let late = if passed(self.joining_until()) {
             Err(PeerError::Timeout("a granted lane was not joined within 10 s"))
         } else if passed(self.stalled_at()) {
-            Err(PeerError::Timeout("no page came for 120 s"))
+            Err(PeerError::Timeout(match self.endpoint.phase() {
+                Phase::Parting => "DONE came to nothing for 120 s",
+                _ => "no page came for 120 s",
+            }))
         } else {
             self.endpoint.handle_timeout(now)
         };
@@ -319,7 +321,7 @@ impl<S: GuestSink> Machine for FillEngine<S> {
 
     fn handle_lane_open(&mut self, _lane: LaneId, _now: Time) {}
 
-    fn work(&mut self, _now: Time) -> bool {
+    fn work(&mut self, now: Time) -> bool {
         if self.endpoint.phase() != Phase::Filling {
             return false;
         }
@@ -331,9 +333,9 @@ impl<S: GuestSink> Machine for FillEngine<S> {
             return true;
         }
         let pages = filling.guest.layout().pages();
-        self.root = Some(root);
         self.endpoint.push_frame(LaneId::CONTROL, &Frame::Done(Done { pages, root }));
         self.endpoint.enter(Phase::Parting);
+        self.moved = now;
         self.events.push_back(FillEvent::Filled);
         true
     }
