@@ -1,6 +1,7 @@
 //! The receiver's side: its journal, the blobs, and the start of the guest, for one session.
 
 use super::{TakeOptions, name_of};
+use crate::entrance::Entrant;
 use crate::journal::GuestJournal;
 use crate::report::Report;
 use pagewire_protocol::blobs::Blobs;
@@ -64,6 +65,7 @@ pub trait GuestStarter: std::fmt::Debug + Send + Sync + 'static {
 #[derive(Debug)]
 pub(crate) struct Taking<'a> {
     options: &'a TakeOptions,
+    entrant: &'a Entrant,
     guest: Option<GuestJournal>,
     name: Option<ImageName>,
     handover: Option<Handover>,
@@ -73,8 +75,8 @@ pub(crate) struct Taking<'a> {
 
 impl<'a> Taking<'a> {
     /// `memory` is filled by whoever finds a place for the guest.
-    pub(crate) fn new(options: &'a TakeOptions, memory: MemorySlot) -> Self {
-        Self { options, guest: None, name: None, handover: None, memory, warnings: Vec::new() }
+    pub(crate) fn new(options: &'a TakeOptions, memory: MemorySlot, entrant: &'a Entrant) -> Self {
+        Self { options, entrant, guest: None, name: None, handover: None, memory, warnings: Vec::new() }
     }
 
     /// What the guest of a hand-over is called.
@@ -151,6 +153,10 @@ impl Taking<'_> {
 }
 
 impl GuestTaker for Taking<'_> {
+    fn fills(&mut self, _handover: &Handover) {
+        self.entrant.name();
+    }
+
     fn expects(&mut self, handover: &Handover) -> Vec<Place> {
         self.called(handover).map(|name| self.options.starter.first_touches(&name)).unwrap_or_default()
     }

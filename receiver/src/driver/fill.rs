@@ -92,6 +92,7 @@ pub(super) async fn fill<S: GuestSink>(
                     superseded.set(session.cancelled_owned());
                     registered_as = Some(registration);
                     pump.take_joins(joins);
+                    taker.iter_mut().for_each(|taker| taker.fills(&asked.handover));
                     let ahead = taker.as_mut().map(|taker| taker.expects(&asked.handover)).unwrap_or_default();
                     let terms = FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead };
                     ready = accept(&mut pump, guest, terms);
