@@ -442,7 +442,7 @@ pub(crate) fn session<S: GuestSink>(
     let mut report = report(&summary);
     let filled = summary.filled.as_ref().and_then(|filled| filled.handover);
     if let (Some(taking), Some(handover)) = (&taking, filled) {
-        report.name = taking.name_of(&handover).unwrap_or_default();
+        report.name = taking.called(&handover).map(|name| name.to_string()).unwrap_or_default();
     }
     if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
         report.image = Some(ImageId { root: manifest.root.0, session: offer.open.session });

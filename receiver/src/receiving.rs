@@ -9,7 +9,7 @@ use crate::fill::{Incomplete, Touches};
 use crate::memory::GuestSink;
 use crate::page_map::PageMap;
 use crate::report::{Counts, FillCounts};
-use crate::resolve::{Base, Others, Resolved, Resolver, Target};
+use crate::resolve::{Base, Others, Resolved, Resolver, Target, runs};
 use crate::scan::Scan;
 use crate::waiting::{Turn, Waiting};
 use crate::wants::Wants;
@@ -503,13 +503,11 @@ fn only_leaves(pages: &Pages<'_>) -> bool {
 
 /// The parts of a frame that it speaks of: all but what it skips.
 fn stated(range: PageRange, pages: &Pages<'_>) -> impl Iterator<Item = PageRange> {
-    let mut next = range.first.0;
-    let runs = pages.runs().map(move |run| {
-        let first = PageNumber(next);
-        next = next.saturating_add(u64::from(run.count));
-        (run.kind, PageRange { first, count: u32::from(run.count), ..range })
-    });
-    runs.filter(|(kind, _)| *kind != EntryKind::SKIPPED).map(|(_, range)| range)
+    let stated = runs(pages).filter(|(kind, _)| *kind != EntryKind::SKIPPED);
+    stated.map(move |(_, run)| {
+        let count = u32::try_from(run.end.saturating_sub(run.start)).unwrap_or(0);
+        PageRange { first: PageNumber(run.start), count, ..range }
+    })
 }
 
 #[cfg(test)]

@@ -80,8 +80,8 @@ impl<'a> Taking<'a> {
     }
 
     /// What the guest of a hand-over is called.
-    pub(crate) fn name_of(&self, handover: &Handover) -> Option<String> {
-        name_of(&self.options.journal, handover.lineage).map(|name| name.to_string())
+    pub(crate) fn called(&self, handover: &Handover) -> Option<ImageName> {
+        name_of(&self.options.journal, handover.lineage)
     }
 
     /// The session is over: what became of the guest, if there was one.
@@ -146,12 +146,6 @@ impl<'a> Taking<'a> {
     }
 }
 
-impl Taking<'_> {
-    fn called(&self, handover: &Handover) -> Option<ImageName> {
-        name_of(&self.options.journal, handover.lineage)
-    }
-}
-
 impl GuestTaker for Taking<'_> {
     fn fills(&mut self, _handover: &Handover) {
         self.entrant.name();
@@ -200,8 +194,7 @@ impl GuestTaker for Taking<'_> {
         let Message { handover, .. } = message;
         if self.guest.is_none() {
             // SPEC 11.16
-            let name = name_of(&self.options.journal, handover.lineage);
-            let kept = name.is_none_or(|name| self.options.starter.has(&name));
+            let kept = self.called(&handover).is_none_or(|name| self.options.starter.has(&name));
             match self.options.journal.guest(handover.lineage, None, kept) {
                 Ok(guest) => self.guest = Some(guest),
                 Err(error) => {

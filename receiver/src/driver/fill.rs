@@ -92,9 +92,7 @@ pub(super) async fn fill<S: GuestSink>(
                     superseded.set(session.cancelled_owned());
                     registered_as = Some(registration);
                     pump.take_joins(joins);
-                    taker.iter_mut().for_each(|taker| taker.fills(&asked.handover));
-                    let ahead = taker.as_mut().map(|taker| taker.expects(&asked.handover)).unwrap_or_default();
-                    let terms = FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead };
+                    let terms = terms(taker.as_deref_mut(), &asked.handover, lanes, entropy);
                     ready = accept(&mut pump, guest, terms);
                 }
                 Err(Refusal { code, reason }) => pump.machine().refuse(code, &reason),
@@ -161,6 +159,15 @@ async fn admit<S: GuestSink>(
     let (registration, joins) = sessions.register(asked.session).ok_or_else(busy)?;
     let (guest, session) = parking.take(&asked.handover).await?;
     Ok(Admitted { guest, session, joins, registration })
+}
+
+/// On which terms a guest is filled that was found; who takes guests over here is told of it.
+fn terms(taker: Option<&mut (dyn GuestTaker + '_)>, handover: &Handover, lanes: u8, entropy: Entropy) -> FillTerms {
+    let ahead = taker.map(|taker| {
+        taker.fills(handover);
+        taker.expects(handover)
+    });
+    FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead: ahead.unwrap_or_default() }
 }
 
 /// Goes on with a guest; what becomes readable when it touches what is absent.

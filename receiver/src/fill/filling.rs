@@ -4,6 +4,7 @@ use super::{Incomplete, touches};
 use crate::error::ErrorKind;
 use crate::memory::GuestSink;
 use crate::page_map::Found;
+use crate::resolve::runs;
 use crate::wants::Wants;
 use pagewire_protocol::compress::Decompressor;
 use pagewire_protocol::digest::{Digest, PageBytes, batch_digest, is_zero, page_digest};
@@ -218,7 +219,7 @@ impl<S: GuestSink> Filling<S> {
             return Err(entry("an entry that rests on the base or is absent, for a guest that runs").into());
         }
         let install = layout.region(range.region).map_or(1, |region| u64::from(region.install_size.pages())).max(1);
-        for (kind, run) in runs(pages, range.first.0) {
+        for (kind, run) in runs(pages) {
             // Only what is stated at all has to be whole.
             let ends_whole = run.end.is_multiple_of(install) || run.end == range.numbers().end;
             if kind == EntryKind::SKIPPED && !(run.start.is_multiple_of(install) && ends_whole) {
@@ -298,7 +299,7 @@ impl<S: GuestSink> Filling<S> {
         let inline = if pages.head.codec == Codec::NONE { pages.payload } else { &*payload };
         let mut offset = 0usize;
         let mut result = Ok(());
-        for (kind, run) in runs(pages, range.first.0) {
+        for (kind, run) in runs(pages) {
             let bytes = usize::try_from(run.end.saturating_sub(run.start)).unwrap_or(0).saturating_mul(PAGE_BYTES);
             let here = offset..offset.saturating_add(bytes);
             result = match kind {
@@ -448,7 +449,7 @@ impl<S: GuestSink> Filling<S> {
         let mut offset = 0usize;
         let payload = std::mem::take(&mut self.payload);
         let inline = if pages.head.codec == Codec::NONE { pages.payload } else { &*payload };
-        for (kind, run) in runs(pages, range.first.0) {
+        for (kind, run) in runs(pages) {
             for page in run {
                 let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(0).saturating_mul(PAGE_BYTES);
                 let Some(space) = whole.get_mut(at..).and_then(<[u8]>::first_chunk_mut::<PAGE_BYTES>) else { continue };
@@ -473,7 +474,7 @@ impl<S: GuestSink> Filling<S> {
 
     /// The pages of a frame that it states and that are lacking.
     fn lacking_runs(&self, range: PageRange, pages: &Pages<'_>) -> Vec<Range<u64>> {
-        let stated = runs(pages, range.first.0).filter(|(kind, _)| *kind != EntryKind::SKIPPED);
+        let stated = runs(pages).filter(|(kind, _)| *kind != EntryKind::SKIPPED);
         stated.flat_map(|(_, run)| self.lacking_parts(range.region, run)).collect()
     }
 
@@ -500,16 +501,6 @@ impl<S: GuestSink> Filling<S> {
 /// Pages that a frame says something of.
 fn stated(pages: &Pages<'_>) -> u64 {
     pages.runs().filter(|run| run.kind != EntryKind::SKIPPED).map(|run| u64::from(run.count)).sum()
-}
-
-/// The runs of a frame with the pages they cover.
-fn runs(pages: &Pages<'_>, start: u64) -> impl Iterator<Item = (EntryKind, Range<u64>)> {
-    let mut next = start;
-    pages.runs().map(move |run| {
-        let first = next;
-        next = next.saturating_add(u64::from(run.count));
-        (run.kind, first..next)
-    })
 }
 
 #[cfg(test)]
