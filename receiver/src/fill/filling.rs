@@ -513,5 +513,9 @@ mod tests {
             assert!(ack_bytes(window) <= window / 4, "{window}");
         }
         assert_eq!(ack_bytes(64 << 20), ACK_BYTES);
+        // A window of one byte takes one frame: it has to be acknowledged, and nothing before it.
+        for window in 1..10 {
+            assert!((1..=window).contains(&ack_bytes(window)), "{window}");
+        }
     }
 }
