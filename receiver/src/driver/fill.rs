@@ -176,8 +176,8 @@ fn accept<S: GuestSink>(
     mut guest: Incomplete<S>,
     terms: FillTerms,
 ) -> Option<AsyncFd<OwnedFd>> {
-    guest.sink.renew_touches();
-    let fd = guest.sink.touches().and_then(|fd| fd.try_clone_to_owned().ok());
+    guest.sink().renew_touches();
+    let fd = guest.sink().touches().and_then(|fd| fd.try_clone_to_owned().ok());
     let now = pump.now();
     pump.machine().accept(guest, terms, now);
     gather(pump);
