@@ -5,13 +5,13 @@
 mod support;
 
 use pagewire::handover::Whereabouts;
-use pagewire::{ImageName, Journal};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use support::guest::whereabouts;
 use support::*;
 
 const PAGES: u64 = 256;
@@ -83,15 +83,11 @@ impl Guest {
 
     /// What a host's journal says.
     fn whereabouts(&self, journal: &str) -> Whereabouts {
-        let journal = Journal::existing(&self.at(journal)).unwrap().unwrap();
-        let vm = ImageName::new("vm").unwrap();
-        let guests = journal.guests().unwrap();
-        let known = guests.iter().find(|guest| guest.name.as_ref() == Some(&vm));
-        known.map_or(Whereabouts::Unrecorded, |guest| guest.whereabouts.unwrap())
+        whereabouts(&self.at(journal))
     }
 
     fn report(&self) -> serde_json::Value {
-        serde_json::from_slice(&fs::read(self.at("report")).unwrap()).unwrap()
+        json(&self.at("report"))
     }
 
     /// Waits until a hook has made this file.

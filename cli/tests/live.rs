@@ -73,7 +73,7 @@ fn a_signal_leaves_the_guest_running() {
     let (receiver, to) = guest.receive(&["--leave-paused"]);
     let sender = guest.send(&to, &["--bandwidth-limit", "2MB"]).spawn().unwrap();
     std::thread::sleep(Duration::from_millis(600));
-    Command::new("kill").arg(sender.id().to_string()).status().unwrap();
+    signal(sender.id(), "-TERM");
     let (code, said) = ended(sender);
     assert_eq!(code, Some(130), "{said}");
     assert!(said.contains("the guest is at the sender") && guest.runs(), "{said}");

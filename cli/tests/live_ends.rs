@@ -8,7 +8,7 @@ use pagewire::handover::Whereabouts;
 use pagewire_protocol::frame::FrameKind;
 use std::fs::{self, File};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ impl Victim {
         self.0.store(pid, Ordering::SeqCst);
     }
 
-    /// Its id, as soon as it has one: zero would be everybody.
+    /// Its id, as soon as it has one.
     fn pid(&self) -> u32 {
         loop {
             match self.0.load(Ordering::SeqCst) {
@@ -37,11 +37,6 @@ impl Victim {
             }
         }
     }
-}
-
-fn signal(pid: u32, name: &str) {
-    assert_ne!(pid, 0);
-    Command::new("kill").args([name, &pid.to_string()]).stderr(Stdio::null()).status().unwrap();
 }
 
 /// C01: the error names the address and why; the guest was never stopped.

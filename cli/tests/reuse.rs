@@ -104,7 +104,7 @@ impl Host {
         args.extend(more);
         let output = pagewire(&args);
         assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
-        let sent = serde_json::from_slice(&fs::read(report.path()).unwrap()).unwrap();
+        let sent = json(report.path());
         (sent, text(&output.stdout) + &text(&output.stderr))
     }
 }
@@ -120,8 +120,8 @@ impl Listening {
     /// Its report when it has ended, and has kept what it keeps; and what it said.
     fn end(mut self) -> (Value, String) {
         self.process.0.wait().unwrap();
-        let report = fs::read(self.files.path().join("report")).unwrap();
-        (serde_json::from_slice(&report).unwrap(), fs::read_to_string(self.files.path().join("said")).unwrap())
+        let said = fs::read_to_string(self.files.path().join("said")).unwrap();
+        (json(&self.files.path().join("report")), said)
     }
 }
 

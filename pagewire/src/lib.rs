@@ -58,6 +58,7 @@
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
 mod copy;
+mod entrance;
 mod entropy;
 mod error;
 mod ground;

@@ -1,5 +1,6 @@
 //! Serves senders: each session on a thread of its own, as many at once as allowed, none of which can end the others.
 
+use crate::entrance::{Entrance, Entrant};
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::ground::{Ground, Search};
@@ -24,12 +25,10 @@ use pagewire_transport::{Address, Arrival, CancellationToken, Listener, Sessions
 use std::cell::Cell;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Connections that have not said yet what they are.
-const STRANGERS_MAX: usize = 64;
 /// How often the server looks whether it shall stop.
 const PATIENCE: Duration = Duration::from_millis(200);
 
@@ -66,7 +65,8 @@ pub struct ReceiveOptions {
     pub landing: LandingOptions,
     /// Bulk lanes granted to a session at most.
     pub lanes: u8,
-    /// Sessions at once at most; further ones are refused as busy.
+    /// Sessions at once at most; further ones are refused as busy. One that fills a guest which runs here counts, and is
+    /// never refused for it: the guest waits for its pages, and has one such session at a time.
     pub sessions_max: usize,
     /// The largest image accepted, in bytes.
     pub image_bytes_max: u64,
@@ -165,8 +165,7 @@ pub struct Server {
 struct Shared {
     options: ReceiveOptions,
     sessions: Sessions,
-    strangers: AtomicUsize,
-    open: AtomicUsize,
+    entrance: Arc<Entrance>,
     count: AtomicU64,
     /// Guests that run here and lack pages.
     parking: Arc<Parking<PostcopySink>>,
@@ -185,8 +184,8 @@ impl Server {
         check_plaintext(address, options.insecure_plaintext).map_err(ErrorKind::at_sender)?;
         let failed = |source| ErrorKind::Listen { address: address.to_string(), source }.at_sender();
         let listener = Listener::bind(address).map_err(failed)?;
-        let (strangers, open, count, parking, handed) = Default::default();
-        let shared = Shared { options, sessions: Sessions::default(), strangers, open, count, parking, handed };
+        let (sessions, entrance, count, parking, handed) = Default::default();
+        let shared = Shared { options, sessions, entrance, count, parking, handed };
         Ok(Self { listener, shared: Arc::new(shared) })
     }
 
@@ -205,16 +204,16 @@ impl Server {
         let mut threads = Vec::new();
         while !cancel.is_cancelled() {
             threads.retain(|thread: &std::thread::JoinHandle<()>| !thread.is_finished());
-            if self.shared.strangers.load(Ordering::Relaxed) >= STRANGERS_MAX {
+            if self.shared.entrance.is_crowded() {
                 std::thread::sleep(PATIENCE);
                 continue;
             }
             match self.listener.accept(PATIENCE) {
                 Ok(Some((socket, peer))) => {
                     let (shared, tell, start) = (Arc::clone(&self.shared), Arc::clone(&tell), Instant::now());
-                    let stranger = Stranger::new(&self.shared);
+                    let entrant = self.shared.entrance.admit();
                     let name = "pagewire-session".to_owned();
-                    let welcome = move || shared.welcome(Connection { socket, start, stranger }, &peer, &tell);
+                    let welcome = move || shared.welcome(Connection { socket, start, entrant }, &peer, &tell);
                     // If no thread can be had, the closure is gone, and with it the connection.
                     threads.extend(std::thread::Builder::new().name(name).spawn(welcome));
                 }
@@ -231,40 +230,24 @@ impl Server {
     }
 }
 
-/// A connection that has not named an image yet; there are [`STRANGERS_MAX`] at most.
-struct Stranger(Arc<Shared>);
-
-impl Stranger {
-    fn new(shared: &Arc<Shared>) -> Self {
-        shared.strangers.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(shared))
-    }
-}
-
-impl Drop for Stranger {
-    fn drop(&mut self) {
-        self.0.strangers.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 /// A connection that was accepted.
 struct Connection {
     socket: Socket,
     start: Instant,
-    stranger: Stranger,
+    entrant: Entrant,
 }
 
 impl Shared {
     /// Finds out what a connection is, and runs its session if it begins one.
     fn welcome(&self, connection: Connection, peer: &str, tell: &Tell) {
-        let Connection { socket, start, stranger } = connection;
+        let Connection { socket, start, entrant } = connection;
         match Arrival::greet(socket, start) {
             Ok(Arrival::Lane(joining)) => self.sessions.deliver(joining),
             Ok(Arrival::Session(socket, framer)) => {
                 let session = self.count.fetch_add(1, Ordering::Relaxed).saturating_add(1);
                 tell(ServerEvent::Connected { session, peer });
                 let arriving = Arriving { socket, framer, single_stream: false, lanes: self.options.lanes, start };
-                let (named, outcome) = self.receive(session, arriving, stranger, tell);
+                let (named, outcome) = self.receive(session, arriving, entrant, tell);
                 tell(ServerEvent::Ended { session, outcome: &outcome });
                 // A guest that lacks pages needs this process until it has them.
                 if self.options.once && named && self.parking.is_empty() && self.handed.is_empty() {
@@ -276,7 +259,7 @@ impl Shared {
     }
 
     /// Runs one session into wherever images go here; says whether it got as far as naming one.
-    fn receive(&self, session: u64, arriving: Arriving, stranger: Stranger, tell: &Tell) -> (bool, Outcome) {
+    fn receive(&self, session: u64, arriving: Arriving, entrant: Entrant, tell: &Tell) -> (bool, Outcome) {
         let options = &self.options;
         let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
         let keep = |open: &Open, manifest: &Manifest, image: Option<Image<'_>>, report: &mut Report| {
@@ -290,16 +273,16 @@ impl Shared {
                 let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
                     keep(open, manifest, Some(Image::File(&dir.join(open.name.as_str()))), report);
                 };
-                self.run(arriving, stranger, place, None, keep, observe)
+                self.run(arriving, entrant, place, None, keep, observe)
             }
             Into::File(path) => {
                 let place = |offer: &Offer, _: &mut Vec<String>| into_file(path, offer, options);
-                self.run(arriving, stranger, place, None, |_, _, _| (), observe)
+                self.run(arriving, entrant, place, None, |_, _, _| (), observe)
             }
             Into::PostCopy { backing, faults_of } => {
-                self.receive_post_copy(arriving, stranger, (*backing, *faults_of), observe)
+                self.receive_post_copy(arriving, entrant, (*backing, *faults_of), observe)
             }
-            Into::HandedOver(dir) => self.receive_handed(arriving, stranger, (dir, session), tell),
+            Into::HandedOver(dir) => self.receive_handed(arriving, entrant, (dir, session), tell),
             Into::Memory => {
                 let shared = Cell::new(None);
                 let place = |offer: &Offer, warnings: &mut Vec<String>| {
@@ -326,7 +309,7 @@ impl Shared {
                         keep(open, manifest, None, report);
                     }
                 };
-                self.run(arriving, stranger, place, None, keep, observe)
+                self.run(arriving, entrant, place, None, keep, observe)
             }
         }
     }
@@ -335,7 +318,7 @@ impl Shared {
     fn receive_post_copy(
         &self,
         arriving: Arriving,
-        stranger: Stranger,
+        entrant: Entrant,
         (backing, faults_of): (Backing, FaultsOf),
         observe: impl FnMut(&Event),
     ) -> (bool, Outcome) {
@@ -350,14 +333,14 @@ impl Shared {
             Ok(Ground::plain(memory).landed(|memory| PostcopySink::new(memory, faults_of, clock())))
         };
         let at = Some((Arc::clone(&slot), &self.parking));
-        self.run(arriving, stranger, place, at, |_, _, _| (), observe)
+        self.run(arriving, entrant, place, at, |_, _, _| (), observe)
     }
 
     /// Runs one session into the memory of a hypervisor, or one that fills a guest there.
     fn receive_handed(
         &self,
         arriving: Arriving,
-        stranger: Stranger,
+        entrant: Entrant,
         (dir, session): (&Path, u64),
         tell: &Tell,
     ) -> (bool, Outcome) {
@@ -385,24 +368,23 @@ impl Shared {
         };
         let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
         let waiting = Some((MemorySlot::default(), &self.handed));
-        self.run(arriving, stranger, place, waiting, |_, _, _| (), observe)
+        self.run(arriving, entrant, place, waiting, |_, _, _| (), observe)
     }
 
-    /// Runs one session. Until it names an image its peer is a stranger.
+    /// Runs one session. Until it names an image, or a guest that is here to be filled, its peer is a stranger.
     fn run<S: GuestSink>(
         &self,
         arriving: Arriving,
-        stranger: Stranger,
+        entrant: Entrant,
         mut place: impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>,
         waiting: Option<(MemorySlot, &Arc<Parking<S>>)>,
         keep: impl FnOnce(&Open, &Manifest, &mut Report),
         observe: impl FnMut(&Event),
     ) -> (bool, Outcome) {
         let options = &self.options;
-        let (mut stranger, mut warnings) = (Some(stranger), Vec::new());
+        let mut warnings = Vec::new();
         let decide = |offer: &Offer| {
-            stranger = None;
-            if self.open.fetch_add(1, Ordering::Relaxed) >= options.sessions_max {
+            if entrant.name() >= options.sessions_max {
                 let reason = format!("{} sessions are open, which is the limit here", options.sessions_max);
                 return Err(Refusal { code: CloseCode::BUSY, reason });
             }
@@ -414,13 +396,10 @@ impl Shared {
             place(offer, &mut warnings)
         };
         let (slot, parking) = waiting.unzip();
-        let taking = options.live.as_ref().map(|live| Taking::new(live, slot.unwrap_or_default()));
+        let taking = options.live.as_ref().map(|live| Taking::new(live, slot.unwrap_or_default(), &entrant));
         let host = (&self.sessions, &options.cancel);
         let (named, mut outcome) = session(arriving, host, (taking, parking), decide, keep, observe);
         outcome.report.warnings.splice(0..0, warnings);
-        if stranger.is_none() {
-            self.open.fetch_sub(1, Ordering::Relaxed);
-        }
         (named, outcome)
     }
 }
@@ -463,7 +442,7 @@ pub(crate) fn session<S: GuestSink>(
     let mut report = report(&summary);
     let filled = summary.filled.as_ref().and_then(|filled| filled.handover);
     if let (Some(taking), Some(handover)) = (&taking, filled) {
-        report.name = taking.name_of(&handover).unwrap_or_default();
+        report.name = taking.called(&handover).map(|name| name.to_string()).unwrap_or_default();
     }
     if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
         report.image = Some(ImageId { root: manifest.root.0, session: offer.open.session });

@@ -273,3 +273,82 @@ fn the_order_of_first_touches_is_kept_and_brought_first_the_next_time() {
     assert!(again.sent.into_result().unwrap().faults.prepaged > 0);
     assert_eq!(again.touched[..4], [2000, 1999, 5, 7].map(Place));
 }
+
+/// A guest that never touches its memory; says when it is filled.
+#[derive(Debug)]
+struct Idle {
+    filled: Mutex<Sender<()>>,
+}
+
+impl GuestStarter for Idle {
+    fn prepare(&self, _: &pagewire::ImageName, _: &Blobs) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn first_touches(&self, _: &pagewire::ImageName) -> Vec<Place> {
+        let _ = self.filled.lock().unwrap().send(());
+        Vec::new()
+    }
+
+    fn start(&self, _: &Started<'_>) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// Strangers that a server lets in at once.
+const STRANGERS_MAX: usize = 64;
+
+/// A session that fills a guest counts as one, and its peer is no stranger for whom another would have to wait.
+#[test]
+fn a_session_that_fills_a_guest_counts_as_one_and_keeps_nobody_out() {
+    let (a, b, c) = (Host::new(), Host::new(), Host::new());
+    [&a, &c].into_iter().for_each(|host| fs::write(host.image(), image()).unwrap());
+    let journal = |host: &Host| Arc::new(Journal::open(&host.dir.path().join("journal")).unwrap());
+    let (filled, fills) = channel();
+    let into = Into::PostCopy { backing: Backing::Private, faults_of: FaultsOf::Everybody };
+    let mut receiving = ReceiveOptions { sessions_max: 1, ..ReceiveOptions::new(into) };
+    let starter = Arc::new(Idle { filled: Mutex::new(filled) });
+    receiving.live = Some(TakeOptions { journal: journal(&b), lease: None, starter });
+    let (socket, stop) = (b.dir.path().join("socket"), receiving.cancel.clone());
+    let to = format!("unix:{}", socket.display()).parse().unwrap();
+    let server = Server::bind(&to, receiving).unwrap();
+    let (told, ended) = channel();
+    let serving = std::thread::spawn(move || {
+        server.serve(move |event: ServerEvent<'_>| {
+            if let ServerEvent::Ended { session, .. } = event {
+                told.send(session).unwrap();
+            }
+        })
+    });
+    let options = SendOptions::default();
+    let slow = LiveOptions {
+        post_copy: PostCopy::Now,
+        background_limit: Some(1),
+        patience: Duration::from_millis(1),
+        ..LiveOptions::new(journal(&a))
+    };
+    let patience = Duration::from_secs(20);
+    std::thread::scope(|scope| {
+        let sending =
+            scope.spawn(|| send_live(&a.image(), &name(), &to, &options, (&slow, Box::new(Still)), &mut NoObserver));
+        fills.recv_timeout(patience).expect("the guest is filled");
+        assert_eq!(ended.recv_timeout(patience), Ok(1), "the session that brought it has ended");
+        let strangers: Vec<UnixStream> = (1..STRANGERS_MAX).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+        let other = LiveOptions { patience: Duration::ZERO, ..LiveOptions::new(journal(&c)) };
+        let send_other = || {
+            let name = pagewire::ImageName::new("other").unwrap();
+            let hooks = Box::new(Still);
+            send_live(&c.image(), &name, &to, &SendOptions::default(), (&other, hooks), &mut NoObserver)
+        };
+        let refused = send_other().into_result().unwrap_err();
+        assert!(pagewire::chain(&refused).contains("1 sessions are open"), "{refused:?}");
+        drop(strangers);
+        options.cancel.cancel();
+        let split = sending.join().unwrap();
+        assert_eq!(split.report.guest_at, GuestAt::Receiver.name(), "{:?}", split.report);
+        while ended.recv_timeout(patience).expect("the session that fills it has ended") != 2 {}
+        assert_eq!(send_other().into_result().unwrap().guest_at, GuestAt::Receiver.name(), "there is room again");
+    });
+    stop.cancel();
+    serving.join().unwrap();
+}

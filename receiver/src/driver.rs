@@ -127,6 +127,9 @@ pub trait GuestTaker {
     /// The sender says this, perhaps of a hand-over that an earlier session left open.
     fn hear(&mut self, message: Message) -> Vec<Action>;
 
+    /// The session fills this guest, which runs here: it was found, and no other session has it.
+    fn fills(&mut self, _handover: &Handover) {}
+
     /// A guest that runs here is about to be filled: the pages that it will touch, by their places in the image and in
     /// that order, as far as that is known from another time.
     fn expects(&mut self, _handover: &Handover) -> Vec<Place> {

@@ -134,9 +134,10 @@ impl<S: GuestSink> ReceiverEngine<S> {
         }
     }
 
-    /// Takes the offered image.
+    /// Takes the offered image. A session that has ended meanwhile stays ended.
     pub fn accept(&mut self, terms: Terms<S>, now: Time) {
-        let (Some(open), Some(greeted)) = (self.offer.take(), self.endpoint.greeted()) else { return };
+        let offer = self.offer.take_if(|_| self.endpoint.phase() == Phase::Deciding);
+        let (Some(open), Some(greeted)) = (offer, self.endpoint.greeted()) else { return };
         if open.live.is_some() && terms.host.is_none() {
             return self.refuse(CloseCode::REFUSED, "no guest is taken over here");
         }

@@ -9,7 +9,7 @@ use crate::fill::{Incomplete, Touches};
 use crate::memory::GuestSink;
 use crate::page_map::PageMap;
 use crate::report::{Counts, FillCounts};
-use crate::resolve::{Base, Others, Resolved, Resolver, Target};
+use crate::resolve::{Base, Others, Resolved, Resolver, Target, runs};
 use crate::scan::Scan;
 use crate::waiting::{Turn, Waiting};
 use crate::wants::Wants;
@@ -195,6 +195,10 @@ impl<S: GuestSink> Receiving<S> {
         now: Time,
     ) -> Result<(), ErrorKind> {
         let range = self.judge_range(lane, pages)?;
+        // SPEC 7.4: a late answer to a want, whose page was stated again meanwhile. What is absent stays so.
+        if self.sink.is_none() {
+            return Ok(());
+        }
         if !only_leaves(pages) {
             self.read_up_to(range, counts)?;
         }
@@ -204,10 +208,7 @@ impl<S: GuestSink> Receiving<S> {
             self.map.unleave(range.region, range.numbers());
         }
         let waited = self.waiting.count();
-        let Some((resolver, mut to)) = self.target(counts) else {
-            // SPEC 7.4: a late answer to a want, whose page was stated again meanwhile.
-            return Ok(());
-        };
+        let Some((resolver, mut to)) = self.target(counts) else { return Ok(()) };
         let resolved = resolver.apply(range, pages, &mut to)?;
         self.note_waiting(lane, self.waiting.count() > waited);
         match resolved {
@@ -502,13 +503,11 @@ fn only_leaves(pages: &Pages<'_>) -> bool {
 
 /// The parts of a frame that it speaks of: all but what it skips.
 fn stated(range: PageRange, pages: &Pages<'_>) -> impl Iterator<Item = PageRange> {
-    let mut next = range.first.0;
-    let runs = pages.runs().map(move |run| {
-        let first = PageNumber(next);
-        next = next.saturating_add(u64::from(run.count));
-        (run.kind, PageRange { first, count: u32::from(run.count), ..range })
-    });
-    runs.filter(|(kind, _)| *kind != EntryKind::SKIPPED).map(|(_, range)| range)
+    let stated = runs(pages).filter(|(kind, _)| *kind != EntryKind::SKIPPED);
+    stated.map(move |(_, run)| {
+        let count = u32::try_from(run.end.saturating_sub(run.start)).unwrap_or(0);
+        PageRange { first: PageNumber(run.start), count, ..range }
+    })
 }
 
 #[cfg(test)]

@@ -216,7 +216,7 @@ impl Resolver {
         let (region, start) = (range.region, range.first.0);
         let mut missing = Vec::new();
         let Bytes { mut inline, mut shifted } = bytes;
-        for (kind, run) in runs(pages, start) {
+        for (kind, run) in runs(pages) {
             match kind {
                 EntryKind::INLINE | EntryKind::SHIFTED => {
                     let from = if kind == EntryKind::INLINE { &mut inline } else { &mut shifted };
@@ -262,7 +262,7 @@ impl Resolver {
     ) -> Result<(), ErrorKind> {
         let (region, mut strangers, mut references) = (range.region, Vec::new(), 0usize);
         let mut proofs = pages.proofs();
-        for (_, run) in runs(pages, range.first.0).filter(|(kind, _)| *kind == EntryKind::REFERENCE) {
+        for (_, run) in runs(pages).filter(|(kind, _)| *kind == EntryKind::REFERENCE) {
             for page in run {
                 references = references.saturating_add(1);
                 let proof = proofs.next();
@@ -454,7 +454,7 @@ fn read_prefix<'b, S: GuestSink>(
     old.resize(pages.inline_pages().saturating_mul(PAGE_BYTES));
     let held = to.scan.held(region);
     let mut filled = 0usize;
-    for (_, run) in runs(pages, range.first.0).filter(|(kind, _)| *kind == EntryKind::INLINE) {
+    for (_, run) in runs(pages).filter(|(kind, _)| *kind == EntryKind::INLINE) {
         let Range { start, end } = shifted(run, shift, held);
         let bytes = usize::try_from(end.saturating_sub(start)).unwrap_or(0).saturating_mul(PAGE_BYTES);
         let Some(space) = old.get_mut(filled..filled.saturating_add(bytes)).filter(|space| !space.is_empty()) else {
@@ -476,7 +476,7 @@ fn read_shifted<'b, S: GuestSink>(
     to: &mut Target<'_, S>,
 ) -> Result<&'b [PageBytes], ErrorKind> {
     let (shift, region) = (pages.head.shift, range.region);
-    let moved = || runs(pages, range.first.0).filter(|(kind, _)| *kind == EntryKind::SHIFTED);
+    let moved = || runs(pages).filter(|(kind, _)| *kind == EntryKind::SHIFTED);
     let count = moved().fold(0u64, |sum, (_, run)| sum.saturating_add(run.end.saturating_sub(run.start)));
     if count == 0 {
         return Ok(&[]);
@@ -523,9 +523,9 @@ fn take<'a>(rest: &mut &'a [PageBytes], count: u64) -> &'a [PageBytes] {
     first
 }
 
-/// The runs of a frame with the pages they cover.
-fn runs(pages: &Pages<'_>, start: u64) -> impl Iterator<Item = (EntryKind, Range<u64>)> {
-    let mut next = start;
+/// The kinds of a frame's runs, with the pages that each covers.
+pub(crate) fn runs(pages: &Pages<'_>) -> impl Iterator<Item = (EntryKind, Range<u64>)> {
+    let mut next = pages.head.first;
     pages.runs().map(move |run| {
         let first = next;
         next = next.saturating_add(u64::from(run.count));

@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::io::{self, Read};
 use std::net::TcpListener;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,10 +24,14 @@ use tokio::sync::mpsc;
 /// Lanes that may wait to be taken by their session.
 const JOINS_WAITING_MAX: usize = 16;
 
+/// Device and inode of a file.
+type FileId = (u64, u64);
+
 #[derive(Debug)]
 enum Kind {
     Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
+    /// The socket, where it is, and which file that was.
+    Unix(UnixListener, PathBuf, FileId),
 }
 
 /// Waits for connections.
@@ -59,16 +63,17 @@ pub struct Joining {
 }
 
 impl Listener {
-    /// Listens at an address. A Unix socket is made for its owner alone and removed when the listener goes.
+    /// Listens at an address. A Unix socket is made for its owner alone and removed when the listener goes, unless another
+    /// file has taken its place.
     ///
     /// # Errors
     /// The address cannot be resolved or is taken.
     pub fn bind(address: &Address) -> io::Result<Self> {
         let kind = match address {
             Address::Unix(path) => {
-                let listener = bind_private(path)?;
+                let (listener, id) = bind_private(path)?;
                 listener.set_nonblocking(true)?;
-                Kind::Unix(listener, path.clone())
+                Kind::Unix(listener, path.clone(), id)
             }
             Address::Tcp(_) => {
                 let addresses = address.resolve().map_err(|error: AddressError| io::Error::other(error.to_string()))?;
@@ -87,7 +92,7 @@ impl Listener {
     pub fn address(&self) -> io::Result<Address> {
         Ok(match &self.kind {
             Kind::Tcp(listener) => Address::Tcp(listener.local_addr()?.to_string()),
-            Kind::Unix(_, path) => Address::Unix(path.clone()),
+            Kind::Unix(_, path, _) => Address::Unix(path.clone()),
         })
     }
 
@@ -102,7 +107,7 @@ impl Listener {
                 tune(&stream)?;
                 Ok((Socket::Tcp(stream), peer.to_string()))
             }),
-            Kind::Unix(listener, path) => listener.accept().and_then(|(stream, _)| {
+            Kind::Unix(listener, path, _) => listener.accept().and_then(|(stream, _)| {
                 stream.set_nonblocking(false)?;
                 Ok((Socket::Unix(stream), format!("unix:{}", path.display())))
             }),
@@ -114,7 +119,7 @@ impl Listener {
         }
         let fd = match &self.kind {
             Kind::Tcp(listener) => listener.as_fd(),
-            Kind::Unix(listener, _) => listener.as_fd(),
+            Kind::Unix(listener, ..) => listener.as_fd(),
         };
         let patience = Timespec { tv_sec: 0, tv_nsec: i64::from(patience.subsec_nanos()) };
         poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&patience))?;
@@ -123,7 +128,7 @@ impl Listener {
 }
 
 /// Binds a Unix socket that nobody else could ever open: it is made in a folder of its own and moved into place.
-fn bind_private(path: &Path) -> io::Result<UnixListener> {
+fn bind_private(path: &Path) -> io::Result<(UnixListener, FileId)> {
     let stale = path.symlink_metadata().is_ok_and(|info| info.file_type().is_socket());
     if stale && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
         // Left by a receiver that was killed.
@@ -140,9 +145,10 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let made = folder.join(name);
     let bound = UnixListener::bind(&made).and_then(|listener| {
         std::fs::set_permissions(&made, PermissionsExt::from_mode(0o600))?;
+        let id = file_id(&made)?;
         // Somebody else's socket that appeared meanwhile is not replaced.
         renameat_with(CWD, &made, CWD, path, RenameFlags::NOREPLACE)?;
-        Ok(listener)
+        Ok((listener, id))
     });
     // What is left of it is of no use to anybody.
     let _ = std::fs::remove_file(&made);
@@ -152,11 +158,19 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Kind::Unix(_, path) = &self.kind {
+        let Kind::Unix(_, path, id) = &self.kind else { return };
+        // Somebody may have removed it and listen there himself. No other file has its number while it is open.
+        if file_id(path).is_ok_and(|there| there == *id) {
             // Nobody can be told if it is gone already.
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// Which file a path leads to; a link stands for itself.
+fn file_id(path: &Path) -> io::Result<FileId> {
+    let info = path.symlink_metadata()?;
+    Ok((info.dev(), info.ino()))
 }
 
 impl Arrival {
@@ -237,5 +251,31 @@ impl Sessions {
 impl Drop for Registration {
     fn drop(&mut self) {
         self.sessions.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.session);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listener_that_ends_removes_its_own_socket_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let bind = || Listener::bind(&Address::Unix(path.clone())).unwrap();
+        let first = bind();
+        assert!(Listener::bind(&Address::Unix(path.clone())).is_err(), "somebody listens there");
+        // Somebody tidies up, and another server takes the name.
+        std::fs::remove_file(&path).unwrap();
+        let second = bind();
+        drop(first);
+        assert!(UnixStream::connect(&path).is_ok(), "the second one still listens");
+        drop(second);
+        assert!(path.symlink_metadata().is_err(), "nothing stays");
+        let third = bind();
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "another's").unwrap();
+        drop(third);
+        assert_eq!(std::fs::read(&path).unwrap(), b"another's");
     }
 }

@@ -10,6 +10,7 @@ use crate::socket::Stream;
 use pagewire_protocol::error::{PeerError, Violation};
 use pagewire_protocol::frame::LaneId;
 use pagewire_protocol::framing::Framer;
+use pagewire_protocol::limits::BULK_LANES_MAX;
 use pagewire_protocol::session::{Job, Machine, Outgoing};
 use pagewire_protocol::time::{Span, Time};
 use rustix::process::setpriority_process;
@@ -400,9 +401,14 @@ fn since(start: Instant) -> Time {
     Time::from_nanos(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// The machine's next frame for a connection: the control connection may carry every lane, control first.
+/// The machine's next frame for a connection: the control connection may carry every lane. What a guest waits for goes
+/// before the background then, of which there may be more at any time.
 fn next_frame<M: Machine>(machine: &mut M, index: usize, single_stream: bool, now: Time) -> Option<Outgoing> {
-    let lanes = (0..LaneId::COUNT).filter_map(|number| LaneId::from_wire(u8::try_from(number).ok()?).ok());
+    let bulk = (0..BULK_LANES_MAX).map(LaneId::bulk);
+    let lanes = [LaneId::CONTROL, LaneId::URGENT].into_iter().chain(bulk);
     let mut carried = lanes.filter(|lane| lane.index() == index || (single_stream && index == 0));
     carried.find_map(|lane| machine.poll_frame(lane, now))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,11 @@
 //! A guest that runs while its memory file is sent, with a host's folder and journal on either side.
 
-use super::{PAGE, noise, text};
+use super::{PAGE, json, noise, text};
 use pagewire::handover::Whereabouts;
 use pagewire::{ImageName, Journal};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -126,15 +126,11 @@ impl Guest {
 
     /// What a host's journal says.
     pub fn at(&self, journal: &str) -> Whereabouts {
-        let Some(journal) = Journal::existing(&self.path(journal)).unwrap() else { return Whereabouts::Unrecorded };
-        let guests = journal.guests().unwrap();
-        let vm = ImageName::new("vm").unwrap();
-        let known = guests.iter().find(|guest| guest.name.as_ref() == Some(&vm));
-        known.map_or(Whereabouts::Unrecorded, |guest| guest.whereabouts.unwrap())
+        whereabouts(&self.path(journal))
     }
 
     pub fn report(&self) -> serde_json::Value {
-        serde_json::from_str(&fs::read_to_string(self.path("report")).unwrap()).unwrap()
+        json(&self.path("report"))
     }
 
     pub fn arrived_whole(&self) {
@@ -152,6 +148,15 @@ impl Drop for Guest {
         self.ends.store(true, Ordering::Relaxed);
         self.thread.take().map(std::thread::JoinHandle::join);
     }
+}
+
+/// What a journal says of the guest `vm`.
+pub fn whereabouts(journal: &Path) -> Whereabouts {
+    let Some(journal) = Journal::existing(journal).unwrap() else { return Whereabouts::Unrecorded };
+    let guests = journal.guests().unwrap();
+    let vm = ImageName::new("vm").unwrap();
+    let known = guests.iter().find(|guest| guest.name.as_ref() == Some(&vm));
+    known.map_or(Whereabouts::Unrecorded, |guest| guest.whereabouts.unwrap())
 }
 
 pub fn ended(child: Child) -> (Option<i32>, String) {

@@ -32,6 +32,11 @@ pub fn report(args: &[&str]) -> serde_json::Value {
     let path = file.path().to_str().unwrap();
     let output = pagewire(&[args, &["--report", path]].concat());
     assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+    json(Path::new(path))
+}
+
+/// What is in a file of one JSON value.
+pub fn json(path: &Path) -> serde_json::Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
@@ -99,6 +104,14 @@ impl Pair {
     }
 }
 
+/// Sends a signal; false if there is no such process any more.
+pub fn signal(pid: u32, name: &str) -> bool {
+    // Zero would be everybody.
+    assert_ne!(pid, 0);
+    let status = Command::new("kill").args([name, &pid.to_string()]).stderr(Stdio::null()).status();
+    status.unwrap().success()
+}
+
 /// A process that is killed when it is not needed any more.
 pub struct Running(pub Child);
 
@@ -115,8 +128,7 @@ impl Running {
     }
 
     pub fn signal(&self, name: &str) {
-        let pid = self.0.id().to_string();
-        assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
+        assert!(signal(self.0.id(), name), "it runs no more");
     }
 
     /// Waits for the end, and for what it said on standard error.

@@ -7,7 +7,7 @@ use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::time::Time;
 use pagewire_receiver::GuestSink;
-use pagewire_receiver::memory::{FaultTimes, Installed, PostcopyError, PostcopyMemory, Served};
+use pagewire_receiver::memory::{FaultTimes, Installed, PostcopyError, PostcopyMemory};
 use rustix::io::Errno;
 use std::io;
 use std::ops::Range;
@@ -41,13 +41,6 @@ impl HandedSink {
         Time::from_nanos(u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX))
     }
 
-    fn note(&mut self, served: &[Served]) {
-        served
-            .iter()
-            .flat_map(|served| &served.waited)
-            .for_each(|(thread, waited)| self.times.add_of(*thread, *waited));
-    }
-
     /// The memory, for pages that have come.
     fn memory(&mut self) -> io::Result<Handed> {
         if !self.armed {
@@ -77,7 +70,7 @@ impl HandedSink {
                 let inside = start.saturating_sub(part.first)..end.saturating_sub(part.first);
                 let of_pages = start.saturating_sub(pages.start)..end.saturating_sub(pages.start);
                 let installed = put(&memory, part.region, inside, of_pages, self.now())?;
-                self.note(&installed.served);
+                self.times.add_served(&installed.served);
             }
         }
         Ok(())
@@ -143,7 +136,7 @@ impl GuestSink for HandedSink {
         let mut more = true;
         while more {
             let gathered = memory.gather(self.now())?;
-            self.note(&gathered.served);
+            self.times.add_served(&gathered.served);
             let room = CHILDREN_MAX.saturating_sub(self.children.len());
             self.children.extend(gathered.children.into_iter().take(room));
             more = gathered.more;

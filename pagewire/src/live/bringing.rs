@@ -2,11 +2,12 @@
 
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
+use crate::journal::GuestJournal;
 use crate::observe::{Event, Observer, Phase};
 use crate::report::{Decision, Report};
 use crate::send::SendOptions;
 use pagewire_protocol::error::{GuestAt, PeerError, chain};
-use pagewire_protocol::handover::Message;
+use pagewire_protocol::handover::{Message, Word};
 use pagewire_sender::driver::{FillSummary, Route, fill};
 use pagewire_sender::fill::{FillConfig, Remainder};
 use pagewire_sender::{ErrorKind as Failure, GuestMemory};
@@ -86,6 +87,13 @@ pub(crate) fn bring<M: GuestMemory>(
         pause = (pause * 2).min(TRY_LAST);
     };
     Some(Error { kind: ErrorKind::Sender(Failure::Split { pages, why }), guest_at: GuestAt::Receiver })
+}
+
+/// The word that the memory is given up, of all that follows for a guest that has all of its pages; or why it is not among
+/// them.
+pub(super) fn gone(said: impl IntoIterator<Item = Message>, guest: &GuestJournal) -> Result<Message, String> {
+    let refused = || guest.owed().map_or_else(|| "the memory cannot be given up".to_owned(), |error| chain(error));
+    said.into_iter().find(|message| message.word == Word::Gone).ok_or_else(refused)
 }
 
 fn config(options: &SendOptions, background_limit: Option<u64>) -> Result<FillConfig, ErrorKind> {

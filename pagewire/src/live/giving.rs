@@ -1,5 +1,6 @@
 //! The sender's side: the guest's hooks and its journal behind one control, which outlives the session.
 
+use super::bringing::gone;
 use super::{ASK_EVERY, Arbiter, GuestHooks, LiveOptions, Operator, PostCopy, lineage_of};
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
@@ -117,15 +118,8 @@ impl Giving {
     pub(crate) fn filled(&self) -> Result<Message, String> {
         let mut holding = self.holding();
         let Some(handover) = holding.handover else { return Err("there is no hand-over".to_owned()) };
-        let actions = holding.input(Input::Filled(handover));
-        let gone = actions.into_iter().find_map(|action| match action {
-            Action::Say(message) if message.word == Word::Gone => Some(message),
-            _ => None,
-        });
-        gone.ok_or_else(|| match holding.journal.owed() {
-            Some(error) => chain(error),
-            None => "the memory cannot be given up".to_owned(),
-        })
+        let said = holding.follow_up(Input::Filled(handover));
+        gone(said, &holding.journal)
     }
 
     /// The session is over: what became of the guest. A receiver that owes an answer is asked for it.

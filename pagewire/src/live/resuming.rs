@@ -1,5 +1,6 @@
 //! Post-copy gone on with in a new process: all that is known of the hand-over is its record, and the memory was kept.
 
+use super::bringing::gone;
 use super::{ask_receiver, bring};
 use crate::error::{Error, ErrorKind};
 use crate::journal::{GuestJournal, GuestStatus, Journal, JournalError};
@@ -8,7 +9,7 @@ use crate::report::{Outcome, Report, Role};
 use crate::send::{SendOptions, check_plaintext};
 use pagewire_protocol::error::{GuestAt, chain};
 use pagewire_protocol::frame::ImageName;
-use pagewire_protocol::handover::{Handover, HostId, Message, Output, Record, RecordKind, Whereabouts, Word};
+use pagewire_protocol::handover::{Handover, HostId, Message, Output, Record, RecordKind, Whereabouts};
 use pagewire_sender::fill::Remainder;
 use pagewire_sender::memory::FileMemory;
 use pagewire_sender::{ErrorKind as Failure, GuestMemory};
@@ -147,10 +148,9 @@ fn is_started(
 
 /// The guest has all: that is made durable, and this word says so.
 fn filled(guest: &mut GuestJournal, handover: Handover) -> Result<Message, String> {
-    let outputs = guest.filled(handover);
-    let gone = outputs.into_iter().find_map(|output| match output {
-        Output::Send(message) if message.word == Word::Gone => Some(message),
+    let said = guest.filled(handover).into_iter().filter_map(|output| match output {
+        Output::Send(message) => Some(message),
         _ => None,
     });
-    gone.ok_or_else(|| guest.owed().map_or_else(|| "the memory cannot be given up".to_owned(), |error| chain(error)))
+    gone(said, guest)
 }

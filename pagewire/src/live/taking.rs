@@ -1,6 +1,7 @@
 //! The receiver's side: its journal, the blobs, and the start of the guest, for one session.
 
 use super::{TakeOptions, name_of};
+use crate::entrance::Entrant;
 use crate::journal::GuestJournal;
 use crate::report::Report;
 use pagewire_protocol::blobs::Blobs;
@@ -64,6 +65,7 @@ pub trait GuestStarter: std::fmt::Debug + Send + Sync + 'static {
 #[derive(Debug)]
 pub(crate) struct Taking<'a> {
     options: &'a TakeOptions,
+    entrant: &'a Entrant,
     guest: Option<GuestJournal>,
     name: Option<ImageName>,
     handover: Option<Handover>,
@@ -73,13 +75,13 @@ pub(crate) struct Taking<'a> {
 
 impl<'a> Taking<'a> {
     /// `memory` is filled by whoever finds a place for the guest.
-    pub(crate) fn new(options: &'a TakeOptions, memory: MemorySlot) -> Self {
-        Self { options, guest: None, name: None, handover: None, memory, warnings: Vec::new() }
+    pub(crate) fn new(options: &'a TakeOptions, memory: MemorySlot, entrant: &'a Entrant) -> Self {
+        Self { options, entrant, guest: None, name: None, handover: None, memory, warnings: Vec::new() }
     }
 
     /// What the guest of a hand-over is called.
-    pub(crate) fn name_of(&self, handover: &Handover) -> Option<String> {
-        name_of(&self.options.journal, handover.lineage).map(|name| name.to_string())
+    pub(crate) fn called(&self, handover: &Handover) -> Option<ImageName> {
+        name_of(&self.options.journal, handover.lineage)
     }
 
     /// The session is over: what became of the guest, if there was one.
@@ -144,13 +146,11 @@ impl<'a> Taking<'a> {
     }
 }
 
-impl Taking<'_> {
-    fn called(&self, handover: &Handover) -> Option<ImageName> {
-        name_of(&self.options.journal, handover.lineage)
-    }
-}
-
 impl GuestTaker for Taking<'_> {
+    fn fills(&mut self, _handover: &Handover) {
+        self.entrant.name();
+    }
+
     fn expects(&mut self, handover: &Handover) -> Vec<Place> {
         self.called(handover).map(|name| self.options.starter.first_touches(&name)).unwrap_or_default()
     }
@@ -194,8 +194,7 @@ impl GuestTaker for Taking<'_> {
         let Message { handover, .. } = message;
         if self.guest.is_none() {
             // SPEC 11.16
-            let name = name_of(&self.options.journal, handover.lineage);
-            let kept = name.is_none_or(|name| self.options.starter.has(&name));
+            let kept = self.called(&handover).is_none_or(|name| self.options.starter.has(&name));
             match self.options.journal.guest(handover.lineage, None, kept) {
                 Ok(guest) => self.guest = Some(guest),
                 Err(error) => {

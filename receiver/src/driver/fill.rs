@@ -8,6 +8,7 @@ use crate::report::FillCounts;
 use pagewire_protocol::error::{CloseCode, PeerError};
 use pagewire_protocol::frame::Fill;
 use pagewire_protocol::handover::{Handover, Word};
+use pagewire_protocol::session::Machine;
 use pagewire_protocol::time::{Span, Time};
 use pagewire_transport::{CancellationToken, Joining, PROGRESS_EVERY, Progress, Pump, Registration, Sessions, Wire};
 use std::future::poll_fn;
@@ -84,13 +85,14 @@ pub(super) async fn fill<S: GuestSink>(
             event = pump.next() => event,
         };
         match event {
+            // Whoever asked is gone: the session that has the guest goes on.
+            Some(FillEvent::Asked(_)) if pump.machine().is_over() => {}
             Some(FillEvent::Asked(asked)) => match admit(&asked, sessions, parking).await {
                 Ok(Admitted { guest, session, joins, registration }) => {
                     superseded.set(session.cancelled_owned());
                     registered_as = Some(registration);
                     pump.take_joins(joins);
-                    let ahead = taker.as_mut().map(|taker| taker.expects(&asked.handover)).unwrap_or_default();
-                    let terms = FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead };
+                    let terms = terms(taker.as_deref_mut(), &asked.handover, lanes, entropy);
                     ready = accept(&mut pump, guest, terms);
                 }
                 Err(Refusal { code, reason }) => pump.machine().refuse(code, &reason),
@@ -159,14 +161,23 @@ async fn admit<S: GuestSink>(
     Ok(Admitted { guest, session, joins, registration })
 }
 
+/// On which terms a guest is filled that was found; who takes guests over here is told of it.
+fn terms(taker: Option<&mut (dyn GuestTaker + '_)>, handover: &Handover, lanes: u8, entropy: Entropy) -> FillTerms {
+    let ahead = taker.map(|taker| {
+        taker.fills(handover);
+        taker.expects(handover)
+    });
+    FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead: ahead.unwrap_or_default() }
+}
+
 /// Goes on with a guest; what becomes readable when it touches what is absent.
 fn accept<S: GuestSink>(
     pump: &mut Pump<FillEngine<S>>,
     mut guest: Incomplete<S>,
     terms: FillTerms,
 ) -> Option<AsyncFd<OwnedFd>> {
-    guest.sink.renew_touches();
-    let fd = guest.sink.touches().and_then(|fd| fd.try_clone_to_owned().ok());
+    guest.sink().renew_touches();
+    let fd = guest.sink().touches().and_then(|fd| fd.try_clone_to_owned().ok());
     let now = pump.now();
     pump.machine().accept(guest, terms, now);
     gather(pump);

@@ -54,12 +54,6 @@ impl<S: GuestSink> Parking<S> {
         self.places().is_empty()
     }
 
-    /// Guests that lack pages, with how many, as far as no session has them.
-    pub fn parked(&self) -> Vec<(Handover, Option<u64>)> {
-        let places = self.places();
-        places.values().map(|place| (place.handover, place.guest.as_ref().map(Incomplete::pages))).collect()
-    }
-
     /// A guest lacks pages, and no session fills it for now. It is looked after until one does.
     pub fn park(self: &Arc<Self>, guest: Incomplete<S>) {
         let (handover, watch) = (*guest.handover(), guest.pages() > 0);
@@ -100,7 +94,7 @@ impl<S: GuestSink> Parking<S> {
                 let place = places.get_mut(&lineage).filter(|place| place.turn == turn);
                 let Some(guest) = place.and_then(|place| place.guest.as_mut()) else { return };
                 // What is touched is asked for by the session that fills it next.
-                if guest.sink.gather(&mut Vec::new()).is_err() {
+                if guest.sink().gather(&mut Vec::new()).is_err() {
                     return;
                 }
             }

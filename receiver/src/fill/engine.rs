@@ -8,7 +8,8 @@ use super::Incomplete;
 use super::filling::Filling;
 use crate::error::ErrorKind;
 use crate::memory::GuestSink;
-use pagewire_protocol::digest::{Digest, join_proof, proofs_equal};
+use pagewire_protocol::compress::Decompressor;
+use pagewire_protocol::digest::{join_proof, proofs_equal};
 use pagewire_protocol::error::{CloseCode, PeerError, Violation, chain};
 use pagewire_protocol::frame::{Done, Fill, Frame, FrameKind, Join, Lack, LaneId, Role};
 use pagewire_protocol::handover::Message;
@@ -55,8 +56,9 @@ pub struct FillEngine<S> {
     joined: [bool; LaneId::COUNT],
     joined_until: Time,
     filling: Option<Box<Filling<S>>>,
-    /// The root over all pages as they came, once they have.
-    root: Option<Digest>,
+    /// The guest, if it came to a session that could not take it any more.
+    spare: Option<Box<Incomplete<S>>>,
+    /// When pages came last, or all had come.
     moved: Time,
     events: VecDeque<FillEvent>,
     outcome: Option<Result<(), ErrorKind>>,
@@ -74,7 +76,7 @@ impl<S: GuestSink> FillEngine<S> {
             joined: [false; LaneId::COUNT],
             joined_until: now,
             filling: None,
-            root: None,
+            spare: None,
             moved: now,
             events: VecDeque::new(),
             outcome: None,
@@ -85,15 +87,29 @@ impl<S: GuestSink> FillEngine<S> {
     pub fn answering(endpoint: Endpoint, fill: Fill, now: Time) -> Self {
         let nothing = Self::new(&Policy::default(), [0; 16], now);
         let mut engine = Self { endpoint, ..nothing };
-        if let Err(kind) = engine.handle_fill(fill) {
+        // It may have ended behind that word.
+        let asked = if engine.is_over() { Ok(()) } else { engine.handle_fill(fill) };
+        if let Err(kind) = asked {
             engine.fail(kind);
         }
         engine
     }
 
-    /// Fills `guest`, which is the one that was asked for.
+    /// Fills `guest`, which is the one that was asked for. A session that has ended meanwhile stays ended; the guest is
+    /// kept for [`into_incomplete`](Self::into_incomplete).
     pub fn accept(&mut self, guest: Incomplete<S>, terms: FillTerms, now: Time) {
-        let (Some(fill), Some(greeted)) = (self.asked.take(), self.endpoint.greeted()) else { return };
+        let asked = self.asked.take_if(|_| self.endpoint.phase() == Phase::Deciding);
+        let (Some(fill), Some(greeted)) = (asked, self.endpoint.greeted()) else {
+            self.spare = Some(Box::new(guest));
+            return;
+        };
+        let decompressor = match Decompressor::new() {
+            Ok(decompressor) => decompressor,
+            Err(source) => {
+                self.spare = Some(Box::new(guest));
+                return self.fail(ErrorKind::Destination { what: "zstd cannot start", source });
+            }
+        };
         let lanes = terms.lanes.clamp(1, fill.lanes);
         let lack = Lack {
             transcript: greeted.transcript,
@@ -104,11 +120,7 @@ impl<S: GuestSink> FillEngine<S> {
             holds: guest.holds,
         };
         let with = (lanes, terms.window, greeted.agreement.codecs);
-        let filling = match Filling::new(guest, with, &terms.ahead) {
-            Ok(filling) => filling,
-            Err(source) => return self.fail(ErrorKind::Destination { what: "zstd cannot start", source }),
-        };
-        self.filling = Some(Box::new(filling));
+        self.filling = Some(Box::new(Filling::new(guest, decompressor, with, &terms.ahead)));
         self.asked = Some(fill);
         self.secret = terms.secret;
         (self.moved, self.joined_until) = (now, now + HANDSHAKE_SPAN_MAX);
@@ -163,12 +175,12 @@ impl<S: GuestSink> FillEngine<S> {
 
     /// The guest as the session leaves it.
     pub fn into_incomplete(self) -> Option<Incomplete<S>> {
-        self.filling.map(|filling| filling.guest)
+        self.filling.map(|filling| filling.guest).or_else(|| self.spare.map(|guest| *guest))
     }
 
     /// The guest as it is now.
     pub fn guest(&self) -> Option<&Incomplete<S>> {
-        self.filling.as_ref().map(|filling| &filling.guest)
+        self.filling.as_ref().map(|filling| &filling.guest).or(self.spare.as_deref())
     }
 
     /// How the session ended, once it has.
@@ -234,9 +246,10 @@ impl<S: GuestSink> FillEngine<S> {
         missing.then_some(self.joined_until)
     }
 
-    /// When a sender that is alive has brought nothing for too long.
+    /// When a sender that is alive has brought nothing, or has left DONE unanswered, for too long.
+    // SPEC 9.8
     fn stalled_at(&self) -> Option<Time> {
-        (self.endpoint.phase() == Phase::Filling && self.root.is_none()).then(|| self.moved + STALL_SPAN_MAX)
+        matches!(self.endpoint.phase(), Phase::Filling | Phase::Parting).then(|| self.moved + STALL_SPAN_MAX)
     }
 }
 
@@ -271,7 +284,10 @@ impl<S: GuestSink> Machine for FillEngine<S> {
         let late = if passed(self.joining_until()) {
             Err(PeerError::Timeout("a granted lane was not joined within 10 s"))
         } else if passed(self.stalled_at()) {
-            Err(PeerError::Timeout("no page came for 120 s"))
+            Err(PeerError::Timeout(match self.endpoint.phase() {
+                Phase::Parting => "DONE came to nothing for 120 s",
+                _ => "no page came for 120 s",
+            }))
         } else {
             self.endpoint.handle_timeout(now)
         };
@@ -305,7 +321,7 @@ impl<S: GuestSink> Machine for FillEngine<S> {
 
     fn handle_lane_open(&mut self, _lane: LaneId, _now: Time) {}
 
-    fn work(&mut self, _now: Time) -> bool {
+    fn work(&mut self, now: Time) -> bool {
         if self.endpoint.phase() != Phase::Filling {
             return false;
         }
@@ -317,9 +333,9 @@ impl<S: GuestSink> Machine for FillEngine<S> {
             return true;
         }
         let pages = filling.guest.layout().pages();
-        self.root = Some(root);
         self.endpoint.push_frame(LaneId::CONTROL, &Frame::Done(Done { pages, root }));
         self.endpoint.enter(Phase::Parting);
+        self.moved = now;
         self.events.push_back(FillEvent::Filled);
         true
     }

@@ -4,6 +4,7 @@ use super::{Incomplete, touches};
 use crate::error::ErrorKind;
 use crate::memory::GuestSink;
 use crate::page_map::Found;
+use crate::resolve::runs;
 use crate::wants::Wants;
 use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::compress::Decompressor;
@@ -68,13 +69,14 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> ErrorKind {
 impl<S: GuestSink> Filling<S> {
     pub(super) fn new(
         mut guest: Incomplete<S>,
+        decompressor: Decompressor,
         (bulk_lanes, window, codecs): (u8, u64, u32),
         ahead: &[Place],
-    ) -> io::Result<Self> {
+    ) -> Self {
         let pages = guest.layout().pages();
         ahead.iter().for_each(|place| guest.touches.note(*place));
         let ahead = touches::ahead(guest.layout(), &guest.lacking, ahead);
-        Ok(Self {
+        Self {
             wants: Wants::new(guest.layout(), 1),
             lanes: Default::default(),
             bulk_lanes,
@@ -85,12 +87,12 @@ impl<S: GuestSink> Filling<S> {
             asked: pagewire_protocol::bitmap::PageBitmap::new(pages),
             again: 0,
             told: 0,
-            decompressor: Decompressor::new()?,
+            decompressor,
             payload: PageBuffer::default(),
             pages: PageBuffer::default(),
             digests: Vec::new(),
             guest,
-        })
+        }
     }
 
     /// The next part of what is lacking; `None` when all is said.
@@ -218,7 +220,7 @@ impl<S: GuestSink> Filling<S> {
             return Err(entry("an entry that rests on the base or is absent, for a guest that runs").into());
         }
         let install = layout.region(range.region).map_or(1, |region| u64::from(region.install_size.pages())).max(1);
-        for (kind, run) in runs(pages, range.first.0) {
+        for (kind, run) in runs(pages) {
             // Only what is stated at all has to be whole.
             let ends_whole = run.end.is_multiple_of(install) || run.end == range.numbers().end;
             if kind == EntryKind::SKIPPED && !(run.start.is_multiple_of(install) && ends_whole) {
@@ -298,7 +300,7 @@ impl<S: GuestSink> Filling<S> {
         let inline = if pages.head.codec == Codec::NONE { pages.payload } else { &*payload };
         let mut offset = 0usize;
         let mut result = Ok(());
-        for (kind, run) in runs(pages, range.first.0) {
+        for (kind, run) in runs(pages) {
             let bytes = usize::try_from(run.end.saturating_sub(run.start)).unwrap_or(0).saturating_mul(PAGE_BYTES);
             let here = offset..offset.saturating_add(bytes);
             result = match kind {
@@ -448,7 +450,7 @@ impl<S: GuestSink> Filling<S> {
         let mut offset = 0usize;
         let payload = std::mem::take(&mut self.payload);
         let inline = if pages.head.codec == Codec::NONE { pages.payload } else { &*payload };
-        for (kind, run) in runs(pages, range.first.0) {
+        for (kind, run) in runs(pages) {
             for page in run {
                 let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(0).saturating_mul(PAGE_BYTES);
                 let Some(space) = whole.get_mut(at..).and_then(<[u8]>::first_chunk_mut::<PAGE_BYTES>) else { continue };
@@ -473,7 +475,7 @@ impl<S: GuestSink> Filling<S> {
 
     /// The pages of a frame that it states and that are lacking.
     fn lacking_runs(&self, range: PageRange, pages: &Pages<'_>) -> Vec<Range<u64>> {
-        let stated = runs(pages, range.first.0).filter(|(kind, _)| *kind != EntryKind::SKIPPED);
+        let stated = runs(pages).filter(|(kind, _)| *kind != EntryKind::SKIPPED);
         stated.flat_map(|(_, run)| self.lacking_parts(range.region, run)).collect()
     }
 
@@ -502,16 +504,6 @@ fn stated(pages: &Pages<'_>) -> u64 {
     pages.runs().filter(|run| run.kind != EntryKind::SKIPPED).map(|run| u64::from(run.count)).sum()
 }
 
-/// The runs of a frame with the pages they cover.
-fn runs(pages: &Pages<'_>, start: u64) -> impl Iterator<Item = (EntryKind, Range<u64>)> {
-    let mut next = start;
-    pages.runs().map(move |run| {
-        let first = next;
-        next = next.saturating_add(u64::from(run.count));
-        (run.kind, first..next)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -522,5 +514,9 @@ mod tests {
             assert!(ack_bytes(window) <= window / 4, "{window}");
         }
         assert_eq!(ack_bytes(64 << 20), ACK_BYTES);
+        // A window of one byte takes one frame: it has to be acknowledged, and nothing before it.
+        for window in 1..10 {
+            assert!((1..=window).contains(&ack_bytes(window)), "{window}");
+        }
     }
 }

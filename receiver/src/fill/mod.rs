@@ -62,7 +62,7 @@ impl<S> Incomplete<S> {
         self.touches.order()
     }
 
-    /// Its memory.
+    /// Its memory, for whoever looks at what it touches while no session fills it.
     pub fn sink(&mut self) -> &mut S {
         &mut self.sink
     }

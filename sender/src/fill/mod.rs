@@ -73,11 +73,6 @@ impl<M: GuestMemory> Remainder<M> {
         self.absent.count()
     }
 
-    /// The memory, when it is no longer needed.
-    pub fn into_memory(self) -> M {
-        self.memory
-    }
-
     pub(crate) fn layout(&self) -> &Layout {
         self.memory.layout()
     }

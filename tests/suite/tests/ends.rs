@@ -31,6 +31,18 @@ fn ask<M: Machine>(script: &mut Script<M>, lane: LaneId) {
     script.say(lane, &Frame::Ping(Ping { token: 1, answer: false }));
 }
 
+/// C10: whoever cancels while an offer is decided on has cancelled it: no word follows CLOSE.
+#[test]
+fn an_offer_that_is_taken_too_late_is_not_taken() {
+    let (image, sink) = (image(4), ImageSink::empty(&image(4)));
+    let mut script = AgainstReceiver::receiver(1);
+    script.enter(Phase::Deciding, &image, &sink);
+    script.engine.cancel();
+    script.take(&sink);
+    assert_eq!(script.failure().0, CloseCode::CANCELLED);
+    assert!(script.engine.is_over() && script.last(FrameKind::ACCEPT).is_none());
+}
+
 /// SPEC 9.2; A18: a peer that greets and then says nothing, or nothing at all.
 #[test]
 fn a_handshake_that_takes_ten_seconds_ends_the_session() {

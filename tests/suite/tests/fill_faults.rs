@@ -10,17 +10,19 @@
     reason = "test code: a failed expectation is a failed test"
 )]
 
-use pagewire_protocol::error::PeerError;
-use pagewire_protocol::frame::{FrameKind, LaneId};
-use pagewire_protocol::limits::PAGE_BYTES;
+use pagewire_protocol::error::{CloseCode, PeerError};
+use pagewire_protocol::frame::{Close, Fill, Frame, FrameKind, LaneId, Ping, Role};
+use pagewire_protocol::limits::{PAGE_BYTES, STALL_SPAN_MAX};
 use pagewire_protocol::page::{InstallSize, Region};
-use pagewire_protocol::session::Machine;
+use pagewire_protocol::session::{Machine, Policy};
 use pagewire_protocol::time::Span;
 use pagewire_receiver::ErrorKind;
-use pagewire_test_support::fill_peer::{AgainstFilled, AgainstFiller, all_absent};
+use pagewire_receiver::fill::{FillEngine, Incomplete};
+use pagewire_test_support::fill_peer::{AgainstFilled, AgainstFiller, FEATURES, all_absent};
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::link::{Cut, LinkConfig};
-use pagewire_test_support::peer::Statement;
+use pagewire_test_support::memory::ImageSink;
+use pagewire_test_support::peer::{AgainstReceiver, SESSION, Statement};
 use pagewire_test_support::rng::Rng;
 use pagewire_test_support::world::{FillHarm, FillOutcome, FillWorld, FillWorldConfig, Habit};
 
@@ -41,6 +43,16 @@ fn fill(harms: Vec<FillHarm>, touches: u64) -> FillOutcome {
     (config.harms, config.window, config.touches) = (harms, 200_000, touches);
     (config.sender.lanes, config.sender.compress) = (2, false);
     FillWorld::new(image(), sink, config).run(left)
+}
+
+/// States all of the image, and lets the receiver take it in.
+fn state_all(script: &mut AgainstFilled, image: &Image) {
+    for (region, pages) in [(0, 300), (1, 100)] {
+        let page = |at| image.page(usize::from(region), at).first_chunk().unwrap();
+        let all = (0..pages).fold(Statement::at(region, 0), |all, at| all.inline(page(at)));
+        script.raw(LaneId::bulk(0), FrameKind::PAGES, &all.body());
+    }
+    script.settle();
 }
 
 fn pages_sent(outcome: &FillOutcome) -> u64 {
@@ -80,6 +92,44 @@ fn c28_sessions_that_fail_before_the_first_page_change_nothing() {
     let late = (1..30).flat_map(|frames| [FillHarm::StopSender(frames), FillHarm::StopReceiver(frames)]);
     let outcome = fill(late.collect(), 0);
     assert!(outcome.received.inline == PAGES && outcome.sessions.len() > 8, "{}", outcome.sessions.len());
+}
+
+/// A session that ends while it is looked for the guest stays ended, and the guest is there for the next one.
+#[test]
+fn c28_a_guest_that_is_found_for_a_session_that_has_ended_is_kept() {
+    let ends: [fn(&mut AgainstFilled); 3] = [
+        |script| script.say(LaneId::CONTROL, &Frame::Close(Close::new(CloseCode::CANCELLED, "not now"))),
+        |script| script.engine.handle_peer_error(PeerError::EndOfStream { lane: 0 }, script.now),
+        |script| script.engine.cancel(),
+    ];
+    let (left, _) = all_absent(&image(), None);
+    let (handover, mut guest) = (*left.guest.handover(), left.guest);
+    for end in ends {
+        let mut script = AgainstFilled::filled();
+        script.greet(Role::Sender);
+        let fill = script.honest_fill(handover);
+        script.say(LaneId::CONTROL, &Frame::Fill(fill));
+        end(&mut script);
+        script.grant(guest);
+        assert!(script.engine.is_over() && script.last(FrameKind::LACK).is_none(), "it stays ended");
+        assert_eq!(script.engine.guest().map(Incomplete::pages), Some(PAGES));
+        assert!(script.engine.outcome().unwrap().is_err());
+        guest = script.engine.into_incomplete().expect("the guest runs on");
+    }
+    // Nor is one looked for when the session ends before it is known to be one of these.
+    let policy = Policy { features_offered: FEATURES, ..Policy::default() };
+    let mut script = AgainstReceiver::receiver_with(&policy, 1);
+    script.features = FEATURES;
+    script.greet(Role::Sender);
+    let transcript = script.transcript;
+    let fill = Fill { transcript, session: SESSION, lanes: 1, single_stream: false, handover };
+    script.say(LaneId::CONTROL, &Frame::Fill(fill.clone()));
+    script.engine.cancel();
+    let mut engine = FillEngine::<ImageSink>::answering(script.engine.into_endpoint(), fill, script.now);
+    assert!(engine.is_over() && engine.poll_event().is_none());
+    let mut script = AgainstFilled::filled();
+    script.begin(guest);
+    assert_eq!(script.engine.guest().map(Incomplete::pages), Some(PAGES), "the next one goes on with it");
 }
 
 /// C33: the end of the stream is not the end of the memory.
@@ -135,6 +185,36 @@ fn c36_a_done_that_is_lost_is_said_again() {
     assert!(outcome.sessions.len() == 1 && sender.is_ok() && receiver.is_err(), "{receiver:?}");
 }
 
+/// SPEC 9.8, C36: a sender that lives and never says GONE does not hold the guest's session for ever; the guest has all, and
+/// the next session is told so.
+#[test]
+fn c36_a_receiver_does_not_wait_for_ever_for_gone() {
+    let image = image();
+    let (left, _) = all_absent(&image, None);
+    let mut script = AgainstFilled::filled();
+    script.begin(left.guest);
+    state_all(&mut script, &image);
+    assert!(script.last(FrameKind::DONE).is_some());
+    let began = script.now;
+    while !script.engine.is_over() && script.now < began + Span::from_secs(1000) {
+        script.wait(Span::from_secs(4));
+        for lane in [LaneId::CONTROL, LaneId::bulk(0), LaneId::URGENT] {
+            script.say(lane, &Frame::Ping(Ping { token: 1, answer: false }));
+        }
+        // Nor do pages that come too late extend it.
+        script.raw(LaneId::bulk(0), FrameKind::PAGES, &Statement::at(0, 0).zero().body());
+        script.settle();
+    }
+    let waited = script.now.since(began);
+    assert!(waited >= STALL_SPAN_MAX && waited <= STALL_SPAN_MAX + Span::from_secs(4), "{waited:?}");
+    let text = "the peer is too slow: DONE came to nothing for 120 s".to_owned();
+    assert_eq!(script.fill_failure(), (CloseCode::TIMEOUT, text));
+    let mut next = AgainstFilled::filled();
+    next.begin(script.engine.into_incomplete().unwrap());
+    assert!(matches!(next.last(FrameKind::LACK), Some(Frame::Lack(lack)) if lack.pages == 0));
+    assert!(next.last(FrameKind::DONE).is_some());
+}
+
 /// C37: DONE is said when all lasts, and not when that fails; the next session has nothing to bring but that.
 #[test]
 fn c37_done_is_not_said_of_memory_that_does_not_last() {
@@ -143,13 +223,7 @@ fn c37_done_is_not_said_of_memory_that_does_not_last() {
     sink.state().fail_finish(true);
     let mut script = AgainstFilled::filled();
     script.begin(left.guest);
-    let stated = |region: usize, pages: std::ops::Range<u64>| {
-        let all = Statement::at(region as u16, pages.start);
-        pages.fold(all, |all, at| all.inline(image.page(region, at).first_chunk().unwrap())).body()
-    };
-    script.raw(LaneId::bulk(0), FrameKind::PAGES, &stated(0, 0..300));
-    script.raw(LaneId::bulk(0), FrameKind::PAGES, &stated(1, 0..100));
-    script.settle();
+    state_all(&mut script, &image);
     assert!(script.last(FrameKind::DONE).is_none(), "nobody may give the memory up");
     assert!(script.fill_failure().1.contains("cannot be synced"));
     sink.state().fail_finish(false);

@@ -1,6 +1,6 @@
 //! Post-copy memory as the place where received pages go.
 
-use super::{FaultTimes, PostcopyError, PostcopyMemory, SMALL, Served, failed, size};
+use super::{FaultTimes, PostcopyError, PostcopyMemory, SMALL, failed, size};
 use crate::memory::GuestSink;
 use crate::memory::uffd::FaultsOf;
 use pagewire_protocol::bitmap::PageBitmap;
@@ -38,13 +38,6 @@ impl PostcopySink {
 
     fn now(&self) -> Time {
         (self.clock)()
-    }
-
-    fn note(&mut self, served: &[Served]) {
-        served
-            .iter()
-            .flat_map(|served| &served.waited)
-            .for_each(|(thread, waited)| self.times.add_of(*thread, *waited));
     }
 }
 
@@ -91,7 +84,7 @@ impl GuestSink for PostcopySink {
     fn install(&mut self, region: RegionId, first: u64, bytes: &[u8]) -> io::Result<()> {
         if self.memory.is_armed() {
             let installed = self.memory.install_pages(region, first, bytes, self.now())?;
-            self.note(&installed.served);
+            self.times.add_served(&installed.served);
         } else {
             self.memory.write(region, first, bytes)?;
         }
@@ -101,7 +94,7 @@ impl GuestSink for PostcopySink {
     fn zero(&mut self, region: RegionId, first: u64, count: u64) -> io::Result<()> {
         if self.memory.is_armed() {
             let installed = self.memory.zero_pages(region, first, count, self.now())?;
-            self.note(&installed.served);
+            self.times.add_served(&installed.served);
             return Ok(());
         }
         for page in first..first.saturating_add(count) {
@@ -127,7 +120,7 @@ impl GuestSink for PostcopySink {
         let mut more = self.memory.is_armed();
         while more {
             let gathered = self.memory.gather(self.now())?;
-            self.note(&gathered.served);
+            self.times.add_served(&gathered.served);
             more = gathered.more;
         }
         touched.extend(std::iter::from_fn(|| self.memory.next_fault()).map(|fault| (fault.region, fault.page)));

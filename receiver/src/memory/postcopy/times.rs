@@ -1,5 +1,6 @@
 //! How long threads waited for pages: a histogram of fixed size.
 
+use super::Served;
 use pagewire_protocol::time::Span;
 use std::collections::BTreeMap;
 
@@ -46,6 +47,12 @@ impl FaultTimes {
     pub fn add_of(&mut self, thread: Option<u32>, waited: Span) {
         self.add(waited);
         self.add_thread(thread, (1, waited.as_nanos()));
+    }
+
+    /// Counts all who waited for these pages.
+    pub fn add_served(&mut self, served: &[Served]) {
+        let waited = served.iter().flat_map(|served| &served.waited);
+        waited.for_each(|(thread, waited)| self.add_of(*thread, *waited));
     }
 
     fn add_thread(&mut self, thread: Option<u32>, (count, nanos): (u64, u64)) {

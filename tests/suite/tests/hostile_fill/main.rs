@@ -18,15 +18,17 @@ use pagewire_protocol::frame::{
 use pagewire_protocol::handover::{Message, Word};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{InstallSize, Region};
-use pagewire_protocol::session::{Agreed, Machine, Phase, Policy, check};
+use pagewire_protocol::session::{Agreed, Job, Machine, Phase, Policy, check};
+use pagewire_protocol::time::Span;
 use pagewire_protocol::tree::image_root;
+use pagewire_receiver::Event as ReceiverEvent;
 use pagewire_sender::GuestMemory;
 use pagewire_sender::fill::Remainder;
 use pagewire_test_support::fill_peer::{AgainstFilled, AgainstFiller, FEATURES, all_absent, partly_absent};
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::live_peer::{LIVE, TO, live_receiver, live_sender};
 use pagewire_test_support::memory::{ImageMemory, ImageSink, SourceFaults};
-use pagewire_test_support::peer::Statement;
+use pagewire_test_support::peer::{AgainstReceiver, Statement};
 use pagewire_test_support::rng::Rng;
 use pagewire_test_support::world::Left;
 
@@ -324,18 +326,72 @@ fn rejects_the_words_of_other_sessions() {
     assert_eq!(script.fill_failure().0, CloseCode::INCOMPATIBLE);
 }
 
+/// A receiver of a guest that may start before all of its pages are there.
+fn arriving(image: &Image, sink: &ImageSink) -> AgainstReceiver {
+    sink.state().waits = true;
+    let policy = Policy { features_offered: FEATURES, ..Default::default() };
+    let mut script = AgainstReceiver::receiver_with(&policy, 1);
+    let live = pagewire_protocol::frame::LiveOpen { post_copy: true, ..LIVE };
+    (script.features, script.live, script.host) = (FEATURES, Some(live), Some(TO));
+    script.enter(Phase::Receiving, image, sink);
+    script.settle();
+    script
+}
+
+/// A frame of pages of the second region that are zero or absent.
+fn leaving(first: u64, count: u32, kinds: &[(EntryKind, u16)]) -> Vec<u8> {
+    let runs: Vec<Run> = kinds.iter().map(|&(kind, count)| Run { kind, count }).collect();
+    let digest = batch_digest(&DedupDomain::public(), first, runs.iter().copied(), &[]);
+    let head = PagesHead { round: 0, region: 1, codec: Codec::NONE, first, count, digest, shift: 0 };
+    let mut body = Vec::new();
+    head.encode(&runs, &[], &[], &mut body);
+    body
+}
+
+/// All of the first region.
+fn first_region(image: &Image) -> Vec<u8> {
+    (0..10).fold(Statement::at(0, 0), |statement, at| statement.inline(page(image, 0, at))).body()
+}
+
+/// The root over an image of whose second region these pages are absent; before them are zeros.
+fn root_with_absent(image: &Image, absent: std::ops::Range<u64>) -> Digest {
+    let hasher = PageHasher::new(&DedupDomain::public());
+    let mut trees = image.trees(&hasher);
+    (0..absent.start).for_each(|page| trees[1].set(page, hasher.zero()));
+    absent.for_each(|page| trees[1].set(page, ABSENT_DIGEST));
+    let root = image_root(&DedupDomain::public(), &image.layout(), &mut trees);
+    pagewire_protocol::tree::live_root(&DedupDomain::public(), root, &Default::default())
+}
+
+/// SPEC 7.4: pages that come while the memory is made to wait for those that are absent change nothing; they stay lacking.
+#[test]
+fn a_late_answer_does_not_make_absent_pages_present() {
+    let image = image();
+    let sink = ImageSink::empty(&image);
+    let mut script = arriving(&image, &sink);
+    script.raw(BULK, FrameKind::PAGES, &first_region(&image));
+    script.raw(BULK, FrameKind::PAGES, &leaving(0, 18, &[(EntryKind::ABSENT, 18)]));
+    script.end_round(2);
+    script.root(&image, root_with_absent(&image, 0..18));
+    let job = script.engine.poll_job().expect("all has come");
+    let late = (0..16).fold(Statement::at(1, 0), |statement, at| statement.inline(page(&image, 1, at)));
+    script.raw(BULK, FrameKind::PAGES, &late.body());
+    script.raw(BULK, FrameKind::PAGES, &leaving(16, 2, &[(EntryKind::ZERO, 2)]));
+    script.engine.handle_job(job.run(), Span::ZERO, script.now);
+    assert!(script.outcome().is_none(), "late answers are no fault");
+    let ready = script.events().into_iter().find_map(|event| match event {
+        ReceiverEvent::Ready(handover, _) => Some(handover),
+        _ => None,
+    });
+    assert!(ready.is_some_and(|handover| handover.post_copy), "{ready:?}");
+    let guest = script.engine.into_incomplete().expect("it lacks pages");
+    assert_eq!((guest.pages(), absent(&sink)), (18, 18), "all that is waited for is asked for");
+}
+
 /// ABSENT where the receiver did not agree to post-copy, and of part of an install page.
 #[test]
 fn rejects_absent_pages_without_post_copy_and_parts_of_install_pages() {
     let image = image();
-    let leaving = |first: u64, count: u32, kinds: &[(EntryKind, u16)]| {
-        let runs: Vec<Run> = kinds.iter().map(|&(kind, count)| Run { kind, count }).collect();
-        let digest = batch_digest(&DedupDomain::public(), first, runs.iter().copied(), &[]);
-        let head = PagesHead { round: 0, region: 1, codec: Codec::NONE, first, count, digest, shift: 0 };
-        let mut body = Vec::new();
-        head.encode(&runs, &[], &[], &mut body);
-        body
-    };
     let whole = leaving(0, 18, &[(EntryKind::ABSENT, 18)]);
     let mut script = live_receiver();
     script.enter(Phase::Receiving, &image, &ImageSink::empty(&image));
@@ -344,24 +400,10 @@ fn rejects_absent_pages_without_post_copy_and_parts_of_install_pages() {
     violates(script.failure(), "without post-copy", "not agreed");
     let part = leaving(0, 18, &[(EntryKind::ZERO, 1), (EntryKind::ABSENT, 17)]);
     for (body, refused) in [(whole, false), (part, true)] {
-        let mut trees = image.trees(&PageHasher::new(&DedupDomain::public()));
-        let skipped = if refused { 1 } else { 0 };
-        if refused {
-            trees[1].set(0, PageHasher::new(&DedupDomain::public()).zero());
-        }
-        (skipped..18).for_each(|page| trees[1].set(page, ABSENT_DIGEST));
-        let root = image_root(&DedupDomain::public(), &image.layout(), &mut trees);
-        let root = pagewire_protocol::tree::live_root(&DedupDomain::public(), root, &Default::default());
+        let root = root_with_absent(&image, u64::from(refused)..18);
         let sink = ImageSink::empty(&image);
-        sink.state().waits = true;
-        let policy = Policy { features_offered: FEATURES, ..Default::default() };
-        let mut script = pagewire_test_support::peer::AgainstReceiver::receiver_with(&policy, 1);
-        let live = pagewire_protocol::frame::LiveOpen { post_copy: true, ..LIVE };
-        (script.features, script.live, script.host) = (FEATURES, Some(live), Some(TO));
-        script.enter(Phase::Receiving, &image, &sink);
-        script.settle();
-        let stated = (0..10).fold(Statement::at(0, 0), |statement, at| statement.inline(page(&image, 0, at)));
-        script.raw(BULK, FrameKind::PAGES, &stated.body());
+        let mut script = arriving(&image, &sink);
+        script.raw(BULK, FrameKind::PAGES, &first_region(&image));
         script.raw(BULK, FrameKind::PAGES, &body);
         script.end_round(2);
         script.root(&image, root);
