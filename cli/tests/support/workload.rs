@@ -1,7 +1,7 @@
-//! A workload whose data live in guest memory: a hash table that is read, changed and filled, and an array that is
-//! sorted. The image is made at the sender; whoever runs it knows the right answer.
+//! A workload whose data live in guest memory: a hash table that is read, changed and filled, an array that is sorted,
+//! and a database. The image is made at the sender; whoever runs it knows the right answer.
 
-use super::{PAGE, noise};
+use super::{PAGE, database, noise};
 use pagewire::{PostcopyMemory, RegionId};
 
 /// Slots of the table, of a key and a value, and the entries that are in it from the beginning and in the end.
@@ -14,9 +14,11 @@ const NUMBERS: u64 = 1 << 17;
 const NUMBERS_BYTES: u64 = NUMBERS * 8;
 /// Of noise that is only read, behind both.
 const NOISE_PAGES: usize = 1200;
+/// Where the database is, behind all.
+const DATABASE_AT: u64 = TABLE_BYTES + NUMBERS_BYTES + (NOISE_PAGES * PAGE) as u64;
 
 /// All of it.
-pub const BYTES: u64 = TABLE_BYTES + NUMBERS_BYTES + (NOISE_PAGES * PAGE) as u64;
+pub const BYTES: u64 = DATABASE_AT + database::BYTES as u64;
 /// What a hypervisor with two regions has in the first.
 pub const FIRST_BYTES: u64 = TABLE_BYTES + NUMBERS_BYTES / 2;
 
@@ -88,6 +90,7 @@ pub fn image() -> Vec<u8> {
     (0..ENTRIES).for_each(|entry| insert(&mut image, key(entry), entry));
     (0..NUMBERS).for_each(|at| image.put(TABLE_BYTES + at * 8, number(at)));
     image.extend(noise(11, NOISE_PAGES * PAGE));
+    image.extend(database::image());
     image
 }
 
@@ -153,10 +156,16 @@ fn read(words: &PostcopyMemory) -> Result<(), String> {
     (0..expected.len() as u64).step_by(8).find(differs).map_or(Ok(()), |at| Err(format!("byte {at} of the noise")))
 }
 
+/// What SQLite does with the database, in the second region.
+fn query(memory: &PostcopyMemory) -> Result<(), String> {
+    let [_, second] = memory.table()[..] else { return Err("there are two regions".to_owned()) };
+    database::run(second.address + DATABASE_AT - FIRST_BYTES)
+}
+
 /// Runs all of it at once, to the right answer.
 pub fn run(memory: &PostcopyMemory) -> Result<(), String> {
     std::thread::scope(|scope| {
-        let threads = [fill_table, sort, read].map(|work| scope.spawn(move || work(memory)));
+        let threads = [fill_table, sort, read, query].map(|work| scope.spawn(move || work(memory)));
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err("it panicked".to_owned())))
     })
 }

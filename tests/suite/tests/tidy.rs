@@ -149,6 +149,7 @@ fn nothing_is_left_undone() {
 const UNSAFE_ROOMS: &[&str] = &[
     "benches/faults.rs",
     "benches/postcopy/plain.rs",
+    "cli/tests/support/database.rs",
     "hypervisors/kvm/src/raw.rs",
     "hypervisors/kvm/tests/real_mode.rs",
     "hypervisors/kvm/tests/vmm/mod.rs",
