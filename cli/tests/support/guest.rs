@@ -91,9 +91,11 @@ impl Guest {
         (child, address)
     }
 
-    /// The guest is stopped by a file, and writes its state when it has been.
+    /// The guest is stopped by a file, and writes its state when it has been. A hook whose program was killed ends with the
+    /// test.
     pub fn pause_hook(&self) -> String {
-        self.hook("rm -f paused; touch pause; until [ -e paused ]; do sleep 0.002; done; echo 5 > state")
+        let waits = format!("while [ ! -e paused -a -e {} ]", self.path("a").display());
+        self.hook(&format!("rm -f paused; touch pause; {waits}; do sleep 0.002; done; echo 5 > state"))
     }
 
     pub fn resume_hook(&self) -> String {
