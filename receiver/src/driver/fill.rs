@@ -6,9 +6,11 @@ use crate::fill::{FillEngine, FillEvent, FillTerms, Incomplete};
 use crate::memory::{FaultTimes, GuestSink};
 use crate::report::FillCounts;
 use pagewire_protocol::error::{CloseCode, PeerError};
-use pagewire_protocol::frame::Fill;
+use pagewire_protocol::frame::{Fill, Open};
 use pagewire_protocol::handover::{Handover, Word};
+use pagewire_protocol::page::Place;
 use pagewire_protocol::time::{Span, Time};
+use pagewire_protocol::tree::Manifest;
 use pagewire_transport::{CancellationToken, Joining, PROGRESS_EVERY, Progress, Pump, Registration, Sessions, Wire};
 use std::future::poll_fn;
 use std::os::fd::OwnedFd;
@@ -37,6 +39,8 @@ pub struct FillSummary {
     pub wire: Wire,
     /// How long that took.
     pub spent: Span,
+    /// Once it has all: how it was offered, what its image was when it came, and what of it was touched first.
+    pub whole: Option<Box<(Open, Manifest, Vec<Place>)>>,
 }
 
 impl FillSummary {
@@ -89,7 +93,8 @@ pub(super) async fn fill<S: GuestSink>(
                     superseded.set(session.cancelled_owned());
                     registered_as = Some(registration);
                     pump.take_joins(joins);
-                    let ahead = taker.as_mut().map(|taker| taker.expects(&asked.handover)).unwrap_or_default();
+                    let ahead =
+                        taker.as_mut().map(|taker| taker.expects(&asked.handover, guest.open())).unwrap_or_default();
                     let terms = FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead };
                     ready = accept(&mut pump, guest, terms);
                 }
@@ -125,9 +130,13 @@ fn end<S: GuestSink>(
     result: Option<Result<(), ErrorKind>>,
 ) -> (FillSummary, Result<(), ErrorKind>) {
     let (wire, spent) = (pump.wire(), pump.now().since(Time::ZERO));
-    let summary = pump.machine().guest().map(FillSummary::of).unwrap_or_default();
+    let mut summary = pump.machine().guest().map(FillSummary::of).unwrap_or_default();
     match (pump.into_machine().into_incomplete(), parking, &result) {
-        (Some(guest), Some(parking), Some(Ok(()))) => parking.leave(guest.handover()),
+        (Some(guest), Some(parking), Some(Ok(()))) => {
+            parking.leave(guest.handover());
+            let touches = guest.first_touches().to_vec();
+            summary.whole = guest.into_manifest().map(|(open, manifest)| Box::new((open, manifest, touches)));
+        }
         (Some(guest), Some(parking), _) => parking.park(guest),
         _ => {}
     }

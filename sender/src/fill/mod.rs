@@ -18,7 +18,7 @@ use pagewire_protocol::handover::Handover;
 use pagewire_protocol::limits::SUBTREE_PAGES;
 use pagewire_protocol::page::{Layout, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
-use pagewire_protocol::tree::DigestTree;
+use pagewire_protocol::tree::{DigestTree, Manifest, image_root};
 use std::io;
 
 /// What of a guest is still to be brought to where it runs.
@@ -76,6 +76,13 @@ impl<M: GuestMemory> Remainder<M> {
     /// The memory, when it is no longer needed.
     pub fn into_memory(self) -> M {
         self.memory
+    }
+
+    /// What the image is, when all that was left behind has gone.
+    pub fn into_manifest(mut self) -> Manifest {
+        let layout = self.layout().clone();
+        let root = image_root(self.hasher.domain(), &layout, &mut self.trees);
+        Manifest { root, layout, trees: self.trees }
     }
 
     pub(crate) fn layout(&self) -> &Layout {

@@ -1,9 +1,10 @@
 //! Post-copy memory as the place where received pages go.
 
 use super::{FaultTimes, PostcopyError, PostcopyMemory, SMALL, Served, failed, size};
-use crate::memory::GuestSink;
 use crate::memory::uffd::FaultsOf;
+use crate::memory::{Beside, GuestSink};
 use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::digest::is_zero;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::time::Time;
@@ -22,6 +23,7 @@ pub struct PostcopySink {
     faults_of: FaultsOf,
     clock: Clock,
     times: FaultTimes,
+    base: Option<Beside>,
 }
 
 impl std::fmt::Debug for PostcopySink {
@@ -33,7 +35,13 @@ impl std::fmt::Debug for PostcopySink {
 impl PostcopySink {
     /// The guest arrives in `memory`, and `faults_of` may touch what is absent. `clock` says how long they wait.
     pub fn new(memory: Arc<PostcopyMemory>, faults_of: FaultsOf, clock: Clock) -> Self {
-        Self { memory, faults_of, clock, times: FaultTimes::default() }
+        Self { memory, faults_of, clock, times: FaultTimes::default(), base: None }
+    }
+
+    /// The same over what is kept of the guest: it is what the memory begins as, and can be read until all has come.
+    #[must_use]
+    pub fn over(self, base: Option<Beside>) -> Self {
+        Self { base, ..self }
     }
 
     fn now(&self) -> Time {
@@ -62,16 +70,30 @@ impl PostcopyMemory {
 }
 
 impl GuestSink for PostcopySink {
-    fn base_pages(&self, _region: RegionId) -> u64 {
-        0
+    fn base_pages(&self, region: RegionId) -> u64 {
+        self.base.as_ref().map_or(0, |base| base.pages(region))
     }
 
     fn starts_zero(&self) -> bool {
         !self.memory.is_armed()
     }
 
-    fn read_base(&mut self, _region: RegionId, _first: u64, _bytes: &mut [u8]) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn read_base(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let base = self.base.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        base.read_or_zero(region, first, bytes);
+        // It becomes part of the image, which begins as zeros that take no memory.
+        for (page, bytes) in (first..).zip(bytes.chunks(PAGE_BYTES)).filter(|(_, bytes)| !is_zero(bytes)) {
+            self.memory.write(region, page, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn base_stays(&self) -> bool {
+        self.base.is_some()
+    }
+
+    fn read_old(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.base.as_ref().ok_or(io::ErrorKind::Unsupported)?.read(region, first, bytes)
     }
 
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
