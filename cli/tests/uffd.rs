@@ -82,7 +82,10 @@ struct Scene {
 impl Scene {
     fn set(bytes_a_second: u64) -> Option<Self> {
         memory()?;
-        let dir = tempfile::tempdir().unwrap();
+        Some(Self::in_dir(tempfile::tempdir().unwrap(), bytes_a_second, &[]))
+    }
+
+    fn in_dir(dir: tempfile::TempDir, bytes_a_second: u64, more: &[&str]) -> Self {
         let at = |name: &str| dir.path().join(name);
         fs::create_dir(at("there")).unwrap();
         fs::write(at("ram"), workload::image()).unwrap();
@@ -96,12 +99,13 @@ impl Scene {
             .arg(at("there"))
             .arg("--journal")
             .arg(at("journal-there"))
+            .args(more)
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
         wait_until("the receiver listens", || at("socket").exists());
         let network = Network::to(&direct, &at("network"), bytes_a_second);
-        Some(Self { dir, receiver, direct, network })
+        Self { dir, receiver, direct, network }
     }
 
     fn path(&self, name: &str) -> PathBuf {

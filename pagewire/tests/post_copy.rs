@@ -4,9 +4,9 @@
 mod support;
 
 use pagewire::{
-    Backing, Blobs, FaultsOf, GuestAt, GuestHooks, GuestStarter, Into, Journal, LiveOptions, NoObserver, Outcome,
-    Place, PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server, ServerEvent, Started,
-    TakeOptions, send_live,
+    Backing, Blobs, FaultsOf, GuestAt, GuestHooks, GuestStarter, Into, Journal, KeepWhat, LiveOptions, NoObserver,
+    Outcome, Place, PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server, ServerEvent,
+    Started, TakeOptions, send_live,
 };
 use std::collections::BTreeSet;
 use std::fs;
@@ -161,23 +161,39 @@ struct Moved {
 struct Way {
     background_limit: Option<u64>,
     expected_touches: Vec<Place>,
+    /// All of it goes before the guest starts.
+    before: bool,
 }
 
 /// Moves an image in post-copy, cutting the network at each of these times after the guest has started.
 fn moves(image: Vec<u8>, way: Way, options: &SendOptions, cuts: &[Duration]) -> Moved {
-    let Way { background_limit, expected_touches } = way;
-    let (a, b) = (Host::new(), Host::new());
+    moves_between(&[Host::new(), Host::new()], None, image, way, options, cuts)
+}
+
+/// Moves an image from one host to another, whose stores are used if it is said what is kept there.
+fn moves_between(
+    [a, b]: &[Host; 2],
+    keep: Option<KeepWhat>,
+    image: Vec<u8>,
+    way: Way,
+    options: &SendOptions,
+    cuts: &[Duration],
+) -> Moved {
+    let Way { background_limit, expected_touches, before } = way;
     fs::write(a.image(), &image).unwrap();
-    let journal = |host: &Host| Arc::new(Journal::open(&host.dir.path().join("journal")).unwrap());
+    let here = tempfile::tempdir().unwrap();
+    let journal = |host: &str| Arc::new(Journal::open(&here.path().join(host)).unwrap());
+    let options = &SendOptions { reuse: keep.map(|keep| a.reuse(keep)), ..options.clone() };
     let (ended, ran) = channel();
     let (expected, touched) = (Arc::new(image), Arc::new(Mutex::new(Vec::new())));
     let starter =
         Arc::new(Runs { expected, ended: Mutex::new(ended), expected_touches, touched: Arc::clone(&touched) });
     let into = Into::PostCopy { backing: Backing::Private, faults_of: FaultsOf::Everybody };
     let mut receiving = ReceiveOptions::new(into);
-    receiving.live = Some(TakeOptions { journal: journal(&b), lease: None, starter });
+    receiving.live = Some(TakeOptions { journal: journal("b"), lease: None, starter });
+    receiving.reuse = keep.map(|keep| b.reuse(keep));
     let cancel = receiving.cancel.clone();
-    let socket = b.dir.path().join("socket");
+    let socket = here.path().join("socket");
     let server = Server::bind(&format!("unix:{}", socket.display()).parse().unwrap(), receiving).unwrap();
     let reports = Arc::new(Mutex::new(Vec::new()));
     let told = Arc::clone(&reports);
@@ -188,9 +204,10 @@ fn moves(image: Vec<u8>, way: Way, options: &SendOptions, cuts: &[Duration]) -> 
             }
         })
     });
-    let network = Network::to(socket, b.dir.path(), !cuts.is_empty());
+    let network = Network::to(socket, here.path(), !cuts.is_empty());
     let to = format!("unix:{}", network.path.display()).parse().unwrap();
-    let live = LiveOptions { post_copy: PostCopy::Now, background_limit, ..LiveOptions::new(journal(&a)) };
+    let post_copy = if before { PostCopy::Never } else { PostCopy::Now };
+    let live = LiveOptions { post_copy, background_limit, ..LiveOptions::new(journal("a")) };
     let sent = std::thread::scope(|scope| {
         let sending =
             scope.spawn(|| send_live(&a.image(), &name(), &to, options, (&live, Box::new(Still)), &mut NoObserver));
@@ -201,7 +218,8 @@ fn moves(image: Vec<u8>, way: Way, options: &SendOptions, cuts: &[Duration]) -> 
         sending.join().unwrap()
     });
     // The sender is done before the receiver has taken its last word in.
-    let ended = || reports.lock().unwrap().iter().any(|report| report.error.is_none() && report.faults.seconds > 0.0);
+    let is_last = |report: &Report| report.error.is_none() && (before || report.faults.seconds > 0.0);
+    let ended = || reports.lock().unwrap().iter().any(is_last);
     let begin = std::time::Instant::now();
     while !ended() && begin.elapsed() < Duration::from_secs(10) {
         std::thread::sleep(Duration::from_millis(5));
@@ -272,4 +290,48 @@ fn the_order_of_first_touches_is_kept_and_brought_first_the_next_time() {
     assert_eq!(again.ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
     assert!(again.sent.into_result().unwrap().faults.prepaged > 0);
     assert_eq!(again.touched[..4], [2000, 1999, 5, 7].map(Place));
+}
+
+/// All of the guest's way to and fro: what a visit has is not sent again, whether it comes before the guest or behind it,
+/// and what it touched first on this host is brought first.
+#[test]
+fn what_a_host_keeps_of_a_guest_is_put_in_from_there() {
+    let hosts = [Host::new(), Host::new()];
+    let (first, whole) = (image(), (PAGES * PAGE) as u64);
+    let moved = |image: &[u8], way: Way, cuts: &[Duration]| {
+        let keep = Some(KeepWhat::Visit);
+        let moved = moves_between(&hosts, keep, image.to_vec(), way, &SendOptions::default(), cuts);
+        assert_eq!(moved.ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+        let sent = moved.sent.into_result().unwrap();
+        assert!(sent.warnings.is_empty() && sent.image.is_some(), "{sent:?}");
+        let received = moved.received.into_iter().rfind(|report| report.error.is_none()).unwrap();
+        assert_eq!(received.image, sent.image);
+        (sent, received)
+    };
+    let back = |changed: &[u8]| {
+        let (address, report) = hosts[0].serve(hosts[0].folder(), hosts[0].reuse(KeepWhat::Manifest), |_| ());
+        fs::write(hosts[1].image(), changed).unwrap();
+        hosts[1].send_file(&address, KeepWhat::Visit).into_result().unwrap();
+        report.recv_timeout(Duration::from_secs(20)).unwrap()
+    };
+    let (sent, received) = moved(&first, Way::default(), &[]);
+    assert!(sent.faults.prepaged < PAGES as u64 / 2 && received.faults.local == 0, "{received:?}");
+    // It comes back changed, as the host knows that it came from there: what it kept when it left is the base.
+    let mut changed = first.clone();
+    (0..PAGES).step_by(20).for_each(|page| changed[page * PAGE..][..PAGE].copy_from_slice(&noise(page as u64 + 9, 1)));
+    let returned = back(&changed);
+    assert!(returned.pages.base > PAGES as u64 / 2, "{returned:?}");
+    // Away again in post-copy, over a network that breaks: it is there already.
+    let mut again = changed.clone();
+    (7..PAGES).step_by(20).for_each(|page| again[page * PAGE..][..PAGE].copy_from_slice(&noise(page as u64 + 5, 1)));
+    let (sent, received) = moved(&again, Way::default(), &[Duration::from_millis(60), Duration::from_millis(60)]);
+    let zeros = (100..180).filter(|page| page % 20 != 0 && page % 20 != 7).count();
+    assert!(received.faults.local > (PAGES - zeros) as u64 / 2, "{received:?}");
+    assert!(sent.wire.sent_bytes < whole / 2, "{sent:?}");
+    assert!(sent.faults.prepaged > 0, "the trace of the first time is brought first: {sent:?}");
+    // And once more, all of it before it starts.
+    let returned = back(&changed);
+    assert!(returned.pages.base > PAGES as u64 / 2, "{returned:?}");
+    let (sent, _) = moved(&again, Way { before: true, ..Way::default() }, &[]);
+    assert!(sent.pages.base > PAGES as u64 / 2 && sent.wire.sent_bytes < whole / 4, "{sent:?}");
 }
