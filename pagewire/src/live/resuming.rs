@@ -82,7 +82,10 @@ fn go_on<M: GuestMemory>(
     }
     let lineage = match guest.key_of(handover.session) {
         Ok(lineage) => lineage,
-        Err(error) => return report.close(Some(Error { kind: error.into(), guest_at: GuestAt::Receiver })),
+        Err(error) => {
+            let kind = ErrorKind::Sender(Failure::Split { pages: pages_total, why: chain(&error) });
+            return report.close(Some(Error { kind, guest_at: GuestAt::Receiver }));
+        }
     };
     let key = lineage.as_ref().map_or(NO_KEY, |lineage| lineage.key);
     let remainder = match Remainder::recover(memory, &key, handover) {
