@@ -5,6 +5,7 @@
 //! session and every later one, after a connection broke, are the same: the receiver says what it lacks, the sender
 //! brings that. The memory may be given up when a session has ended in [`FillEvent::Filled`], and no sooner.
 
+mod ahead;
 mod engine;
 mod serving;
 

@@ -5,6 +5,7 @@
 //! what the guest touches next, and leaves out what has gone. Where both bring a page the receiver keeps the first.
 
 use super::Remainder;
+use super::ahead::Ahead;
 use crate::classify::Entries;
 use crate::error::ErrorKind;
 use crate::lanes::{Batch, Lanes};
@@ -70,7 +71,7 @@ pub(super) struct Serving<M> {
     hinted: PageBitmap,
     /// Pages named in FAULT, in all.
     named: u64,
-    ahead: VecDeque<Range<u64>>,
+    ahead: Ahead,
     wants: PageBitmap,
     wanted: u64,
     /// Where the background goes on.
@@ -113,7 +114,7 @@ impl<M: GuestMemory> Serving<M> {
             early: Vec::new(),
             hinted: none(),
             named: 0,
-            ahead: VecDeque::new(),
+            ahead: Ahead::default(),
             wants: none(),
             wanted: 0,
             cursor: 0,
@@ -210,10 +211,11 @@ impl<M: GuestMemory> Serving<M> {
                 // What was named before is on its way.
                 let fresh: Vec<Range<u64>> = self.hinted.gaps(places.clone()).collect();
                 self.hinted.insert_range(places);
-                self.ahead.extend(fresh);
+                fresh.into_iter().for_each(|places| self.ahead.push(places));
                 continue;
             }
             (self.cursor, self.jumped) = (places.end, true);
+            self.ahead.touch(places.start);
             let mut place = places.start;
             while place < places.end {
                 let whole = self.install_page(place);
@@ -356,21 +358,9 @@ impl<M: GuestMemory> Serving<M> {
             let first = self.wants.runs(0..pages).next()?.start;
             return self.take_parts(first..pages, Source::Wants, false);
         }
-        while let Some(range) = self.ahead.front_mut() {
-            let next = self.lacking.runs(range.clone()).next();
-            match next {
-                Some(run) => {
-                    range.start = run.start;
-                    // No more than what will be touched: its neighbours would be before the next of it.
-                    let places = range.clone();
-                    return self
-                        .take_parts(places, Source::Lacking, announces)
-                        .map(|next| Next { unasked: true, ..next });
-                }
-                None => {
-                    self.ahead.pop_front();
-                }
-            }
+        if let Some(places) = self.ahead.next(&self.lacking) {
+            // No more than what will be touched: its neighbours would be before the next of it.
+            return self.take_parts(places, Source::Lacking, announces).map(|next| Next { unasked: true, ..next });
         }
         let ahead = self.lacking.runs(self.cursor.min(pages)..pages).next();
         let first = ahead.or_else(|| self.lacking.runs(0..pages).next())?.start;
