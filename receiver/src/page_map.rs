@@ -6,7 +6,6 @@
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher};
-use pagewire_protocol::frame::ABSENT_DIGEST;
 use pagewire_protocol::limits::SUBTREE_PAGES;
 use pagewire_protocol::page::{Layout, PageRange, Place, RegionId};
 use pagewire_protocol::tree::{DigestTree, image_root};
@@ -187,21 +186,25 @@ impl PageMap {
 
     /// The page comes when the guest runs; what the base had there stays reachable if the base does.
     pub fn leave(&mut self, region: RegionId, pages: Range<u64>) {
-        for page in pages.clone() {
+        let reachable = if self.left.is_some() || self.index.is_some() { pages.clone() } else { 0..0 };
+        for page in reachable {
             let place = self.layout.place(region, page);
             let old = digest_at(&self.layout, &self.trees, place);
-            let known = self.known.remove(u64::from(place.0)) | self.claimed.remove(u64::from(place.0));
+            let at = u64::from(place.0);
+            let known = self.known.contains(at) || self.claimed.contains(at);
             if let Some(left) = self.left.as_mut().filter(|_| known && !self.present.contains(u64::from(place.0))) {
                 left.insert(&old, place);
             }
             if let Some(index) = self.index.as_mut().filter(|_| known) {
                 index.remove(&old, place);
             }
-            if let Some(tree) = self.trees.get_mut(usize::from(region.0)) {
-                tree.set(page, ABSENT_DIGEST);
-            }
         }
-        let places = self.places(region, pages);
+        let places = self.places(region, pages.clone());
+        if let Some(tree) = self.trees.get_mut(usize::from(region.0)) {
+            tree.set_absent(pages);
+        }
+        self.known.remove_range(places.clone());
+        self.claimed.remove_range(places.clone());
         self.present.remove_range(places.clone());
         self.absent.insert_range(places);
     }
