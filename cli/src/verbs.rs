@@ -166,7 +166,7 @@ fn receive(args: Receive) -> Result<ExitCode> {
         Into::Folder(dir) => live::take(&args.take, live::Images::Folder(dir.clone()))?,
         Into::File(file) => live::take(&args.take, live::Images::File(file.clone()))?,
         Into::HandedOver(dir) => live::take(&args.take, live::Images::Sockets(dir.clone()))?,
-        Into::Memory | Into::PostCopy { .. } => None,
+        Into::Memory | Into::PostCopy { .. } | Into::PostCopyFolder { .. } => None,
     };
     let reuse = match reuse(&args.keeping, args.trust_store) {
         Ok(reuse) => reuse,

@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 
 mod waiting;
 
+use waiting::Memory;
+
 /// Connections that have not said yet what they are.
 const STRANGERS_MAX: usize = 64;
 /// How often the server looks whether it shall stop.
@@ -49,6 +51,14 @@ pub enum Into {
     PostCopy {
         /// What the memory is made of.
         backing: Backing,
+        /// Who may touch what is absent.
+        faults_of: FaultsOf,
+    },
+    /// As [`PostCopy`](Self::PostCopy), in files of shared memory, each of which is the guest's memory for as long as that is
+    /// mapped: that of the guest NAME is `folder/NAME` when all of it has come, and has no such name before.
+    PostCopyFolder {
+        /// A folder on a tmpfs.
+        folder: PathBuf,
         /// Who may touch what is absent.
         faults_of: FaultsOf,
     },
@@ -294,7 +304,10 @@ impl Shared {
                 self.run(arriving, stranger, place, None, |_, _| (), observe)
             }
             Into::PostCopy { backing, faults_of } => {
-                self.receive_post_copy(arriving, stranger, (*backing, *faults_of), observe)
+                self.receive_post_copy(arriving, stranger, (Memory::Of(*backing), *faults_of), observe)
+            }
+            Into::PostCopyFolder { folder, faults_of } => {
+                self.receive_post_copy(arriving, stranger, (Memory::In(folder), *faults_of), observe)
             }
             Into::HandedOver(dir) => self.receive_handed(arriving, stranger, (dir, session), tell),
             Into::Memory => {

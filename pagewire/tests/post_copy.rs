@@ -163,6 +163,8 @@ struct Way {
     expected_touches: Vec<Place>,
     /// All of it goes before the guest starts.
     before: bool,
+    /// Where it goes, if not into private memory.
+    into: Option<Into>,
 }
 
 /// Moves an image in post-copy, cutting the network at each of these times after the guest has started.
@@ -179,7 +181,7 @@ fn moves_between(
     options: &SendOptions,
     cuts: &[Duration],
 ) -> Moved {
-    let Way { background_limit, expected_touches, before } = way;
+    let Way { background_limit, expected_touches, before, into } = way;
     fs::write(a.image(), &image).unwrap();
     let here = tempfile::tempdir().unwrap();
     let journal = |host: &str| Arc::new(Journal::open(&here.path().join(host)).unwrap());
@@ -188,8 +190,8 @@ fn moves_between(
     let (expected, touched) = (Arc::new(image), Arc::new(Mutex::new(Vec::new())));
     let starter =
         Arc::new(Runs { expected, ended: Mutex::new(ended), expected_touches, touched: Arc::clone(&touched) });
-    let into = Into::PostCopy { backing: Backing::Private, faults_of: FaultsOf::Everybody };
-    let mut receiving = ReceiveOptions::new(into);
+    let private = Into::PostCopy { backing: Backing::Private, faults_of: FaultsOf::Everybody };
+    let mut receiving = ReceiveOptions::new(into.unwrap_or(private));
     receiving.live = Some(TakeOptions { journal: journal("b"), lease: None, starter });
     receiving.reuse = keep.map(|keep| b.reuse(keep));
     let cancel = receiving.cancel.clone();
@@ -334,4 +336,58 @@ fn what_a_host_keeps_of_a_guest_is_put_in_from_there() {
     assert!(returned.pages.base > PAGES as u64 / 2, "{returned:?}");
     let (sent, _) = moved(&again, Way { before: true, ..Way::default() }, &[]);
     assert!(sent.pages.base > PAGES as u64 / 2 && sent.wire.sent_bytes < whole / 4, "{sent:?}");
+}
+
+/// The guest's memory is a file that others can map, and that has its name when all of it is there.
+#[test]
+fn the_memory_of_a_guest_can_be_a_file_of_a_tmpfs() {
+    let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return println!("SKIPPED: there is no /dev/shm") };
+    let into = || Some(Into::PostCopyFolder { folder: dir.path().to_path_buf(), faults_of: FaultsOf::Everybody });
+    for (cuts, before) in [(&[][..], false), (&[Duration::from_millis(200)], false), (&[], true)] {
+        fs::write(dir.path().join("vm"), "of an earlier guest").unwrap();
+        let way = Way { into: into(), before, ..Way::default() };
+        let Moved { sent, ran, .. } = moves(image(), way, &SendOptions::default(), cuts);
+        assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+        sent.into_result().unwrap();
+        let (mut file, expected) = (fs::read(dir.path().join("vm")).unwrap(), image());
+        assert!(file.len() == expected.len() && !dir.path().join(".pagewire").exists());
+        for (page, expected) in file.chunks_mut(PAGE).zip(expected.chunks(PAGE)) {
+            assert!(page[8..8 * (1 + THREADS)].iter().all(|byte| *byte == 0xAB), "what the guest wrote is in it");
+            page[8..8 * (1 + THREADS)].copy_from_slice(&expected[8..8 * (1 + THREADS)]);
+        }
+        assert!(file == expected, "before: {before}");
+    }
+}
+
+#[test]
+fn a_file_that_nobody_can_be_made_to_wait_for_is_refused_by_name() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let into = Some(Into::PostCopyFolder { folder: dir.path().to_path_buf(), faults_of: FaultsOf::Everybody });
+    let layout =
+        pagewire::Layout::new(vec![pagewire::Region { bytes: 1 << 20, install_size: pagewire::InstallSize::KIB_4 }]);
+    if PostcopyMemory::in_file(layout.unwrap(), &tempfile::tempfile_in(dir.path()).unwrap()).is_ok() {
+        return println!("SKIPPED: the target folder is on a tmpfs");
+    }
+    let Moved { sent, .. } = moves(image(), Way { into, ..Way::default() }, &SendOptions::default(), &[]);
+    let error = sent.into_result().unwrap_err();
+    let why = pagewire::chain(&error);
+    assert!(error.guest_at == GuestAt::Sender && why.contains("userfaultfd") && why.contains("tmpfs"), "{why}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
+#[test]
+fn a_guest_can_run_in_huge_pages_before_they_are_there() {
+    let install_size = pagewire::InstallSize::MIB_2;
+    let layout = pagewire::Layout::new(vec![pagewire::Region { bytes: (PAGES * PAGE) as u64, install_size }]).unwrap();
+    if let Err(error) = PostcopyMemory::new(layout, Backing::SharedHuge) {
+        // As root: echo 64 > /proc/sys/vm/nr_hugepages
+        return println!("SKIPPED: no huge pages: {error}");
+    }
+    let into = || Some(Into::PostCopy { backing: Backing::SharedHuge, faults_of: FaultsOf::Everybody });
+    let options = SendOptions { install_size, ..SendOptions::default() };
+    for cuts in [&[][..], &[Duration::from_millis(300); 3]] {
+        let Moved { sent, ran, .. } = moves(image(), Way { into: into(), ..Way::default() }, &options, cuts);
+        assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+        assert_eq!(sent.into_result().unwrap().faults.lacking, 0);
+    }
 }

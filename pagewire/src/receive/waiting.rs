@@ -1,6 +1,6 @@
 //! Guests that may run here before all of their pages are there: what is kept of them stays readable until they are.
 
-use super::{Arriving, ServerEvent, Shared, Stranger, Tell, clock, is_fresh, no_memory, refused, seed};
+use super::{Arriving, ServerEvent, Shared, Stranger, Tell, clock, is_fresh, no_memory, refusal, refused, seed};
 use crate::ground::{Ground, Search};
 use crate::handed::{HandedNews, HandedSink, Handing};
 use crate::live::MemorySlot;
@@ -8,12 +8,42 @@ use crate::observe::Event;
 use crate::report::{Outcome, Report};
 use crate::reuse::Came;
 use pagewire_protocol::error::{CloseCode, chain};
+use pagewire_protocol::frame::Open;
 use pagewire_receiver::Offer;
 use pagewire_receiver::driver::Refusal;
 use pagewire_receiver::memory::uffd::FaultsOf;
 use pagewire_receiver::memory::{Backing, Beside, PostcopyMemory, PostcopySink};
+use pagewire_store::{Landing, LandingOptions};
+use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
+
+/// What memory of this process is made of.
+#[derive(Clone, Copy)]
+pub(super) enum Memory<'a> {
+    Of(Backing),
+    /// A file in this folder.
+    In(&'a Path),
+}
+
+impl Memory<'_> {
+    fn make(self, open: &Open) -> Result<(Arc<PostcopyMemory>, Option<Landing>), Refusal> {
+        let layout = open.layout.clone();
+        match self {
+            Self::Of(backing) => {
+                let memory = PostcopyMemory::new(layout, backing).map_err(|error| no_memory(&error))?;
+                Ok((Arc::new(memory), None))
+            }
+            Self::In(folder) => {
+                let landing = LandingOptions { inplace: false, fresh: true };
+                let landing = Landing::start(folder, OsStr::new(open.name.as_str()), layout.bytes(), landing);
+                let mut landing = landing.map_err(|error| refusal(&error))?;
+                let memory = landing.to_map().and_then(|file| PostcopyMemory::in_file(layout, &file));
+                Ok((Arc::new(memory.map_err(|error| no_memory(&error))?), Some(landing)))
+            }
+        }
+    }
+}
 
 impl Shared {
     /// What the store has of a guest that is offered, to be read beside its memory.
@@ -34,7 +64,7 @@ impl Shared {
         &self,
         arriving: Arriving,
         stranger: Stranger,
-        (backing, faults_of): (Backing, FaultsOf),
+        (of, faults_of): (Memory<'_>, FaultsOf),
         observe: impl FnMut(&Event),
     ) -> (bool, Outcome) {
         let slot = MemorySlot::default();
@@ -42,11 +72,11 @@ impl Shared {
             if offer.open.live.is_none() {
                 return Err(refused("this memory is for guests that run: send it with --live"));
             }
-            let memory = PostcopyMemory::new(offer.open.layout.clone(), backing).map(Arc::new);
-            let memory = memory.map_err(|error| no_memory(&error))?;
+            let (memory, landing) = of.make(&offer.open)?;
             let _ = slot.set(Arc::clone(&memory));
-            let ground = self.beside(offer, warnings)?;
-            Ok(ground.landed(|beside| PostcopySink::new(memory, faults_of, clock()).over(beside)))
+            let sink = PostcopySink::new(memory, faults_of, clock());
+            let sink = landing.into_iter().fold(sink, PostcopySink::landing);
+            Ok(self.beside(offer, warnings)?.landed(|beside| sink.over(beside)))
         };
         let at = Some((Arc::clone(&slot), &self.parking));
         self.run(arriving, stranger, place, at, |came, report| self.keep_run(came, report), observe)

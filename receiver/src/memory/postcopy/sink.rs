@@ -5,9 +5,11 @@ use crate::memory::uffd::FaultsOf;
 use crate::memory::{Beside, GuestSink};
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::is_zero;
+use pagewire_protocol::error::chain;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::time::Time;
+use pagewire_store::Landing;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, PoisonError};
@@ -24,6 +26,7 @@ pub struct PostcopySink {
     clock: Clock,
     times: FaultTimes,
     base: Option<Beside>,
+    landing: Option<Landing>,
 }
 
 impl std::fmt::Debug for PostcopySink {
@@ -35,13 +38,19 @@ impl std::fmt::Debug for PostcopySink {
 impl PostcopySink {
     /// The guest arrives in `memory`, and `faults_of` may touch what is absent. `clock` says how long they wait.
     pub fn new(memory: Arc<PostcopyMemory>, faults_of: FaultsOf, clock: Clock) -> Self {
-        Self { memory, faults_of, clock, times: FaultTimes::default(), base: None }
+        Self { memory, faults_of, clock, times: FaultTimes::default(), base: None, landing: None }
     }
 
     /// The same over what is kept of the guest: it is what the memory begins as, and can be read until all has come.
     #[must_use]
     pub fn over(self, base: Option<Beside>) -> Self {
         Self { base, ..self }
+    }
+
+    /// The memory is the file of `landing`, which gets its name when all has come.
+    #[must_use]
+    pub fn landing(self, landing: Landing) -> Self {
+        Self { landing: Some(landing), ..self }
     }
 
     fn now(&self) -> Time {
@@ -165,8 +174,15 @@ impl GuestSink for PostcopySink {
     }
 
     fn finish(&mut self) -> io::Result<()> {
-        if self.memory.is_armed() && self.memory.absent_pages() == 0 {
+        if self.memory.is_armed() {
+            if self.memory.absent_pages() > 0 {
+                return Ok(());
+            }
             self.memory.finish()?;
+        }
+        if let Some(landing) = &mut self.landing {
+            landing.finish().map_err(|error| io::Error::other(chain(&error)))?;
+            self.landing = None;
         }
         Ok(())
     }
