@@ -86,5 +86,3 @@ pub const BLOB_PART_BYTES_MAX: u32 = 32 * 1024;
 pub const LACKING_BYTES_MAX: u32 = 32 * 1024;
 /// Pages named in FAULT frames, a page on average over the image, in a fill session.
 pub const FAULTS_A_PAGE_MAX: u64 = 4;
-/// Pages whose first touch is remembered of one guest: 4 GiB of memory, and more than any guest needs to get going.
-pub const FIRST_TOUCHES_MAX: usize = 1 << 20;
