@@ -160,35 +160,64 @@ fn read(image: &Image, pages: &[usize], trace: Vec<Place>) -> Result<(f64, Vec<P
     Ok((journey.guest, journey.trace))
 }
 
+/// How a reader goes through its pages when it comes again.
+#[derive(Clone, Copy)]
+enum Order {
+    Same,
+    /// Another one in each 256 pages.
+    Near,
+    /// Its second half first.
+    Halves,
+}
+
+impl Order {
+    fn of_next_time(self, pages: &mut [usize], seed: u64) {
+        match self {
+            Self::Same => {}
+            Self::Near => pages.chunks_mut(256).for_each(|chunk| Random(seed | 1).shuffle(chunk)),
+            Self::Halves => pages.rotate_left(pages.len() / 2),
+        }
+    }
+}
+
 pub(crate) fn readers(setup: &Setup) -> Result<bool, Failure> {
     let image = Image::new(setup.image.as_deref(), GIB_PAGES / 4)?;
     println!(
         "First touches that do not block: 256 MiB, a link of {} MB/s, uncompressed, pages touched at half its rate.\n",
         LINK / 1_000_000
     );
-    println!("| reader | without a trace | with one | bar | result |\n|---|---|---|---|---|");
+    println!("| reader | without a trace | with one | with what both times left | bar of the second | result |");
+    println!("|---|---|---|---|---|---|");
     let (mut met, start) = (true, image.pages() / 3);
     let sequence: Vec<usize> = (start..image.pages()).chain(0..start).collect();
     let shares: Result<Vec<f64>, Failure> =
         (0..setup.runs).map(|_| Ok(read(&image, &sequence, Vec::new())?.0)).collect();
     let share = median(shares?);
     met &= share >= 0.9;
-    println!("| sequential, from the middle on | {:.1} % | | ≥ 90 % | {} |", share * 100.0, judge(share >= 0.9));
-    for (what, near, bar) in
-        [("a random tenth, in the same order", 1, 0.8), ("the same, in another order each 256 pages", 256, 0.8)]
-    {
-        let (mut without, mut with) = (Vec::new(), Vec::new());
+    println!(
+        "| sequential, from the middle on | {:.1} % | | | ≥ 90 %, of the first | {} |",
+        share * 100.0,
+        judge(share >= 0.9)
+    );
+    for (what, order) in [
+        ("a random tenth, in the same order", Order::Same),
+        ("the same, in another order each 256 pages", Order::Near),
+        ("the same, its second half first", Order::Halves),
+    ] {
+        let (mut without, mut with, mut again) = (Vec::new(), Vec::new(), Vec::new());
         for run in 1..=setup.runs as u64 {
             let mut hot = random_pages(image.pages(), image.pages() / 10, run);
             let (share, trace) = read(&image, &hot, Vec::new())?;
             without.push(share);
-            hot.chunks_mut(near).for_each(|chunk| Random(run | 1).shuffle(chunk));
-            with.push(read(&image, &hot, trace)?.0);
+            order.of_next_time(&mut hot, run);
+            let (share, trace) = read(&image, &hot, trace)?;
+            with.push(share);
+            order.of_next_time(&mut hot, run + 100);
+            again.push(read(&image, &hot, trace)?.0);
         }
-        let (without, with) = (median(without), median(with));
-        met &= with >= bar;
-        let bar_text = format!("≥ {:.0} %", bar * 100.0);
-        println!("| {what} | {:.1} % | {:.1} % | {bar_text} | {} |", without * 100.0, with * 100.0, judge(with >= bar));
+        let [without, with, again] = [without, with, again].map(|shares| median(shares) * 100.0);
+        met &= with >= 80.0;
+        println!("| {what} | {without:.1} % | {with:.1} % | {again:.1} % | ≥ 80 % | {} |", judge(with >= 80.0));
     }
     Ok(met)
 }

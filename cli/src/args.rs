@@ -124,6 +124,8 @@ pub(crate) struct Resume {
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
     #[command(flatten)]
+    pub(crate) keeping: Keeping,
+    #[command(flatten)]
     pub(crate) output: Output,
 }
 
@@ -431,8 +433,9 @@ pub(crate) struct Receive {
     pub(crate) into_file: Option<PathBuf>,
     /// Guests land in the memory of a hypervisor that loads them in --on-start and hands over its userfaultfd, as
     /// Firecracker does: each on the Unix socket DIR/NAME.sock, which PAGEWIRE_SOCKET names. They are sent with
-    /// --post-copy now. If this process ends before all of a guest is there, the guest stands still for ever.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["into", "into_file", "inplace", "fresh", "store"])]
+    /// --post-copy now. With --store, pages that an earlier visit has do not travel. If this process ends before all of a
+    /// guest is there, the guest stands still for ever.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["into", "into_file", "inplace"])]
     pub(crate) into_uffd: Option<PathBuf>,
     /// Change files where they lie: nothing unchanged is written, but until it is whole a file is absent.
     #[arg(long)]

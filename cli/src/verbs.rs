@@ -79,12 +79,18 @@ fn is_remote(path: &Path) -> bool {
 
 /// Brings what a guest lacks that runs at the receiver.
 fn resume(args: &Resume) -> Result<ExitCode> {
+    // The guest waits for its pages, which need no store.
+    let reuse = reuse(&args.keeping, false).unwrap_or_else(|error| {
+        warn(&format!("the store is not used: {}", pagewire::chain(&error)));
+        None
+    });
     let options = SendOptions {
         lanes: args.lanes,
         install_size: args.page_size.into(),
         compress: !args.no_compress,
         bandwidth_limit: args.bandwidth_limit,
         insecure_plaintext: args.insecure_plaintext,
+        reuse,
         cancel: cancellation()?,
         ..SendOptions::default()
     };
@@ -160,7 +166,7 @@ fn receive(args: Receive) -> Result<ExitCode> {
         Into::Folder(dir) => live::take(&args.take, live::Images::Folder(dir.clone()))?,
         Into::File(file) => live::take(&args.take, live::Images::File(file.clone()))?,
         Into::HandedOver(dir) => live::take(&args.take, live::Images::Sockets(dir.clone()))?,
-        Into::Memory | Into::PostCopy { .. } => None,
+        Into::Memory | Into::PostCopy { .. } | Into::PostCopyFolder { .. } => None,
     };
     let reuse = match reuse(&args.keeping, args.trust_store) {
         Ok(reuse) => reuse,

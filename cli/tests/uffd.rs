@@ -82,7 +82,10 @@ struct Scene {
 impl Scene {
     fn set(bytes_a_second: u64) -> Option<Self> {
         memory()?;
-        let dir = tempfile::tempdir().unwrap();
+        Some(Self::in_dir(tempfile::tempdir().unwrap(), bytes_a_second, &[]))
+    }
+
+    fn in_dir(dir: tempfile::TempDir, bytes_a_second: u64, more: &[&str]) -> Self {
         let at = |name: &str| dir.path().join(name);
         fs::create_dir(at("there")).unwrap();
         fs::write(at("ram"), workload::image()).unwrap();
@@ -96,12 +99,13 @@ impl Scene {
             .arg(at("there"))
             .arg("--journal")
             .arg(at("journal-there"))
+            .args(more)
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
         wait_until("the receiver listens", || at("socket").exists());
         let network = Network::to(&direct, &at("network"), bytes_a_second);
-        Some(Self { dir, receiver, direct, network })
+        Self { dir, receiver, direct, network }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -117,9 +121,14 @@ impl Scene {
     }
 
     fn resume(&self) -> std::process::Output {
-        let mut command = command(&["resume", "--name", "vm", "--to", &self.direct]);
+        self.resume_at(&self.direct, &[]).output().unwrap()
+    }
+
+    fn resume_at(&self, to: &str, more: &[&str]) -> Command {
+        let mut command = command(&["resume", "--name", "vm", "--to", to]);
         command.arg(self.path("ram")).arg("--journal").arg(self.path("journal-here"));
-        command.arg("--report").arg(self.path("resumed")).output().unwrap()
+        command.arg("--report").arg(self.path("resumed")).args(more);
+        command
     }
 
     fn report(&self, name: &str) -> Value {
@@ -283,4 +292,119 @@ fn a_guest_in_post_copy_is_refused_where_it_cannot_come_so_and_runs_on() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("cannot run a guest before all of its memory is there"));
+}
+
+/// Two hosts with stores: the guest was there, left, and goes back as the workload wants it, a twentieth of it changed.
+fn been_there(bytes_a_second: u64) -> Option<Scene> {
+    memory()?;
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let mut earlier = workload::image();
+    earlier.chunks_mut(PAGE).step_by(20).for_each(|page| page.copy_from_slice(&noise(page[8].into(), page.len())));
+    fs::write(at("earlier"), earlier).unwrap();
+    fs::create_dir(at("here")).unwrap();
+    let kept = ["--store", &at("kept-here"), "--once"];
+    let mut home = Receiver::start(dir.path().join("here").as_path(), &kept);
+    let left = report(&["send", &at("earlier"), "--to", &home.address, "--name", "vm", "--store", &at("kept-there")]);
+    assert_eq!(left["outcome"], "done", "{left}");
+    assert!(home.process.0.wait().unwrap().success());
+    let kept = at("kept-there");
+    Some(Scene::in_dir(dir, bytes_a_second, &["--store", &kept]))
+}
+
+impl Scene {
+    /// What the receiver says when the guest has all.
+    fn filled(&self) -> Value {
+        let read = || fs::read(self.path("received")).ok().and_then(|text| serde_json::from_slice::<Value>(&text).ok());
+        let is_filled = |report: &Value| report["outcome"] == "done" && report["faults"]["local"] != 0;
+        wait_until("the receiver reports the end", || read().as_ref().is_some_and(is_filled));
+        read().unwrap()
+    }
+
+    /// Kinds of files that a store has.
+    fn kept(&self, store: &str) -> Vec<String> {
+        let domains = fs::read_dir(self.path(store).join("domains")).unwrap();
+        let files = domains.flat_map(|domain| fs::read_dir(domain.unwrap().path()).unwrap());
+        let kind = |path: PathBuf| path.extension().unwrap().to_str().unwrap().to_owned();
+        let mut kinds: Vec<String> = files.map(|file| kind(file.unwrap().path())).collect();
+        kinds.sort();
+        kinds
+    }
+}
+
+#[test]
+fn what_the_receivers_store_has_does_not_travel_though_the_network_is_cut() {
+    let Some(scene) = been_there(200 << 10) else { return };
+    let store = scene.path("kept-here").display().to_string();
+    let sender = scene.send(&["--post-copy", "now", "--store", &store]).spawn().unwrap();
+    scene.wait_until_it_runs();
+    for _ in 0..2 {
+        std::thread::sleep(Duration::from_millis(300));
+        scene.network.cut();
+    }
+    let (code, said) = ended(sender);
+    assert_eq!(code, Some(0), "{said}");
+    scene.is_right();
+    let (sent, received) = (scene.report("sent"), scene.filled());
+    let (pages, local) = (workload::BYTES / PAGE as u64, received["faults"]["local"].as_u64().unwrap());
+    assert!(sent["faults"]["sessions"].as_u64().unwrap() >= 2, "{sent}");
+    assert!(local > pages / 2, "most pages are here: {received}");
+    assert!(sent["wire"]["sent_bytes"].as_u64().unwrap() < workload::BYTES / 3, "{sent}");
+    // The visit with its pages, and what came now with what was touched first.
+    wait_until("the receiver keeps what came", || {
+        scene.kept("kept-there") == ["img", "manifest", "manifest", "touches"]
+    });
+    assert_eq!(scene.kept("kept-here"), ["img", "manifest"], "the sender has what left");
+    let verified = pagewire(&["store", "verify", "--store", scene.path("kept-there").to_str().unwrap()]);
+    assert!(verified.status.success(), "{}", text(&verified.stdout));
+}
+
+/// The process that sends may be gone, and its store, too: the key of the session is where its record is.
+#[test]
+fn a_sender_that_was_killed_needs_no_store_to_go_on() {
+    let Some(scene) = been_there(30 << 10) else { return };
+    let store = scene.path("kept-here").display().to_string();
+    let mut sender = scene.send(&["--post-copy", "now", "--store", &store]).spawn().unwrap();
+    scene.wait_until_it_runs();
+    std::thread::sleep(Duration::from_millis(400));
+    sender.kill().unwrap();
+    sender.wait().unwrap();
+    fs::remove_dir_all(&store).unwrap();
+    assert!(!scene.path("there/said").exists(), "it waits for pages");
+    // One that cannot be used is no reason to leave the guest alone.
+    fs::write(&store, "").unwrap();
+    let mut stopped = scene.resume_at(&scene.network.address, &["--store", &store]);
+    stopped.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut stopped = stopped.spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    stopped.kill().unwrap();
+    stopped.wait().unwrap();
+    fs::remove_file(&store).unwrap();
+    let output = scene.resume_at(&scene.direct, &["--store", &store]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    scene.is_right();
+    let received = scene.filled();
+    assert!(received["faults"]["local"].as_u64().unwrap() > workload::BYTES / PAGE as u64 / 2, "{received}");
+    assert!(scene.report("resumed")["wire"]["sent_bytes"].as_u64().unwrap() < workload::BYTES / 3);
+    assert_eq!(scene.kept("kept-here"), ["img", "manifest"], "what left is kept by who came to the end");
+}
+
+#[test]
+fn a_key_that_is_damaged_is_named_and_the_guest_waits_for_it() {
+    let Some(scene) = been_there(30 << 10) else { return };
+    let store = scene.path("kept-here").display().to_string();
+    let mut sender = scene.send(&["--post-copy", "now", "--store", &store]).spawn().unwrap();
+    scene.wait_until_it_runs();
+    sender.kill().unwrap();
+    sender.wait().unwrap();
+    let guest = fs::read_dir(scene.path("journal-here")).unwrap().map(|entry| entry.unwrap().path());
+    let key = guest.filter(|path| path.is_dir()).map(|dir| dir.join("key")).find(|key| key.exists()).unwrap();
+    let whole = fs::read(&key).unwrap();
+    fs::write(&key, &whole[..whole.len() - 1]).unwrap();
+    let output = scene.resume();
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(4) && said.contains("/key") && said.contains("damaged"), "{said}");
+    fs::write(&key, &whole).unwrap();
+    assert_eq!(scene.resume().status.code(), Some(0));
+    scene.is_right();
 }

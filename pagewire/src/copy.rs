@@ -86,7 +86,7 @@ fn join(
     std::thread::scope(|scope| {
         let sessions = Sessions::default();
         let receiver = scope.spawn(move || {
-            session(arriving, (&sessions, &Default::default()), (None, None), decide, |_, _, _| (), |_| ())
+            session(arriving, (&sessions, &Default::default()), (None, None), decide, |_, _| (), |_| ())
         });
         let sent = run(Sent { memory, source: None, guest: None }, &name, Route::Over(here), &options, observer);
         drop(receiver.join());

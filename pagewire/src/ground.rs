@@ -8,9 +8,10 @@ use pagewire_protocol::frame::Open;
 use pagewire_protocol::page::Layout;
 use pagewire_protocol::tree::DigestTree;
 use pagewire_receiver::driver::Landed;
-use pagewire_receiver::memory::GuestRam;
+use pagewire_receiver::memory::{Beside, GuestRam};
 use pagewire_receiver::{Agreed, OtherPages};
 use pagewire_store::{DomainPages, Landing, LandingError, LandingOptions, Lineage, StoreError, Visit};
+use std::convert::Infallible;
 use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
@@ -67,6 +68,20 @@ impl Search<'_> {
             }
         };
         self.over(on, || GuestRam::new(layout.clone()))
+    }
+
+    /// What can be read beside memory that the guest runs in before all of it is there.
+    pub(crate) fn beside(self) -> Ground<Option<Beside>> {
+        let layout = &self.open.layout;
+        let on = |known: Known, _: &mut Vec<String>| {
+            let Known { visit, manifest, trusted } = known;
+            let of = visit.head().layout.clone();
+            let beside = Beside::new(layout, visit);
+            let agreed = manifest.map(|manifest| manifest.agreed(of, trusted));
+            Ok::<_, Infallible>(beside.map(|beside| (Some(beside), agreed)))
+        };
+        let Ok(ground) = self.over(on, || Ok(None));
+        ground
     }
 
     /// Over the newest visit that `on` can build on, else on a plain place.

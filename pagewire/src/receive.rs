@@ -4,18 +4,17 @@ use crate::entrance::{Entrance, Entrant};
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
 use crate::ground::{Ground, Search};
-use crate::handed::{HandedNews, HandedSink, Handing};
+use crate::handed::HandedSink;
 use crate::live::{MemorySlot, TakeOptions, Taking};
 use crate::observe::Event;
 use crate::report::{ImageId, Outcome, Pages, Report, ReuseCounts, Role};
-use crate::reuse::{Image, KeepWhat, Reuse, keep_arrived};
+use crate::reuse::{Came, Image, KeepWhat, Reuse, keep_arrived};
 use crate::send::check_plaintext;
 use pagewire_protocol::error::{CloseCode, GuestAt, chain};
 use pagewire_protocol::frame::Open;
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{BULK_LANES_MAX, IMAGE_BYTES_DEFAULT};
 use pagewire_protocol::time::Time;
-use pagewire_protocol::tree::Manifest;
 use pagewire_receiver::driver::{Beginning, Entropy, GuestTaker, Landed, Parking, Progress, Refusal, Summary};
 use pagewire_receiver::memory::uffd::FaultsOf;
 use pagewire_receiver::memory::{Backing, Clock, FileSink, GuestRam, PostcopyMemory, PostcopySink, RamSink};
@@ -28,6 +27,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+mod waiting;
+
+use waiting::Memory;
 
 /// How often the server looks whether it shall stop.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -47,6 +50,14 @@ pub enum Into {
     PostCopy {
         /// What the memory is made of.
         backing: Backing,
+        /// Who may touch what is absent.
+        faults_of: FaultsOf,
+    },
+    /// As [`PostCopy`](Self::PostCopy), in files of shared memory, each of which is the guest's memory for as long as that is
+    /// mapped: that of the guest NAME is `folder/NAME` when all of it has come, and has no such name before.
+    PostCopyFolder {
+        /// A folder on a tmpfs.
+        folder: PathBuf,
         /// Who may touch what is absent.
         faults_of: FaultsOf,
     },
@@ -70,8 +81,9 @@ pub struct ReceiveOptions {
     pub sessions_max: usize,
     /// The largest image accepted, in bytes.
     pub image_bytes_max: u64,
-    /// Build on what is kept of guests that come back, and keep what arrives. For images that go into a folder or into
-    /// memory; of what arrives in memory pages are kept before it is handed over, a manifest after.
+    /// Build on what is kept of guests that come back, and keep what arrives. Not for images that go into a given file; of
+    /// what arrives in memory pages are kept before it is handed over, a manifest after, and of a guest that ran before
+    /// all of it was there a manifest and the order of its first touches.
     pub reuse: Option<Reuse>,
     /// Take guests over that run; without it they are refused.
     pub live: Option<TakeOptions>,
@@ -262,25 +274,23 @@ impl Shared {
     fn receive(&self, session: u64, arriving: Arriving, entrant: Entrant, tell: &Tell) -> (bool, Outcome) {
         let options = &self.options;
         let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
-        let keep = |open: &Open, manifest: &Manifest, image: Option<Image<'_>>, report: &mut Report| {
-            if let Some(reuse) = &options.reuse {
-                keep_arrived(reuse, open, manifest, image, report);
-            }
-        };
         match &options.into {
             Into::Folder(dir) => {
                 let place = |offer: &Offer, warnings: &mut Vec<String>| into_folder(dir, offer, options, warnings);
-                let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
-                    keep(open, manifest, Some(Image::File(&dir.join(open.name.as_str()))), report);
+                let keep = |came: &Came<'_>, report: &mut Report| {
+                    self.keep(came, Some(Image::File(&dir.join(came.open.name.as_str()))), report);
                 };
                 self.run(arriving, entrant, place, None, keep, observe)
             }
             Into::File(path) => {
                 let place = |offer: &Offer, _: &mut Vec<String>| into_file(path, offer, options);
-                self.run(arriving, entrant, place, None, |_, _, _| (), observe)
+                self.run(arriving, entrant, place, None, |_, _| (), observe)
             }
             Into::PostCopy { backing, faults_of } => {
-                self.receive_post_copy(arriving, entrant, (*backing, *faults_of), observe)
+                self.receive_post_copy(arriving, entrant, (Memory::Of(*backing), *faults_of), observe)
+            }
+            Into::PostCopyFolder { folder, faults_of } => {
+                self.receive_post_copy(arriving, entrant, (Memory::In(folder), *faults_of), observe)
             }
             Into::HandedOver(dir) => self.receive_handed(arriving, entrant, (dir, session), tell),
             Into::Memory => {
@@ -293,20 +303,20 @@ impl Shared {
                         RamSink::new(ram)
                     }))
                 };
-                let keep = |open: &Open, manifest: &Manifest, report: &mut Report| {
+                let keep = |came: &Came<'_>, report: &mut Report| {
                     let Some(ram) = shared.take() else { return };
                     // Pages have to be kept before the guest writes to them; a manifest it need not wait for.
                     let pages = options.reuse.as_ref().is_some_and(|reuse| reuse.keep == Some(KeepWhat::Visit));
                     if pages {
-                        keep(open, manifest, Some(Image::Memory(&ram)), report);
+                        self.keep(came, Some(Image::Memory(&ram)), report);
                     }
                     // The sink went with the session: nobody else has the memory.
                     if let Some(memory) = Arc::into_inner(ram) {
                         let memory = memory.into_inner().unwrap_or_else(PoisonError::into_inner);
-                        tell(ServerEvent::Arrived { session, name: open.name.as_str(), memory });
+                        tell(ServerEvent::Arrived { session, name: came.open.name.as_str(), memory });
                     }
                     if !pages {
-                        keep(open, manifest, None, report);
+                        self.keep(came, None, report);
                     }
                 };
                 self.run(arriving, entrant, place, None, keep, observe)
@@ -314,61 +324,11 @@ impl Shared {
         }
     }
 
-    /// Runs one session into memory that a guest can run in before all of it is there, or one that fills such a guest.
-    fn receive_post_copy(
-        &self,
-        arriving: Arriving,
-        entrant: Entrant,
-        (backing, faults_of): (Backing, FaultsOf),
-        observe: impl FnMut(&Event),
-    ) -> (bool, Outcome) {
-        let slot = MemorySlot::default();
-        let place = |offer: &Offer, _: &mut Vec<String>| {
-            if offer.open.live.is_none() {
-                return Err(refused("this memory is for guests that run: send it with --live"));
-            }
-            let memory = PostcopyMemory::new(offer.open.layout.clone(), backing).map(Arc::new);
-            let memory = memory.map_err(|error| no_memory(&error))?;
-            let _ = slot.set(Arc::clone(&memory));
-            Ok(Ground::plain(memory).landed(|memory| PostcopySink::new(memory, faults_of, clock())))
-        };
-        let at = Some((Arc::clone(&slot), &self.parking));
-        self.run(arriving, entrant, place, at, |_, _, _| (), observe)
-    }
-
-    /// Runs one session into the memory of a hypervisor, or one that fills a guest there.
-    fn receive_handed(
-        &self,
-        arriving: Arriving,
-        entrant: Entrant,
-        (dir, session): (&Path, u64),
-        tell: &Tell,
-    ) -> (bool, Outcome) {
-        let place = |offer: &Offer, _: &mut Vec<String>| {
-            if !offer.open.live.is_some_and(|live| live.post_copy) {
-                return Err(refused(
-                    "this memory comes with a guest that runs in it: send it with --live --post-copy now",
-                ));
-            }
-            let [_] = offer.open.layout.regions() else {
-                return Err(refused("this memory is for images of one region"));
-            };
-            let name = offer.open.name.to_string();
-            let path = dir.join(format!("{name}.sock"));
-            let (tell, peer) = (Arc::clone(tell), path.display().to_string());
-            let told = move |news: HandedNews<'_>| match news {
-                HandedNews::Come(memory) => tell(ServerEvent::HandedOver { session, name: &name, memory }),
-                HandedNews::Refused(why) => tell(ServerEvent::Stranger { peer: &peer, why }),
-            };
-            let handing = Handing::listen(&path, offer.open.layout.clone(), told).map_err(|error| {
-                let reason = format!("no hypervisor can be waited for at {}: {}", path.display(), chain(&error));
-                Refusal { code: CloseCode::DESTINATION, reason }
-            })?;
-            Ok(Ground::plain(handing).landed(HandedSink::new))
-        };
-        let observe = |event: &Event| tell(ServerEvent::Progress { session, event });
-        let waiting = Some((MemorySlot::default(), &self.handed));
-        self.run(arriving, entrant, place, waiting, |_, _, _| (), observe)
+    /// Keeps what arrived, if there is a store.
+    fn keep(&self, came: &Came<'_>, image: Option<Image<'_>>, report: &mut Report) {
+        if let Some(reuse) = &self.options.reuse {
+            keep_arrived(reuse, came, image, report);
+        }
     }
 
     /// Runs one session. Until it names an image, or a guest that is here to be filled, its peer is a stranger.
@@ -378,7 +338,7 @@ impl Shared {
         entrant: Entrant,
         mut place: impl FnMut(&Offer, &mut Vec<String>) -> Result<Landed<S>, Refusal>,
         waiting: Option<(MemorySlot, &Arc<Parking<S>>)>,
-        keep: impl FnOnce(&Open, &Manifest, &mut Report),
+        keep: impl FnOnce(&Came<'_>, &mut Report),
         observe: impl FnMut(&Event),
     ) -> (bool, Outcome) {
         let options = &self.options;
@@ -396,7 +356,8 @@ impl Shared {
             place(offer, &mut warnings)
         };
         let (slot, parking) = waiting.unzip();
-        let taking = options.live.as_ref().map(|live| Taking::new(live, slot.unwrap_or_default(), &entrant));
+        let (live, reuse) = (options.live.as_ref(), options.reuse.as_ref());
+        let taking = live.map(|live| Taking::new(live, slot.unwrap_or_default(), &entrant, reuse));
         let host = (&self.sessions, &options.cancel);
         let (named, mut outcome) = session(arriving, host, (taking, parking), decide, keep, observe);
         outcome.report.warnings.splice(0..0, warnings);
@@ -420,7 +381,7 @@ pub(crate) fn session<S: GuestSink>(
     (sessions, cancel): (&Sessions, &CancellationToken),
     (mut taking, parking): (Option<Taking<'_>>, Option<&Arc<Parking<S>>>),
     decide: impl FnMut(&Offer) -> Result<Landed<S>, Refusal>,
-    keep: impl FnOnce(&Open, &Manifest, &mut Report),
+    keep: impl FnOnce(&Came<'_>, &mut Report),
     mut observe: impl FnMut(&Event),
 ) -> (bool, Outcome) {
     let Arriving { socket, framer, single_stream, lanes, start } = arriving;
@@ -444,9 +405,13 @@ pub(crate) fn session<S: GuestSink>(
     if let (Some(taking), Some(handover)) = (&taking, filled) {
         report.name = taking.called(&handover).map(|name| name.to_string()).unwrap_or_default();
     }
-    if let (Some(offer), Some(manifest)) = (&summary.offer, &summary.manifest) {
-        report.image = Some(ImageId { root: manifest.root.0, session: offer.open.session });
-        keep(&offer.open, manifest, &mut report);
+    let whole = summary.filled.as_ref().and_then(|filled| filled.whole.as_deref());
+    let whole = whole.map(|(open, manifest, touches)| Came { open, manifest, touches });
+    let at_once = summary.offer.as_ref().zip(summary.manifest.as_ref());
+    let at_once = at_once.map(|(offer, manifest)| Came { open: &offer.open, manifest, touches: &[] });
+    if let Some(came) = whole.or(at_once) {
+        report.image = Some(ImageId { root: came.manifest.root.0, session: came.open.session });
+        keep(&came, &mut report);
     }
     let guest_at = taking.as_mut().and_then(|taking| taking.end(result.is_err(), &mut report));
     let error = match (result.err(), guest_at) {

@@ -70,13 +70,19 @@ impl Reuse {
         visits
     }
 
+    /// What a guest touched first when it last ran here before all of it had come.
+    pub(crate) fn first_touches(&self, lineage: &Lineage, layout: &Layout) -> Vec<Place> {
+        self.store.first_touches(&lineage.key, lineage.id, layout)
+    }
+
     /// Keeps an image, of its pages those that `worth` names (all without one), and removes the visits that it
-    /// supersedes. Returns how many of its pages had changed already.
+    /// supersedes. What its guest touches first is kept with it: these `touches`, or what was known of an earlier time.
+    /// Returns how many of its pages had changed already.
     fn keep(
         &self,
         keep: &Keep<'_>,
         manifest: &Manifest,
-        worth: Option<&PageBitmap>,
+        (worth, touches): (Option<&PageBitmap>, &[Place]),
         image: Option<Image<'_>>,
     ) -> Result<u64, StoreError> {
         let store = |image| self.store.keep(keep, &manifest.trees, worth, image);
@@ -91,6 +97,13 @@ impl Reuse {
                 ram.read(region, first.saturating_mul(PAGE_BYTES as u64), bytes)
             }))),
         }?;
+        match touches {
+            [] => {
+                let known = self.first_touches(&keep.lineage, keep.layout);
+                self.store.keep_touches(&head, &known)?;
+            }
+            touches => self.store.keep_touches(&head, touches)?,
+        }
         let older = self.store.visits(&keep.lineage.key).into_iter();
         // A page that was changed on another host is of no further use, unless nothing newer has any pages.
         let older = older.filter(|old| old.lineage == head.lineage && old.sequence < head.sequence);
@@ -220,7 +233,7 @@ pub(crate) fn keep_departed(reuse: &Reuse, lineage: Lineage, departed: &Departed
     let (kind, layout, root) = (VisitKind::Departed, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: name.clone(), session, kind, layout, root };
     let worth = hot.filter(|_| pages.is_some()).map(|hot| worth_keeping(manifest, hot));
-    match reuse.keep(&keep, manifest, worth.as_ref(), pages) {
+    match reuse.keep(&keep, manifest, (worth.as_ref(), &[]), pages) {
         Ok(changed) => {
             report.reuse.unkept = changed;
             report.reuse.hot = worth.map_or(0, |worth| layout.pages().saturating_sub(worth.count()));
@@ -242,14 +255,20 @@ fn worth_keeping(manifest: &Manifest, hot: &PageBitmap) -> PageBitmap {
     worth
 }
 
+/// What came to this host.
+#[derive(Clone, Copy)]
+pub(crate) struct Came<'a> {
+    /// How it was offered.
+    pub(crate) open: &'a Open,
+    /// Its digests, as it came.
+    pub(crate) manifest: &'a Manifest,
+    /// What its guest touched before that had come, in this order.
+    pub(crate) touches: &'a [Place],
+}
+
 /// Keeps what arrived on this host: its manifest by default.
-pub(crate) fn keep_arrived(
-    reuse: &Reuse,
-    open: &Open,
-    manifest: &Manifest,
-    image: Option<Image<'_>>,
-    report: &mut Report,
-) {
+pub(crate) fn keep_arrived(reuse: &Reuse, came: &Came<'_>, image: Option<Image<'_>>, report: &mut Report) {
+    let Came { open, manifest, touches } = *came;
     let pages = match reuse.keep.unwrap_or(KeepWhat::Manifest) {
         KeepWhat::Nothing => return,
         KeepWhat::Manifest => None,
@@ -258,7 +277,7 @@ pub(crate) fn keep_arrived(
     let Some(lineage) = claimed(open) else { return };
     let (kind, layout, root) = (VisitKind::Arrived, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: open.name.clone(), session: open.session, kind, layout, root };
-    match reuse.keep(&keep, manifest, None, pages) {
+    match reuse.keep(&keep, manifest, (None, touches), pages) {
         Ok(changed) => report.reuse.unkept = changed,
         Err(error) => report.warn("the image was not kept", &error),
     }

@@ -2,7 +2,7 @@
 
 use crate::entropy::random;
 use crate::error::{Error, ErrorKind};
-use crate::live::{GuestHooks, LiveOptions, PostCopy, bring, give};
+use crate::live::{GuestHooks, LiveOptions, bring, give};
 use crate::observe::{Event, Observer};
 use crate::report::{Decision, ImageId, Outcome, Pages, Report, ReuseCounts, Role, Round};
 use crate::reuse::{Departed, Departure, Reuse, keep_departed};
@@ -205,8 +205,7 @@ pub(crate) fn run<M: GuestMemory>(
     let (bytes_total, pages_total) = (report.bytes_total, report.pages_total);
     observer.event(&Event::Started { bytes_total, pages_total });
     let single_stream = matches!(route, Route::Over(_));
-    let follows = guest.as_ref().is_some_and(|(live, _)| live.post_copy != PostCopy::Never);
-    let reuse = reuse_for(options, &route, follows, &mut report);
+    let reuse = reuse_for(options, &route, &mut report);
     let departure = match reuse {
         Some(reuse) => Departure::of(reuse, name, memory.layout(), &mut report),
         None => Departure::unknown(),
@@ -219,7 +218,7 @@ pub(crate) fn run<M: GuestMemory>(
     let (session, stop) = (config.session, options.stop());
     let to = if let Route::Connect(to) = &route { Some(to.clone()) } else { None };
     let live = guest.as_ref().map(|(live, _)| *live);
-    let giving = match guest.map(|(live, hooks)| give(name, lineage.id, session, live, hooks)).transpose() {
+    let giving = match guest.map(|(live, hooks)| give(name, &lineage, session, live, hooks)).transpose() {
         Ok(giving) => giving,
         Err(error) => return report.close(Some(error)),
     };
@@ -237,6 +236,7 @@ pub(crate) fn run<M: GuestMemory>(
             });
         });
     fill(&mut report, &summary, live.is_some());
+    let mut manifest = summary.manifest.clone();
     let error = match (giving, live) {
         (Some(giving), Some(live)) => {
             let result = result.map_err(|error| error.kind);
@@ -244,7 +244,9 @@ pub(crate) fn run<M: GuestMemory>(
             match (remainder.filter(|_| giving.is_serving()), &to) {
                 (Some(remainder), Some(to)) => {
                     let with = (options, live.background_limit, live.patience);
-                    bring(remainder, to, with, || giving.filled(), (&mut report, observer))
+                    let brought = bring(remainder, to, with, || giving.filled(), (&mut report, observer));
+                    manifest = brought.as_ref().ok().cloned();
+                    brought.err()
                 }
                 _ => ended,
             }
@@ -252,8 +254,8 @@ pub(crate) fn run<M: GuestMemory>(
         _ => result.err().map(Error::from),
     };
     report.warnings.extend(recording.and_then(Recording::end));
-    report.image = summary.manifest.as_ref().map(|manifest| ImageId { root: manifest.root.0, session });
-    if let (Some(reuse), Some(manifest)) = (reuse.filter(|_| lineage.key != [0; 32]), &summary.manifest) {
+    report.image = manifest.as_ref().map(|manifest| ImageId { root: manifest.root.0, session });
+    if let (Some(reuse), Some(manifest)) = (reuse.filter(|_| lineage.key != [0; 32]), &manifest) {
         let departed = Departed { name, session, manifest, source, hot: summary.hot.as_ref() };
         keep_departed(reuse, lineage, &departed, &mut report);
     }
@@ -261,18 +263,14 @@ pub(crate) fn run<M: GuestMemory>(
 }
 
 /// The store, if the session may use it.
-fn reuse_for<'a>(options: &'a SendOptions, route: &Route, follows: bool, report: &mut Report) -> Option<&'a Reuse> {
+fn reuse_for<'a>(options: &'a SendOptions, route: &Route, report: &mut Report) -> Option<&'a Reuse> {
     let reuse = options.reuse.as_ref()?;
     // SPEC 4.10: no link is authenticated yet, so on others than local ones the domain stays the public one.
     let local = matches!(route, Route::Connect(to) if to.is_local().unwrap_or(false));
-    let why = match (local, follows) {
-        (false, _) => "the link is neither local nor authenticated",
-        // Pages may follow in a new process, which knows the hand-over's record and no key that was made for a session.
-        (true, true) => "no guest is built on one in post-copy yet",
-        (true, false) => return Some(reuse),
-    };
-    report.warnings.push(format!("the store is not used: {why}"));
-    None
+    if !local {
+        report.warnings.push("the store is not used: the link is neither local nor authenticated".to_owned());
+    }
+    Some(reuse).filter(|_| local)
 }
 
 /// The trace that a live session was asked for; without one it goes on all the same.

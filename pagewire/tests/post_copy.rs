@@ -4,9 +4,9 @@
 mod support;
 
 use pagewire::{
-    Backing, Blobs, FaultsOf, GuestAt, GuestHooks, GuestStarter, Into, Journal, LiveOptions, NoObserver, Outcome,
-    Place, PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server, ServerEvent, Started,
-    TakeOptions, send_live,
+    Backing, Blobs, FaultsOf, GuestAt, GuestHooks, GuestStarter, Into, Journal, KeepWhat, LiveOptions, NoObserver,
+    Outcome, Place, PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server, ServerEvent,
+    Started, TakeOptions, send_live,
 };
 use std::collections::BTreeSet;
 use std::fs;
@@ -161,23 +161,41 @@ struct Moved {
 struct Way {
     background_limit: Option<u64>,
     expected_touches: Vec<Place>,
+    /// All of it goes before the guest starts.
+    before: bool,
+    /// Where it goes, if not into private memory.
+    into: Option<Into>,
 }
 
 /// Moves an image in post-copy, cutting the network at each of these times after the guest has started.
 fn moves(image: Vec<u8>, way: Way, options: &SendOptions, cuts: &[Duration]) -> Moved {
-    let Way { background_limit, expected_touches } = way;
-    let (a, b) = (Host::new(), Host::new());
+    moves_between(&[Host::new(), Host::new()], None, image, way, options, cuts)
+}
+
+/// Moves an image from one host to another, whose stores are used if it is said what is kept there.
+fn moves_between(
+    [a, b]: &[Host; 2],
+    keep: Option<KeepWhat>,
+    image: Vec<u8>,
+    way: Way,
+    options: &SendOptions,
+    cuts: &[Duration],
+) -> Moved {
+    let Way { background_limit, expected_touches, before, into } = way;
     fs::write(a.image(), &image).unwrap();
-    let journal = |host: &Host| Arc::new(Journal::open(&host.dir.path().join("journal")).unwrap());
+    let here = tempfile::tempdir().unwrap();
+    let journal = |host: &str| Arc::new(Journal::open(&here.path().join(host)).unwrap());
+    let options = &SendOptions { reuse: keep.map(|keep| a.reuse(keep)), ..options.clone() };
     let (ended, ran) = channel();
     let (expected, touched) = (Arc::new(image), Arc::new(Mutex::new(Vec::new())));
     let starter =
         Arc::new(Runs { expected, ended: Mutex::new(ended), expected_touches, touched: Arc::clone(&touched) });
-    let into = Into::PostCopy { backing: Backing::Private, faults_of: FaultsOf::Everybody };
-    let mut receiving = ReceiveOptions::new(into);
-    receiving.live = Some(TakeOptions { journal: journal(&b), lease: None, starter });
+    let private = Into::PostCopy { backing: Backing::Private, faults_of: FaultsOf::Everybody };
+    let mut receiving = ReceiveOptions::new(into.unwrap_or(private));
+    receiving.live = Some(TakeOptions { journal: journal("b"), lease: None, starter });
+    receiving.reuse = keep.map(|keep| b.reuse(keep));
     let cancel = receiving.cancel.clone();
-    let socket = b.dir.path().join("socket");
+    let socket = here.path().join("socket");
     let server = Server::bind(&format!("unix:{}", socket.display()).parse().unwrap(), receiving).unwrap();
     let reports = Arc::new(Mutex::new(Vec::new()));
     let told = Arc::clone(&reports);
@@ -188,9 +206,10 @@ fn moves(image: Vec<u8>, way: Way, options: &SendOptions, cuts: &[Duration]) -> 
             }
         })
     });
-    let network = Network::to(socket, b.dir.path(), !cuts.is_empty());
+    let network = Network::to(socket, here.path(), !cuts.is_empty());
     let to = format!("unix:{}", network.path.display()).parse().unwrap();
-    let live = LiveOptions { post_copy: PostCopy::Now, background_limit, ..LiveOptions::new(journal(&a)) };
+    let post_copy = if before { PostCopy::Never } else { PostCopy::Now };
+    let live = LiveOptions { post_copy, background_limit, ..LiveOptions::new(journal("a")) };
     let sent = std::thread::scope(|scope| {
         let sending =
             scope.spawn(|| send_live(&a.image(), &name(), &to, options, (&live, Box::new(Still)), &mut NoObserver));
@@ -201,7 +220,8 @@ fn moves(image: Vec<u8>, way: Way, options: &SendOptions, cuts: &[Duration]) -> 
         sending.join().unwrap()
     });
     // The sender is done before the receiver has taken its last word in.
-    let ended = || reports.lock().unwrap().iter().any(|report| report.error.is_none() && report.faults.seconds > 0.0);
+    let is_last = |report: &Report| report.error.is_none() && (before || report.faults.seconds > 0.0);
+    let ended = || reports.lock().unwrap().iter().any(is_last);
     let begin = std::time::Instant::now();
     while !ended() && begin.elapsed() < Duration::from_secs(10) {
         std::thread::sleep(Duration::from_millis(5));
@@ -351,4 +371,102 @@ fn a_session_that_fills_a_guest_counts_as_one_and_keeps_nobody_out() {
     });
     stop.cancel();
     serving.join().unwrap();
+}
+
+/// All of the guest's way to and fro: what a visit has is not sent again, whether it comes before the guest or behind it,
+/// and what it touched first on this host is brought first.
+#[test]
+fn what_a_host_keeps_of_a_guest_is_put_in_from_there() {
+    let hosts = [Host::new(), Host::new()];
+    let (first, whole) = (image(), (PAGES * PAGE) as u64);
+    let moved = |image: &[u8], way: Way, cuts: &[Duration]| {
+        let keep = Some(KeepWhat::Visit);
+        let moved = moves_between(&hosts, keep, image.to_vec(), way, &SendOptions::default(), cuts);
+        assert_eq!(moved.ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+        let sent = moved.sent.into_result().unwrap();
+        assert!(sent.warnings.is_empty() && sent.image.is_some(), "{sent:?}");
+        let received = moved.received.into_iter().rfind(|report| report.error.is_none()).unwrap();
+        assert_eq!(received.image, sent.image);
+        (sent, received)
+    };
+    let back = |changed: &[u8]| {
+        let (address, report) = hosts[0].serve(hosts[0].folder(), hosts[0].reuse(KeepWhat::Manifest), |_| ());
+        fs::write(hosts[1].image(), changed).unwrap();
+        hosts[1].send_file(&address, KeepWhat::Visit).into_result().unwrap();
+        report.recv_timeout(Duration::from_secs(20)).unwrap()
+    };
+    let (sent, received) = moved(&first, Way::default(), &[]);
+    assert!(sent.faults.prepaged < PAGES as u64 / 2 && received.faults.local == 0, "{received:?}");
+    // It comes back changed, as the host knows that it came from there: what it kept when it left is the base.
+    let mut changed = first.clone();
+    (0..PAGES).step_by(20).for_each(|page| changed[page * PAGE..][..PAGE].copy_from_slice(&noise(page as u64 + 9, 1)));
+    let returned = back(&changed);
+    assert!(returned.pages.base > PAGES as u64 / 2, "{returned:?}");
+    // Away again in post-copy, over a network that breaks: it is there already.
+    let mut again = changed.clone();
+    (7..PAGES).step_by(20).for_each(|page| again[page * PAGE..][..PAGE].copy_from_slice(&noise(page as u64 + 5, 1)));
+    let (sent, received) = moved(&again, Way::default(), &[Duration::from_millis(60), Duration::from_millis(60)]);
+    let zeros = (100..180).filter(|page| page % 20 != 0 && page % 20 != 7).count();
+    assert!(received.faults.local > (PAGES - zeros) as u64 / 2, "{received:?}");
+    assert!(sent.wire.sent_bytes < whole / 2, "{sent:?}");
+    assert!(sent.faults.prepaged > 0, "the trace of the first time is brought first: {sent:?}");
+    // And once more, all of it before it starts.
+    let returned = back(&changed);
+    assert!(returned.pages.base > PAGES as u64 / 2, "{returned:?}");
+    let (sent, _) = moved(&again, Way { before: true, ..Way::default() }, &[]);
+    assert!(sent.pages.base > PAGES as u64 / 2 && sent.wire.sent_bytes < whole / 4, "{sent:?}");
+}
+
+/// The guest's memory is a file that others can map, and that has its name when all of it is there.
+#[test]
+fn the_memory_of_a_guest_can_be_a_file_of_a_tmpfs() {
+    let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return println!("SKIPPED: there is no /dev/shm") };
+    let into = || Some(Into::PostCopyFolder { folder: dir.path().to_path_buf(), faults_of: FaultsOf::Everybody });
+    for (cuts, before) in [(&[][..], false), (&[Duration::from_millis(200)], false), (&[], true)] {
+        fs::write(dir.path().join("vm"), "of an earlier guest").unwrap();
+        let way = Way { into: into(), before, ..Way::default() };
+        let Moved { sent, ran, .. } = moves(image(), way, &SendOptions::default(), cuts);
+        assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+        sent.into_result().unwrap();
+        let (mut file, expected) = (fs::read(dir.path().join("vm")).unwrap(), image());
+        assert!(file.len() == expected.len() && !dir.path().join(".pagewire").exists());
+        for (page, expected) in file.chunks_mut(PAGE).zip(expected.chunks(PAGE)) {
+            assert!(page[8..8 * (1 + THREADS)].iter().all(|byte| *byte == 0xAB), "what the guest wrote is in it");
+            page[8..8 * (1 + THREADS)].copy_from_slice(&expected[8..8 * (1 + THREADS)]);
+        }
+        assert!(file == expected, "before: {before}");
+    }
+}
+
+#[test]
+fn a_file_that_nobody_can_be_made_to_wait_for_is_refused_by_name() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let into = Some(Into::PostCopyFolder { folder: dir.path().to_path_buf(), faults_of: FaultsOf::Everybody });
+    let layout =
+        pagewire::Layout::new(vec![pagewire::Region { bytes: 1 << 20, install_size: pagewire::InstallSize::KIB_4 }]);
+    if PostcopyMemory::in_file(layout.unwrap(), &tempfile::tempfile_in(dir.path()).unwrap()).is_ok() {
+        return println!("SKIPPED: the target folder is on a tmpfs");
+    }
+    let Moved { sent, .. } = moves(image(), Way { into, ..Way::default() }, &SendOptions::default(), &[]);
+    let error = sent.into_result().unwrap_err();
+    let why = pagewire::chain(&error);
+    assert!(error.guest_at == GuestAt::Sender && why.contains("userfaultfd") && why.contains("tmpfs"), "{why}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
+#[test]
+fn a_guest_can_run_in_huge_pages_before_they_are_there() {
+    let install_size = pagewire::InstallSize::MIB_2;
+    let layout = pagewire::Layout::new(vec![pagewire::Region { bytes: (PAGES * PAGE) as u64, install_size }]).unwrap();
+    if let Err(error) = PostcopyMemory::new(layout, Backing::SharedHuge) {
+        // As root: echo 64 > /proc/sys/vm/nr_hugepages
+        return println!("SKIPPED: no huge pages: {error}");
+    }
+    let into = || Some(Into::PostCopy { backing: Backing::SharedHuge, faults_of: FaultsOf::Everybody });
+    let options = SendOptions { install_size, ..SendOptions::default() };
+    for cuts in [&[][..], &[Duration::from_millis(300); 3]] {
+        let Moved { sent, ran, .. } = moves(image(), Way { into: into(), ..Way::default() }, &options, cuts);
+        assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+        assert_eq!(sent.into_result().unwrap().faults.lacking, 0);
+    }
 }

@@ -11,7 +11,7 @@ use crate::domain::DedupDomain;
 use crate::frame::Run;
 use crate::limits::SUBTREE_PAGES;
 use crate::page::Layout;
-use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -23,6 +23,8 @@ const SUBTREES_AT_ONCE: usize = 32;
 
 /// Stored in place of the digest of the zero page, and of a node not computed. No page has it, short of a broken BLAKE3.
 const UNSET: Digest = Digest([0; 32]);
+/// Stored in place of the digest of an absent page, which is 32 zero bytes. No page has it either.
+const ABSENT: Digest = Digest([0xFF; 32]);
 
 /// The digests of one region's pages and the nodes above them.
 #[derive(Clone, Debug)]
@@ -30,10 +32,12 @@ pub struct DigestTree {
     hasher: PageHasher,
     zero: Digest,
     pages: u64,
-    leaves: Vec<Option<Box<Leaves>>>,
+    leaves: Vec<Option<Arc<Leaves>>>,
     nodes: Vec<Digest>,
     /// The lowest node over zero pages alone, once one was asked for.
     zero_node: Option<Digest>,
+    /// The lowest node over absent pages alone, and what is stored below it: one for all.
+    absent: Option<(Arc<Leaves>, Digest)>,
 }
 
 impl DigestTree {
@@ -47,6 +51,7 @@ impl DigestTree {
             leaves: vec![None; subtrees],
             nodes: vec![UNSET; subtrees],
             zero_node: None,
+            absent: None,
         }
     }
 
@@ -73,7 +78,16 @@ impl DigestTree {
     pub fn leaf(&self, page: u64) -> Digest {
         let (subtree, at) = split(page);
         let found = self.leaves.get(subtree).and_then(Option::as_ref).and_then(|leaves| leaves.get(at));
-        found.copied().filter(|digest| *digest != UNSET).unwrap_or(self.zero)
+        found.map_or(self.zero, |stored| self.shown(stored))
+    }
+
+    /// The digest that is stored so.
+    fn shown(&self, stored: &Digest) -> Digest {
+        match *stored {
+            UNSET => self.zero,
+            ABSENT => Digest([0; 32]),
+            digest => digest,
+        }
     }
 
     /// Whether `page` is known to be zero.
@@ -81,20 +95,47 @@ impl DigestTree {
         self.leaf(page) == self.zero
     }
 
-    /// Sets the digest of `page`. A page beyond the end is ignored.
+    /// Sets the digest of `page`, 32 zero bytes for an absent one. A page beyond the end is ignored.
     pub fn set(&mut self, page: u64, digest: Digest) {
         let (subtree, at) = split(page);
-        let stored = if digest == self.zero { UNSET } else { digest };
+        let stored = match digest {
+            zero if zero == self.zero => UNSET,
+            UNSET => ABSENT,
+            digest => digest,
+        };
         let Some(leaves) = self.leaves.get_mut(subtree).filter(|_| page < self.pages) else { return };
         if stored == UNSET && leaves.is_none() {
             return;
         }
-        let leaves = leaves.get_or_insert_with(|| Box::new([UNSET; SUBTREE_PAGES]));
-        if let (Some(leaf), Some(node)) = (leaves.get_mut(at), self.nodes.get_mut(subtree))
-            && *leaf != stored
-        {
-            *leaf = stored;
+        let leaves = leaves.get_or_insert_with(|| Arc::new([UNSET; SUBTREE_PAGES]));
+        if let Some(node) = self.nodes.get_mut(subtree).filter(|_| leaves.get(at).is_some_and(|leaf| *leaf != stored)) {
             *node = UNSET;
+            Arc::make_mut(leaves).get_mut(at).into_iter().for_each(|leaf| *leaf = stored);
+        }
+    }
+
+    /// Sets `pages` absent. Whole lowest nodes of them cost next to nothing: nobody shall wait for that.
+    // SPEC 13.2
+    pub fn set_absent(&mut self, pages: Range<u64>) {
+        let mut page = pages.start;
+        while page < pages.end.min(self.pages) {
+            let subtree = page / SUBTREE_PAGES as u64;
+            let all = self.subtree_pages(subtree);
+            let is_whole = all.end.saturating_sub(all.start) == SUBTREE_PAGES as u64;
+            if !is_whole || page != all.start || pages.end < all.end {
+                self.set(page, UNSET);
+                page = page.saturating_add(1);
+                continue;
+            }
+            let (leaves, digest) = self.absent.get_or_insert_with(|| {
+                let shown = core::iter::repeat_n([0; 32].as_slice(), SUBTREE_PAGES);
+                (Arc::new([ABSENT; SUBTREE_PAGES]), self.hasher.domain().subtree.hash(shown))
+            });
+            let at = usize::try_from(subtree).unwrap_or(usize::MAX);
+            if let (Some(slot), Some(node)) = (self.leaves.get_mut(at), self.nodes.get_mut(at)) {
+                (*slot, *node) = (Some(Arc::clone(leaves)), *digest);
+            }
+            page = all.end;
         }
     }
 
@@ -114,11 +155,11 @@ impl DigestTree {
         *slot = None;
         let used = digests.get(..count).unwrap_or_default();
         if used.iter().any(|digest| *digest != UNSET) {
-            let mut leaves = Box::new([UNSET; SUBTREE_PAGES]);
+            let mut leaves = [UNSET; SUBTREE_PAGES];
             for (leaf, &digest) in leaves.iter_mut().zip(used) {
                 *leaf = if digest == self.zero { UNSET } else { digest };
             }
-            *slot = Some(leaves);
+            *slot = Some(Arc::new(leaves));
         }
     }
 
@@ -132,7 +173,7 @@ impl DigestTree {
             let count = usize::try_from(next.saturating_sub(page)).unwrap_or(0);
             let leaves = self.leaves.get(subtree).and_then(Option::as_ref);
             match leaves.and_then(|leaves| leaves.get(at..at.saturating_add(count))) {
-                Some(leaves) => out.extend(leaves.iter().map(|leaf| if *leaf == UNSET { self.zero } else { *leaf })),
+                Some(leaves) => out.extend(leaves.iter().map(|leaf| self.shown(leaf))),
                 None => out.extend(core::iter::repeat_n(self.zero, count)),
             }
             page = next;
@@ -233,7 +274,7 @@ impl DigestTree {
         let leaves = self.leaves(index).map_or(&[][..], |leaves| leaves.as_slice());
         let unset = core::iter::repeat(&UNSET);
         for (slot, leaf) in bytes.as_chunks_mut::<32>().0.iter_mut().zip(leaves.iter().chain(unset)) {
-            *slot = if *leaf == UNSET { self.zero.0 } else { leaf.0 };
+            *slot = self.shown(leaf).0;
         }
     }
 
@@ -339,11 +380,20 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(32))]
         /// The slow twin: a plain list of digests, hashed level by level from nothing.
         #[test]
-        fn root_equals_a_tree_built_from_nothing(pages in 0u64..1500, changes in proptest::collection::vec((0u64..1500, 0u8..4), 0..60)) {
+        fn root_equals_a_tree_built_from_nothing(
+            pages in 0u64..1500,
+            changes in proptest::collection::vec((0u64..1500, 0u8..5, 0u64..900), 0..60),
+        ) {
             let hasher = hasher();
             let mut tree = DigestTree::new(&hasher, pages);
             let mut twin = vec![hasher.zero(); pages as usize];
-            for (step, (page, byte)) in changes.into_iter().enumerate() {
+            for (step, (page, byte, count)) in changes.into_iter().enumerate() {
+                if byte == 4 {
+                    // SPEC 13.2
+                    tree.set_absent(page..page + count);
+                    twin.iter_mut().skip(page as usize).take(count as usize).for_each(|slot| *slot = Digest([0; 32]));
+                    continue;
+                }
                 let digest = page_digest(hasher.domain(), &[byte; 4096]);
                 tree.set(page, digest);
                 if let Some(slot) = twin.get_mut(page as usize) { *slot = digest; }

@@ -131,8 +131,8 @@ pub trait GuestTaker {
     fn fills(&mut self, _handover: &Handover) {}
 
     /// A guest that runs here is about to be filled: the pages that it will touch, by their places in the image and in
-    /// that order, as far as that is known from another time.
-    fn expects(&mut self, _handover: &Handover) -> Vec<Place> {
+    /// that order, as far as that is known from another time. `open` is how it was offered.
+    fn expects(&mut self, _handover: &Handover, _open: &Open) -> Vec<Place> {
         Vec::new()
     }
 

@@ -6,7 +6,6 @@
 
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher};
-use pagewire_protocol::frame::ABSENT_DIGEST;
 use pagewire_protocol::limits::SUBTREE_PAGES;
 use pagewire_protocol::page::{Layout, PageRange, Place, RegionId};
 use pagewire_protocol::tree::{DigestTree, image_root};
@@ -153,6 +152,18 @@ impl PageMap {
         self.known.insert(u64::from(place.0));
     }
 
+    /// A page of the base was read and has `digest`. One that was left at the sender before stays so, and what the base
+    /// has there can be found.
+    pub fn note_base(&mut self, region: RegionId, page: u64, digest: Digest) {
+        let place = self.layout.place(region, page);
+        if !self.absent.contains(u64::from(place.0)) {
+            return self.set(region, page, digest);
+        }
+        if let Some(left) = &mut self.left {
+            left.insert(&digest, place);
+        }
+    }
+
     /// What is in memory at a page is not known any more.
     pub fn forget(&mut self, region: RegionId, page: u64) {
         let place = self.layout.place(region, page);
@@ -175,21 +186,25 @@ impl PageMap {
 
     /// The page comes when the guest runs; what the base had there stays reachable if the base does.
     pub fn leave(&mut self, region: RegionId, pages: Range<u64>) {
-        for page in pages.clone() {
+        let reachable = if self.left.is_some() || self.index.is_some() { pages.clone() } else { 0..0 };
+        for page in reachable {
             let place = self.layout.place(region, page);
             let old = digest_at(&self.layout, &self.trees, place);
-            let known = self.known.remove(u64::from(place.0)) | self.claimed.remove(u64::from(place.0));
+            let at = u64::from(place.0);
+            let known = self.known.contains(at) || self.claimed.contains(at);
             if let Some(left) = self.left.as_mut().filter(|_| known && !self.present.contains(u64::from(place.0))) {
                 left.insert(&old, place);
             }
             if let Some(index) = self.index.as_mut().filter(|_| known) {
                 index.remove(&old, place);
             }
-            if let Some(tree) = self.trees.get_mut(usize::from(region.0)) {
-                tree.set(page, ABSENT_DIGEST);
-            }
         }
-        let places = self.places(region, pages);
+        let places = self.places(region, pages.clone());
+        if let Some(tree) = self.trees.get_mut(usize::from(region.0)) {
+            tree.set_absent(pages);
+        }
+        self.known.remove_range(places.clone());
+        self.claimed.remove_range(places.clone());
         self.present.remove_range(places.clone());
         self.absent.insert_range(places);
     }
@@ -290,4 +305,35 @@ const INDEX_START_MAX: usize = 16 << 20;
 fn digest_at(layout: &Layout, trees: &[DigestTree], place: Place) -> Digest {
     let (region, page) = layout.locate(place);
     trees.get(usize::from(region.0)).map(|tree| tree.leaf(page.0)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pagewire_protocol::digest::page_digest;
+    use pagewire_protocol::domain::DedupDomain;
+    use pagewire_protocol::page::{InstallSize, Region};
+
+    /// SPEC 13.2
+    #[test]
+    fn a_base_that_is_read_behind_what_was_left_is_found_and_is_not_the_guests() {
+        const MAIN: RegionId = RegionId(0);
+        let hasher = PageHasher::new(&DedupDomain::public());
+        let layout = Layout::new(vec![Region { bytes: 8 * 4096, install_size: InstallSize::KIB_4 }]).unwrap();
+        let digest = |byte: u8| page_digest(hasher.domain(), &[byte; 4096]);
+        let mut map = PageMap::new(layout, &hasher, 7, true).over_base(&[8], true);
+        map.note_base(MAIN, 0, digest(1));
+        map.leave(MAIN, 0..4);
+        map.note_base(MAIN, 1, digest(2));
+        map.note_base(MAIN, 6, digest(3));
+        assert_eq!(
+            [1, 2, 4].map(|byte| map.find(&digest(byte))),
+            [Some(Found::Base(MAIN, 0)), Some(Found::Base(MAIN, 1)), None]
+        );
+        assert_eq!((map.digest(MAIN, 1), map.digest(MAIN, 6)), (None, Some(digest(3))));
+        map.leave(MAIN, 4..8);
+        let mut all = PageMap::new(map.layout().clone(), &hasher, 7, true);
+        all.leave(MAIN, 0..8);
+        assert_eq!((map.root(&hasher), map.absent().count()), (all.root(&hasher), 8));
+    }
 }

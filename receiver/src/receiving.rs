@@ -426,9 +426,9 @@ impl<S: GuestSink> Receiving<S> {
         let handover = self.handover().filter(|handover| handover.post_copy)?;
         let left = self.map.absent().clone();
         let (lacking, holds) = (left.clone(), self.base.stays);
-        let Self { sink, map, hasher, .. } = self;
+        let Self { sink, map, hasher, open, .. } = self;
         let (counts, touches) = (FillCounts::default(), Touches::new(left.len()));
-        Some(Incomplete { sink: sink?, map, hasher, left, lacking, holds, handover, counts, touches })
+        Some(Incomplete { sink: sink?, map, hasher, left, lacking, holds, handover, open, counts, touches })
     }
 
     /// Whether everything has come; if so the finish job is ready.

@@ -98,7 +98,7 @@ impl Scan {
                 (first..).zip(&self.digests).filter(|(page, digest)| !map.confirm(region, *page, digest)).count();
             counts.damaged = counts.damaged.saturating_add(damaged as u64);
         } else {
-            (first..).zip(&self.digests).for_each(|(page, digest)| map.set(region, page, *digest));
+            (first..).zip(&self.digests).for_each(|(page, digest)| map.note_base(region, page, *digest));
             self.pending.digests.push(map.subtree(region, self.next));
         }
         self.next = self.next.saturating_add(1);

@@ -10,11 +10,10 @@ use crate::memory::GuestMemory;
 use crate::sending::{Sending, Step};
 use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::bitmap::PageBitmap;
-use pagewire_protocol::frame::{ABSENT_DIGEST, EntryKind, Run};
+use pagewire_protocol::frame::{EntryKind, Run};
 use pagewire_protocol::handover::Handover;
 use pagewire_protocol::limits::{COVER_PAGES_MAX, RUNS_MAX};
 use pagewire_protocol::page::{GROUP_PAGES, PageRange, Place};
-use std::ops::Range;
 
 /// What is left behind, and how much of it was said.
 #[derive(Debug)]
@@ -77,7 +76,6 @@ impl<M: GuestMemory> Sending<M> {
         let border = (page.0 / step).saturating_add(1).saturating_mul(step).min(known.pages());
         let end = first.saturating_add(border.saturating_sub(page.0));
         let (mut runs, mut next): (Vec<Run>, u64) = (Vec::new(), first);
-        let mut absent: Vec<Range<u64>> = Vec::new();
         for run in leaving.absent.runs(first..end).take(RUNS_MAX / 2) {
             let count = |places: u64| u16::try_from(places).unwrap_or(u16::MAX);
             if run.start > next {
@@ -85,14 +83,12 @@ impl<M: GuestMemory> Sending<M> {
             }
             runs.push(Run { kind: EntryKind::ABSENT, count: count(run.end.saturating_sub(run.start)) });
             next = run.end;
-            absent.push(run);
-        }
-        leaving.next = next;
-        for place in absent.into_iter().flatten() {
+            let at = |place: u64| page.0.saturating_add(place.saturating_sub(first));
             if let Some(tree) = self.trees.get_mut(usize::from(region.0)) {
-                tree.set(page.0.saturating_add(place.saturating_sub(first)), ABSENT_DIGEST);
+                tree.set_absent(at(run.start)..at(run.end));
             }
         }
+        leaving.next = next;
         let range = PageRange { region, first: page, count: u32::try_from(next.saturating_sub(first)).unwrap_or(0) };
         self.send_absent(range, runs);
         Ok(Some(Step::Did))

@@ -9,6 +9,7 @@ use crate::dir::{Folder, Found, allocated, try_lock};
 use crate::error::StoreError;
 use crate::manifest::VisitId;
 use crate::store::{Role, Store, heads, role};
+use crate::touches::touches_name;
 use crate::visit::{VisitHead, image_name, manifest_name};
 use pagewire_protocol::domain::DomainId;
 use std::time::Duration;
@@ -36,8 +37,10 @@ pub(crate) fn remove(folder: &Folder, id: VisitId) -> Result<Removed, StoreError
     // The manifest first, and for good: pages without a manifest are a leftover, a manifest without pages misleads.
     folder.unlink(&name)?;
     folder.sync()?;
-    if matches!(folder.open(&image_name(id), false)?, Found::File(..)) {
-        folder.unlink(&image_name(id))?;
+    for beside in [image_name(id), touches_name(id)] {
+        if matches!(folder.open(&beside, false)?, Found::File(..)) {
+            folder.unlink(&beside)?;
+        }
     }
     Ok(Removed::Yes)
 }
@@ -54,8 +57,11 @@ fn candidates(folder: &Folder, domain: DomainId) -> Result<Vec<Candidate>, Store
     let mut candidates = Vec::new();
     for (id, _) in folder.names()?.iter().filter_map(|name| role(name)).filter(|(_, role)| *role == Role::Manifest) {
         let Found::File(_, manifest) = folder.open(&manifest_name(id), false)? else { continue };
-        let image = folder.open(&image_name(id), false)?.file();
-        let bytes = allocated(&manifest).saturating_add(image.map_or(0, |(_, info)| allocated(&info)));
+        let mut bytes = allocated(&manifest);
+        for beside in [image_name(id), touches_name(id)] {
+            let file = folder.open(&beside, false)?.file();
+            bytes = bytes.saturating_add(file.map_or(0, |(_, info)| allocated(&info)));
+        }
         candidates.push(Candidate { id, head: heads.iter().find(|head| head.id == id).cloned(), bytes });
     }
     candidates.sort_by_key(|candidate| match &candidate.head {

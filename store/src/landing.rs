@@ -370,6 +370,19 @@ impl Landing {
         Ok(())
     }
 
+    /// The new file for whoever maps it: as long as the image, and zeros. What is written through a mapping is not known
+    /// here: a new file that does not get its name goes away.
+    ///
+    /// # Errors
+    /// The file cannot be changed.
+    pub fn to_map(&mut self) -> io::Result<File> {
+        let touched = self.touched;
+        self.file.set_len(self.len)?;
+        self.zero(0, self.len)?;
+        self.touched = touched;
+        self.file.try_clone()
+    }
+
     /// Syncs the image and puts it under its final name. May take as long as the disk does.
     ///
     /// # Errors

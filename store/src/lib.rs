@@ -20,6 +20,7 @@ mod moved;
 mod sample;
 mod store;
 mod tags;
+pub mod touches;
 mod verify;
 mod visit;
 

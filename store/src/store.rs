@@ -4,6 +4,7 @@
 //! DIR/lock                              held for as long as names change
 //! DIR/domains/DOMAIN/VISIT.manifest     what the visit is, and the digest of each page
 //! DIR/domains/DOMAIN/VISIT.img          its pages, if they are kept: a plain image file with holes
+//! DIR/domains/DOMAIN/VISIT.touches      what its guest touched first when it ran before all of it was there
 //! ```
 //!
 //! Several processes may share one store. Whoever makes, renames or removes names holds the lock; a file under its
@@ -243,6 +244,7 @@ pub(crate) fn domain_id(name: &OsStr) -> Option<DomainId> {
 pub(crate) enum Role {
     Manifest,
     Image,
+    Touches,
     /// A draft, or a manifest on its way out.
     Leftover,
 }
@@ -253,13 +255,14 @@ pub(crate) fn role(name: &OsStr) -> Option<(VisitId, Role)> {
     let role = match suffix {
         "manifest" => Role::Manifest,
         "img" => Role::Image,
-        "manifest.new" | "img.new" | "manifest.gone" => Role::Leftover,
+        "touches" => Role::Touches,
+        "manifest.new" | "img.new" | "touches.new" | "manifest.gone" => Role::Leftover,
         _ => return None,
     };
     Some((VisitId::parse(id)?, role))
 }
 
-/// Removes what a crash left: drafts that nobody holds, and images without a manifest. The lock must be held.
+/// Removes what a crash left: drafts that nobody holds, and what lies beside no manifest. The lock must be held.
 pub(crate) fn sweep(folder: &Folder) -> Result<(), StoreError> {
     let names = folder.names()?;
     let parts: Vec<(VisitId, Role)> = names.iter().filter_map(|name| role(name)).collect();
@@ -267,7 +270,7 @@ pub(crate) fn sweep(folder: &Folder) -> Result<(), StoreError> {
     for name in &names {
         let orphan = match role(name) {
             Some((_, Role::Leftover)) => true,
-            Some((id, Role::Image)) => !parts.contains(&(id, Role::Manifest)),
+            Some((id, Role::Image | Role::Touches)) => !parts.contains(&(id, Role::Manifest)),
             _ => false,
         };
         if orphan

@@ -8,6 +8,7 @@ use crate::error::StoreError;
 use crate::evict::{Removed, remove};
 use crate::keep::Writing;
 use crate::store::{Role, Store, domain_id, role, sweep};
+use crate::touches::{self, touches_name};
 use crate::visit::{Visit, VisitHead, image_name, manifest_name, next_data, open, read_pages};
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{PageBytes, PageHasher};
@@ -37,6 +38,8 @@ pub enum Fault {
     Manifest(String),
     /// The image is of another length: none of its pages is used.
     ImageLength,
+    /// What its guest touched first is not what was written.
+    Touches(String),
     /// Pages that do not have the digests of the manifest.
     Pages {
         /// How many.
@@ -54,7 +57,7 @@ impl fmt::Display for Fault {
             Self::Planted(what) => write!(f, "is {what}, which the store did not put there"),
             Self::Stranger => f.write_str("is no name that a store gives"),
             Self::Folder(why) => f.write_str(why),
-            Self::Manifest(why) => write!(f, "is damaged: {why}"),
+            Self::Manifest(why) | Self::Touches(why) => write!(f, "is damaged: {why}"),
             Self::ImageLength => f.write_str("does not have the length of its visit's image"),
             Self::Pages { wrong, kept, first: (region, page) } => {
                 write!(
@@ -206,6 +209,7 @@ impl Store {
             let repaired = if repair { self.drop_image(folder, &visit)? } else { Repaired::Left };
             seen.found(folder, &image, Some(&head), Fault::ImageLength, repaired);
         }
+        self.look_at_touches(folder, &visit, repair, seen)?;
         let hasher = PageHasher::new(&visit.manifest().domain());
         match visit.trees(&hasher).and_then(|trees| Ok((trees, visit.present()?))) {
             Ok((trees, present)) => self.look_at_pages(visit, &hasher, &trees, present, repair, seen),
@@ -215,6 +219,28 @@ impl Store {
                 seen.found(folder, &manifest_name(id), Some(&head), Fault::Manifest(why), repaired);
                 Ok(())
             }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn look_at_touches(
+        &self,
+        folder: &Folder,
+        visit: &Visit,
+        repair: bool,
+        seen: &mut Verified,
+    ) -> Result<(), StoreError> {
+        let (head, name) = (visit.head(), touches_name(visit.head().id));
+        match touches::read(folder, head, &visit.manifest().domain()) {
+            // What was planted is found by its name.
+            Err(StoreError::Damaged { why, .. }) if folder.planted(&name).is_none() => {
+                let _lock = repair.then(|| self.root.lock(false)).transpose()?;
+                let removed = repair && folder.unlink(&name).is_ok();
+                let repaired = if removed { Repaired::Removed } else { Repaired::Left };
+                seen.found(folder, &name, Some(head), Fault::Touches(why), repaired);
+                Ok(())
+            }
+            Ok(_) | Err(StoreError::Damaged { .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }

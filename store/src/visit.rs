@@ -6,6 +6,7 @@
 use crate::dir::{Folder, Found, allocated, try_lock, unlock};
 use crate::error::StoreError;
 use crate::manifest::{BLOCK, DIGEST_BYTES, Manifest, ManifestError, VisitId, VisitKind};
+use crate::touches::touches_name;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher, page_digest};
 use pagewire_protocol::domain::{DomainId, LineageId};
@@ -321,7 +322,7 @@ impl Visit {
         });
         let Err(error) = left else {
             // The visit is taken already: a name left behind is removed when the store is opened next.
-            let _ = self.folder.unlink(&gone);
+            let _ = (self.folder.unlink(&gone), self.folder.unlink(&touches_name(id)));
             return Ok(Some(writable));
         };
         self.folder.rename(&gone, &manifest)?;
@@ -349,6 +350,7 @@ impl Visit {
             self.folder.unlink(&manifest_name(self.head.id))?;
             self.folder.sync()?;
             self.folder.unlink(&image_name(self.head.id))?;
+            self.folder.unlink(&touches_name(self.head.id))?;
         }
         Ok(())
     }

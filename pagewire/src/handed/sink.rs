@@ -7,7 +7,7 @@ use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::time::Time;
 use pagewire_receiver::GuestSink;
-use pagewire_receiver::memory::{FaultTimes, Installed, PostcopyError, PostcopyMemory};
+use pagewire_receiver::memory::{Beside, FaultTimes, Installed, PostcopyError, PostcopyMemory};
 use rustix::io::Errno;
 use std::io;
 use std::ops::Range;
@@ -29,12 +29,14 @@ pub(crate) struct HandedSink {
     began: Instant,
     times: FaultTimes,
     children: Vec<OwnedFd>,
+    base: Option<Beside>,
 }
 
 impl HandedSink {
-    pub(crate) fn new(handing: Arc<Handing>) -> Self {
+    /// `base` is what is kept of the guest, and is read from until all has come.
+    pub(crate) fn new(handing: Arc<Handing>, base: Option<Beside>) -> Self {
         let (handed, armed, times, children) = Default::default();
-        Self { handing, handed, armed, began: Instant::now(), times, children }
+        Self { handing, handed, armed, began: Instant::now(), times, children, base }
     }
 
     fn now(&self) -> Time {
@@ -84,16 +86,26 @@ fn in_image(parts: &[Part], region: RegionId, page: u64) -> Option<u64> {
 }
 
 impl GuestSink for HandedSink {
-    fn base_pages(&self, _region: RegionId) -> u64 {
-        0
+    fn base_pages(&self, region: RegionId) -> u64 {
+        self.base.as_ref().map_or(0, |base| base.pages(region))
     }
 
     fn starts_zero(&self) -> bool {
         false
     }
 
-    fn read_base(&mut self, _region: RegionId, _first: u64, _bytes: &mut [u8]) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    /// It becomes part of no image: one of which anything stays before the guest starts is refused in the end.
+    fn read_base(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.base.as_ref().ok_or(io::ErrorKind::Unsupported)?.read_or_zero(region, first, bytes);
+        Ok(())
+    }
+
+    fn base_stays(&self) -> bool {
+        self.base.is_some()
+    }
+
+    fn read_old(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.base.as_ref().ok_or(io::ErrorKind::Unsupported)?.read(region, first, bytes)
     }
 
     fn read(&mut self, _region: RegionId, _first: u64, _bytes: &mut [u8]) -> io::Result<()> {
@@ -162,6 +174,10 @@ impl GuestSink for HandedSink {
     }
 
     fn finish(&mut self) -> io::Result<()> {
+        if !self.armed {
+            // All of it is what the base has, and nothing of that is in the hypervisor.
+            return self.memory().map(drop);
+        }
         match &self.handed {
             Some(Handed { memory, .. }) if memory.absent_pages() == 0 => match memory.finish() {
                 // It had all of its pages, and has ended since: nothing of it is watched.

@@ -2,12 +2,13 @@
 //! is said or done.
 
 use super::disk::{ASIDE, Folder};
-use super::{FILES_MAX, JournalError, Living, NAME, file_of, judge, read_name};
+use super::{FILES_MAX, JournalError, Living, NAME, file_of, judge, key, read_name};
 use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::handover::{
     Epoch, Handover, Handovers, HostId, Input, Output, Record, RecordKind, Refusal, SenderPhase,
 };
+use pagewire_store::Lineage;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -139,6 +140,22 @@ impl GuestJournal {
     pub fn serving(&self) -> Option<Handover> {
         let sender = self.handovers.outgoing().filter(|sender| sender.phase() == SenderPhase::Serving);
         sender.map(|sender| *sender.handover())
+    }
+
+    /// Keeps what the pages of a session are digested with, which may leave some of them behind.
+    ///
+    /// # Errors
+    /// It cannot be made to last; the session must not begin.
+    pub(crate) fn keep_key(&self, session: [u8; 16], lineage: &Lineage) -> Result<(), JournalError> {
+        key::put(&self.folder, session, lineage)
+    }
+
+    /// What the pages of a session are digested with; `None` is the public domain.
+    ///
+    /// # Errors
+    /// What was kept is damaged.
+    pub(crate) fn key_of(&self, session: [u8; 16]) -> Result<Option<Lineage>, JournalError> {
+        key::get(&self.folder, session)
     }
 
     // SPEC 11.20

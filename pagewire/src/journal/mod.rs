@@ -5,6 +5,7 @@
 //!   host                     its identity: 32 random bytes, made once
 //!   0f…d2/                   one guest, by lineage; locked by whoever decides about it
 //!     name                   what people call it
+//!     key                    what the pages of its last session that may end in post-copy are digested with
 //!     EPOCH-BINDING.record   one for each hand-over (SPEC 11.17)
 //! ```
 //!
@@ -14,6 +15,7 @@
 
 mod disk;
 mod guest;
+mod key;
 
 #[cfg(test)]
 mod crash;
@@ -37,6 +39,7 @@ use std::time::Duration;
 
 const HOST: &str = "host";
 const NAME: &str = "name";
+const KEY: &str = "key";
 const RECORD: &str = ".record";
 /// Files in the folder of a guest: its records, those that a crash kept from being removed, and what was being written.
 const FILES_MAX: usize = 4 * HANDOVERS_MAX;
@@ -320,7 +323,7 @@ fn read_name(folder: &Folder) -> Result<Option<ImageName>, JournalError> {
 fn judge(folder: &Folder, name: &OsStr, host: HostId, lineage: LineageId) -> Result<Option<Record>, JournalError> {
     let path = || folder.path().join(name);
     let text = name.to_str().unwrap_or_default();
-    if text == NAME || text.ends_with(ASIDE) {
+    if text == NAME || text == KEY || text.ends_with(ASIDE) {
         return Ok(None);
     }
     if !text.ends_with(RECORD) {

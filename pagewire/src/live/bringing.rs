@@ -8,6 +8,7 @@ use crate::report::{Decision, Report};
 use crate::send::SendOptions;
 use pagewire_protocol::error::{GuestAt, PeerError, chain};
 use pagewire_protocol::handover::{Message, Word};
+use pagewire_protocol::tree::Manifest;
 use pagewire_sender::driver::{FillSummary, Route, fill};
 use pagewire_sender::fill::{FillConfig, Remainder};
 use pagewire_sender::{ErrorKind as Failure, GuestMemory};
@@ -30,7 +31,8 @@ pub enum PostCopy {
     Now,
 }
 
-/// Brings all that the guest lacks, or says why not: the guest runs at the receiver then, and the memory must be kept.
+/// Brings all that the guest lacks, and gives what the image was; or says why not: the guest runs at the receiver then, and
+/// the memory must be kept.
 /// `filled` makes it durable that the memory is given up, and gives the word that says so.
 pub(crate) fn bring<M: GuestMemory>(
     remainder: Remainder<M>,
@@ -38,7 +40,7 @@ pub(crate) fn bring<M: GuestMemory>(
     (options, background_limit, patience): (&SendOptions, Option<u64>, Duration),
     mut filled: impl FnMut() -> Result<Message, String>,
     (report, observer): (&mut Report, &mut dyn Observer),
-) -> Option<Error> {
+) -> Result<Manifest, Error> {
     let (began, pages) = (Instant::now(), remainder.pages());
     let (mut left, mut until, mut pause) = (Some(remainder), began + patience, TRY_FIRST);
     let ended = report.seconds;
@@ -60,7 +62,7 @@ pub(crate) fn bring<M: GuestMemory>(
                 report.faults.lacking = 0;
                 let seconds = ended + began.elapsed().as_secs_f64();
                 observer.event(&Event::Phase { seconds, phase: Phase::Filled });
-                return None;
+                return rest.map(Remainder::into_manifest).ok_or_else(|| split(pages, "its memory is gone".to_owned()));
             }
             Err(error) => error,
         };
@@ -78,7 +80,7 @@ pub(crate) fn bring<M: GuestMemory>(
         if let Failure::Handover(why) = error {
             // It has all: nothing but the record is missing, which was tried several times.
             report.faults.lacking = 0;
-            return Some(Error { kind: ErrorKind::Unrecorded(why), guest_at: GuestAt::Receiver });
+            return Err(Error { kind: ErrorKind::Unrecorded(why), guest_at: GuestAt::Receiver });
         }
         if last {
             break chain(&error);
@@ -86,7 +88,11 @@ pub(crate) fn bring<M: GuestMemory>(
         std::thread::sleep(pause);
         pause = (pause * 2).min(TRY_LAST);
     };
-    Some(Error { kind: ErrorKind::Sender(Failure::Split { pages, why }), guest_at: GuestAt::Receiver })
+    Err(split(pages, why))
+}
+
+fn split(pages: u64, why: String) -> Error {
+    Error { kind: ErrorKind::Sender(Failure::Split { pages, why }), guest_at: GuestAt::Receiver }
 }
 
 /// The word that the memory is given up, of all that follows for a guest that has all of its pages; or why it is not among

@@ -15,6 +15,7 @@ use pagewire_protocol::handover::{Handover, HostId, Input, Message, Output, Wher
 use pagewire_sender::converge::AtLimit;
 use pagewire_sender::driver::{Action, GuestControl, ask};
 use pagewire_sender::{ErrorKind as Failure, Live};
+use pagewire_store::Lineage;
 use pagewire_transport::Address;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -48,12 +49,12 @@ pub(crate) struct Giving(Arc<Mutex<Holding>>);
 /// Opens a live session: the hand-over that it will end with.
 pub(crate) fn give(
     name: &ImageName,
-    lineage: LineageId,
+    lineage: &Lineage,
     session: [u8; 16],
     options: &LiveOptions,
     hooks: Box<dyn GuestHooks>,
 ) -> Result<(Giving, Live), Error> {
-    let (guest, mut journal) = restore(name, lineage, &options.journal).map_err(ErrorKind::at_sender)?;
+    let (guest, mut journal) = restore(name, lineage.id, &options.journal).map_err(ErrorKind::at_sender)?;
     let epoch = journal.open(session).map_err(|refusal| {
         let guest_at = match journal.handovers().whereabouts() {
             Whereabouts::There | Whereabouts::Serving => GuestAt::Receiver,
@@ -62,6 +63,10 @@ pub(crate) fn give(
         };
         Error { kind: ErrorKind::Sender(Failure::Handover(format!("guest {name}: {refusal}"))), guest_at }
     })?;
+    if options.post_copy != PostCopy::Never && lineage.key != [0; 32] {
+        // Before anything can depend on it: what is left behind may be brought by a process that knows the records alone.
+        journal.keep_key(session, lineage).map_err(|error| ErrorKind::Journal(error).at_sender())?;
+    }
     let host = options.journal.host();
     let handover = LiveOpen {
         guest,

@@ -6,6 +6,7 @@ use crate::error::{Error, ErrorKind};
 use crate::journal::{GuestJournal, GuestStatus, Journal, JournalError};
 use crate::observe::{Event, Observer, Phase};
 use crate::report::{Outcome, Report, Role};
+use crate::reuse::{Departed, keep_departed};
 use crate::send::{SendOptions, check_plaintext};
 use pagewire_protocol::error::{GuestAt, chain};
 use pagewire_protocol::frame::ImageName;
@@ -31,7 +32,7 @@ pub fn resume(
     observer: &mut dyn Observer,
 ) -> Outcome {
     match FileMemory::open(source, options.install_size) {
-        Ok(memory) => resume_memory(memory, name, to, (journal, patience), options, observer),
+        Ok(memory) => go_on((memory, Some(source)), name, to, (journal, patience), options, observer),
         Err(error) => {
             let kind = ErrorKind::Source { path: source.to_path_buf(), source: error };
             Report::new(Role::Sender, name.to_string()).close(Some(kind.at_sender()))
@@ -42,6 +43,17 @@ pub fn resume(
 /// As [`resume`], for memory of any kind.
 pub fn resume_memory<M: GuestMemory>(
     memory: M,
+    name: &ImageName,
+    to: &Address,
+    (journal, patience): (&Journal, Duration),
+    options: &SendOptions,
+    observer: &mut dyn Observer,
+) -> Outcome {
+    go_on((memory, None), name, to, (journal, patience), options, observer)
+}
+
+fn go_on<M: GuestMemory>(
+    (memory, source): (M, Option<&Path>),
     name: &ImageName,
     to: &Address,
     (journal, patience): (&Journal, Duration),
@@ -69,8 +81,15 @@ pub fn resume_memory<M: GuestMemory>(
     if let Err(error) = is_started(&mut guest, &handover, (to, patience), observer) {
         return report.close(Some(error));
     }
-    // Sessions that end in post-copy use no store, so no key is theirs.
-    let remainder = match Remainder::recover(memory, &NO_KEY, handover) {
+    let lineage = match guest.key_of(handover.session) {
+        Ok(lineage) => lineage,
+        Err(error) => {
+            let kind = ErrorKind::Sender(Failure::Split { pages: pages_total, why: chain(&error) });
+            return report.close(Some(Error { kind, guest_at: GuestAt::Receiver }));
+        }
+    };
+    let key = lineage.as_ref().map_or(NO_KEY, |lineage| lineage.key);
+    let remainder = match Remainder::recover(memory, &key, handover) {
         Ok(remainder) => remainder,
         Err(error) => {
             let (pages, why) = (pages_total, format!("its memory cannot be read: {}", chain(&error)));
@@ -80,9 +99,13 @@ pub fn resume_memory<M: GuestMemory>(
     };
     report.seconds = began.elapsed().as_secs_f64();
     let gone = || filled(&mut guest, handover);
-    let error = bring(remainder, to, (options, None, patience), gone, (&mut report, observer));
+    let brought = bring(remainder, to, (options, None, patience), gone, (&mut report, observer));
     report.seconds = began.elapsed().as_secs_f64();
-    report.close(error)
+    if let (Ok(manifest), Some(reuse), Some(lineage)) = (&brought, &options.reuse, lineage) {
+        let departed = Departed { name, session: handover.session, manifest, source, hot: None };
+        keep_departed(reuse, lineage, &departed, &mut report);
+    }
+    report.close(brought.err())
 }
 
 /// The key of the public domain, as OPEN states it.

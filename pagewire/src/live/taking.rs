@@ -4,6 +4,7 @@ use super::{TakeOptions, name_of};
 use crate::entrance::Entrant;
 use crate::journal::GuestJournal;
 use crate::report::Report;
+use crate::reuse::{Reuse, claimed};
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::error::{CloseCode, GuestAt, chain};
 use pagewire_protocol::frame::{ImageName, Open};
@@ -44,7 +45,8 @@ pub trait GuestStarter: std::fmt::Debug + Send + Sync + 'static {
 
     /// The pages that the guest will touch first when it comes into memory that it can run in before all of it is there,
     /// by their places in the image and in that order: what [`keep_first_touches`](Self::keep_first_touches) was given the
-    /// last time. They are brought first; what is not lacking or no page of the image is left out.
+    /// last time. They are brought first; what is not lacking or no page of the image is left out. Where there are none,
+    /// those that the store has of the guest are taken, if there is a store.
     fn first_touches(&self, _name: &ImageName) -> Vec<Place> {
         Vec::new()
     }
@@ -71,12 +73,19 @@ pub(crate) struct Taking<'a> {
     handover: Option<Handover>,
     memory: MemorySlot,
     warnings: Vec<String>,
+    /// Where the order of first touches is kept, if the starter has none.
+    reuse: Option<&'a Reuse>,
 }
 
 impl<'a> Taking<'a> {
     /// `memory` is filled by whoever finds a place for the guest.
-    pub(crate) fn new(options: &'a TakeOptions, memory: MemorySlot, entrant: &'a Entrant) -> Self {
-        Self { options, entrant, guest: None, name: None, handover: None, memory, warnings: Vec::new() }
+    pub(crate) fn new(
+        options: &'a TakeOptions,
+        memory: MemorySlot,
+        entrant: &'a Entrant,
+        reuse: Option<&'a Reuse>,
+    ) -> Self {
+        Self { options, entrant, guest: None, name: None, handover: None, memory, warnings: Vec::new(), reuse }
     }
 
     /// What the guest of a hand-over is called.
@@ -151,8 +160,12 @@ impl GuestTaker for Taking<'_> {
         self.entrant.name();
     }
 
-    fn expects(&mut self, handover: &Handover) -> Vec<Place> {
-        self.called(handover).map(|name| self.options.starter.first_touches(&name)).unwrap_or_default()
+    fn expects(&mut self, handover: &Handover, open: &Open) -> Vec<Place> {
+        let known = self.called(handover).map(|name| self.options.starter.first_touches(&name)).unwrap_or_default();
+        match (self.reuse, claimed(open)) {
+            (Some(reuse), Some(lineage)) if known.is_empty() => reuse.first_touches(&lineage, &open.layout),
+            _ => known,
+        }
     }
 
     fn touched(&mut self, handover: &Handover, first_touches: &[Place]) {

@@ -6,10 +6,12 @@ use crate::fill::{FillEngine, FillEvent, FillTerms, Incomplete};
 use crate::memory::{FaultTimes, GuestSink};
 use crate::report::FillCounts;
 use pagewire_protocol::error::{CloseCode, PeerError};
-use pagewire_protocol::frame::Fill;
+use pagewire_protocol::frame::{Fill, Open};
 use pagewire_protocol::handover::{Handover, Word};
+use pagewire_protocol::page::Place;
 use pagewire_protocol::session::Machine;
 use pagewire_protocol::time::{Span, Time};
+use pagewire_protocol::tree::Manifest;
 use pagewire_transport::{CancellationToken, Joining, PROGRESS_EVERY, Progress, Pump, Registration, Sessions, Wire};
 use std::future::poll_fn;
 use std::os::fd::OwnedFd;
@@ -38,6 +40,8 @@ pub struct FillSummary {
     pub wire: Wire,
     /// How long that took.
     pub spent: Span,
+    /// Once it has all: how it was offered, what its image was when it came, and what of it was touched first.
+    pub whole: Option<Box<(Open, Manifest, Vec<Place>)>>,
 }
 
 impl FillSummary {
@@ -92,7 +96,8 @@ pub(super) async fn fill<S: GuestSink>(
                     superseded.set(session.cancelled_owned());
                     registered_as = Some(registration);
                     pump.take_joins(joins);
-                    let terms = terms(taker.as_deref_mut(), &asked.handover, lanes, entropy);
+                    let asked = (&asked.handover, guest.open());
+                    let terms = terms(taker.as_deref_mut(), asked, lanes, entropy);
                     ready = accept(&mut pump, guest, terms);
                 }
                 Err(Refusal { code, reason }) => pump.machine().refuse(code, &reason),
@@ -127,9 +132,13 @@ fn end<S: GuestSink>(
     result: Option<Result<(), ErrorKind>>,
 ) -> (FillSummary, Result<(), ErrorKind>) {
     let (wire, spent) = (pump.wire(), pump.now().since(Time::ZERO));
-    let summary = pump.machine().guest().map(FillSummary::of).unwrap_or_default();
+    let mut summary = pump.machine().guest().map(FillSummary::of).unwrap_or_default();
     match (pump.into_machine().into_incomplete(), parking, &result) {
-        (Some(guest), Some(parking), Some(Ok(()))) => parking.leave(guest.handover()),
+        (Some(guest), Some(parking), Some(Ok(()))) => {
+            parking.leave(guest.handover());
+            let touches = guest.first_touches().to_vec();
+            summary.whole = guest.into_manifest().map(|(open, manifest)| Box::new((open, manifest, touches)));
+        }
         (Some(guest), Some(parking), _) => parking.park(guest),
         _ => {}
     }
@@ -162,10 +171,15 @@ async fn admit<S: GuestSink>(
 }
 
 /// On which terms a guest is filled that was found; who takes guests over here is told of it.
-fn terms(taker: Option<&mut (dyn GuestTaker + '_)>, handover: &Handover, lanes: u8, entropy: Entropy) -> FillTerms {
+fn terms(
+    taker: Option<&mut (dyn GuestTaker + '_)>,
+    (handover, open): (&Handover, &Open),
+    lanes: u8,
+    entropy: Entropy,
+) -> FillTerms {
     let ahead = taker.map(|taker| {
         taker.fills(handover);
-        taker.expects(handover)
+        taker.expects(handover, open)
     });
     FillTerms { lanes, window: FILL_WINDOW, secret: entropy.secret, ahead: ahead.unwrap_or_default() }
 }

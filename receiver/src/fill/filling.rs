@@ -381,7 +381,7 @@ impl<S: GuestSink> Filling<S> {
                 continue;
             }
             let mut bytes: PageBytes = [0; PAGE_BYTES];
-            if !self.fetch(range, page, &mut bytes)? {
+            if !self.fetch(range, page, &mut bytes) {
                 self.wants.ask(self.guest.map.layout(), range.region, page, 1);
                 continue;
             }
@@ -393,17 +393,17 @@ impl<S: GuestSink> Filling<S> {
     }
 
     /// Reads a page of the frame from what is held here, by its digest; false if it is not here.
-    fn fetch(&mut self, range: PageRange, page: u64, bytes: &mut PageBytes) -> Result<bool, ErrorKind> {
+    fn fetch(&mut self, range: PageRange, page: u64, bytes: &mut PageBytes) -> bool {
         let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
         let digest = self.digests.get(at).copied().unwrap_or_default();
         if !self.guest.holds {
-            return Ok(false);
+            return false;
         }
         // What is in memory may have been written by the guest: only the base is as it was.
-        let Some(Found::Base(region, number)) = self.guest.map.find(&digest) else { return Ok(false) };
-        let read = self.guest.sink.read_old(region, number, bytes);
-        read.map_err(failed("what is held cannot be read"))?;
-        Ok(page_digest(self.guest.hasher.domain(), bytes) == digest)
+        let Some(Found::Base(region, number)) = self.guest.map.find(&digest) else { return false };
+        // What a disk cannot give back, or a store lost, the sender has.
+        let is_read = self.guest.sink.read_old(region, number, bytes).is_ok();
+        is_read && page_digest(self.guest.hasher.domain(), bytes) == digest
     }
 
     /// As [`place`](Self::place), where several pages are installed at once: what a frame brings is put together first.
@@ -411,7 +411,8 @@ impl<S: GuestSink> Filling<S> {
         let size = usize::try_from(range.count).unwrap_or(0).saturating_mul(PAGE_BYTES);
         let mut whole = std::mem::take(&mut self.pages);
         whole.resize(size);
-        let result = self.put_together(range, pages, &mut whole).and_then(|missing| {
+        let missing = self.put_together(range, pages, &mut whole);
+        let mut install_units = || {
             let install = self.guest.map.layout().region(range.region).map_or(1, |region| region.install_size.pages());
             let install = u64::from(install);
             let (mut first, end) = (range.first.0, range.numbers().end);
@@ -429,7 +430,8 @@ impl<S: GuestSink> Filling<S> {
                 first = next;
             }
             Ok(())
-        });
+        };
+        let result = install_units();
         self.pages = whole;
         result
     }
@@ -440,12 +442,7 @@ impl<S: GuestSink> Filling<S> {
     }
 
     /// Puts the bytes of a frame's pages in their order; says which of them are not here.
-    fn put_together(
-        &mut self,
-        range: PageRange,
-        pages: &Pages<'_>,
-        whole: &mut PageBuffer,
-    ) -> Result<Vec<u64>, ErrorKind> {
+    fn put_together(&mut self, range: PageRange, pages: &Pages<'_>, whole: &mut PageBuffer) -> Vec<u64> {
         let mut missing = Vec::new();
         let mut offset = 0usize;
         let payload = std::mem::take(&mut self.payload);
@@ -462,7 +459,7 @@ impl<S: GuestSink> Filling<S> {
                         }
                         offset = end;
                     }
-                    EntryKind::REFERENCE if self.fetch(range, page, space)? => {}
+                    EntryKind::REFERENCE if self.fetch(range, page, space) => {}
                     EntryKind::REFERENCE => missing.push(page),
                     EntryKind::ZERO => space.fill(0),
                     _ => {}
@@ -470,7 +467,7 @@ impl<S: GuestSink> Filling<S> {
             }
         }
         self.payload = payload;
-        Ok(missing)
+        missing
     }
 
     /// The pages of a frame that it states and that are lacking.

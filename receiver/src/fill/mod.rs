@@ -15,8 +15,10 @@ use crate::page_map::PageMap;
 use crate::report::FillCounts;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::PageHasher;
+use pagewire_protocol::frame::Open;
 use pagewire_protocol::handover::Handover;
 use pagewire_protocol::page::{Layout, Place};
+use pagewire_protocol::tree::Manifest;
 
 /// A guest that runs here and lacks pages.
 #[derive(Debug)]
@@ -31,6 +33,8 @@ pub struct Incomplete<S> {
     /// What it may be brought from here can be read: the base as it was.
     pub(crate) holds: bool,
     pub(crate) handover: Handover,
+    /// How it was offered.
+    pub(crate) open: Open,
     pub(crate) counts: FillCounts,
     pub(crate) touches: Touches,
 }
@@ -39,6 +43,11 @@ impl<S> Incomplete<S> {
     /// How the guest came.
     pub fn handover(&self) -> &Handover {
         &self.handover
+    }
+
+    /// How it was offered when it came.
+    pub fn open(&self) -> &Open {
+        &self.open
     }
 
     /// The regions of its memory.
@@ -65,5 +74,12 @@ impl<S> Incomplete<S> {
     /// Its memory, for whoever looks at what it touches while no session fills it.
     pub fn sink(&mut self) -> &mut S {
         &mut self.sink
+    }
+
+    /// How it was offered, and what its image was when it came; `None` as long as pages are lacking.
+    pub fn into_manifest(mut self) -> Option<(Open, Manifest)> {
+        let root = (self.pages() == 0).then(|| self.map.root(&self.hasher))?;
+        let (layout, trees) = self.map.into_parts();
+        Some((self.open, Manifest { root, layout, trees }))
     }
 }

@@ -53,10 +53,17 @@ impl Mapping {
         file.set_len(bytes as u64)?;
         // Who gets the descriptor cannot cut the file under the mapping, which would make a touch a signal.
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        Ok((Self::of_file(&file, 0, bytes)?, file))
+    }
+
+    /// So many bytes of a file from a place on, which is a multiple of the page size, and those that fill its last page.
+    /// Others see what is written.
+    pub(super) fn of_file(file: &File, from: u64, bytes: usize) -> io::Result<Self> {
+        let bytes = bytes.max(1).checked_next_multiple_of(page_size()).ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: no address is asked for, so what is mapped already stays as it is.
-        let start = unsafe { mmap(null_mut(), bytes, ACCESS, MapFlags::SHARED, &file, 0) }?;
+        let start = unsafe { mmap(null_mut(), bytes, ACCESS, MapFlags::SHARED, file, from) }?;
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok((Self { start, bytes }, file))
+        Ok(Self { start, bytes })
     }
 
     /// Where it begins.

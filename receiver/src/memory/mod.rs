@@ -1,11 +1,13 @@
 //! Where received pages go: the trait and its kinds.
 
+mod beside;
 mod file;
 mod mapping;
 mod postcopy;
 mod ram;
 pub mod uffd;
 
+pub use beside::Beside;
 pub use file::FileSink;
 pub use postcopy::{
     Backing, Clock, Fault, FaultTimes, Gathered, HandedRegion, Installed, Odd, PostcopyError, PostcopyMemory,

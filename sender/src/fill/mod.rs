@@ -5,6 +5,7 @@
 //! session and every later one, after a connection broke, are the same: the receiver says what it lacks, the sender
 //! brings that. The memory may be given up when a session has ended in [`FillEvent::Filled`], and no sooner.
 
+mod ahead;
 mod engine;
 mod serving;
 
@@ -18,7 +19,7 @@ use pagewire_protocol::handover::Handover;
 use pagewire_protocol::limits::SUBTREE_PAGES;
 use pagewire_protocol::page::{Layout, RegionId};
 use pagewire_protocol::page_buffer::PageBuffer;
-use pagewire_protocol::tree::DigestTree;
+use pagewire_protocol::tree::{DigestTree, Manifest, image_root};
 use std::io;
 
 /// What of a guest is still to be brought to where it runs.
@@ -71,6 +72,13 @@ impl<M: GuestMemory> Remainder<M> {
     /// Pages that were left behind.
     pub fn pages(&self) -> u64 {
         self.absent.count()
+    }
+
+    /// What the image is, when all that was left behind has gone.
+    pub fn into_manifest(mut self) -> Manifest {
+        let layout = self.layout().clone();
+        let root = image_root(self.hasher.domain(), &layout, &mut self.trees);
+        Manifest { root, layout, trees: self.trees }
     }
 
     pub(crate) fn layout(&self) -> &Layout {

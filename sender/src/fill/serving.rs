@@ -5,6 +5,7 @@
 //! what the guest touches next, and leaves out what has gone. Where both bring a page the receiver keeps the first.
 
 use super::Remainder;
+use super::ahead::Ahead;
 use crate::classify::Entries;
 use crate::error::ErrorKind;
 use crate::lanes::{Batch, Lanes};
@@ -35,6 +36,8 @@ const URGENT_HEAD_BYTES: usize = 256;
 const SPAN_RUNS: usize = 256;
 /// Announcements after which it is judged whether they are worth it.
 const ANNOUNCED_SAMPLE: u64 = 4096;
+/// Digests in a frame: 4 KiB of them, and pages that a receiver puts in while somebody waits for half a millisecond.
+const ANNOUNCED_PAGES: u64 = 128;
 /// They are if this share of them is found at the receiver.
 const ANNOUNCED_HITS_MIN: f64 = 0.1;
 
@@ -69,7 +72,7 @@ pub(super) struct Serving<M> {
     hinted: PageBitmap,
     /// Pages named in FAULT, in all.
     named: u64,
-    ahead: VecDeque<Range<u64>>,
+    ahead: Ahead,
     wants: PageBitmap,
     wanted: u64,
     /// Where the background goes on.
@@ -112,7 +115,7 @@ impl<M: GuestMemory> Serving<M> {
             early: Vec::new(),
             hinted: none(),
             named: 0,
-            ahead: VecDeque::new(),
+            ahead: Ahead::default(),
             wants: none(),
             wanted: 0,
             cursor: 0,
@@ -209,10 +212,11 @@ impl<M: GuestMemory> Serving<M> {
                 // What was named before is on its way.
                 let fresh: Vec<Range<u64>> = self.hinted.gaps(places.clone()).collect();
                 self.hinted.insert_range(places);
-                self.ahead.extend(fresh);
+                fresh.into_iter().for_each(|places| self.ahead.push(places));
                 continue;
             }
             (self.cursor, self.jumped) = (places.end, true);
+            self.ahead.touch(places.start);
             let mut place = places.start;
             while place < places.end {
                 let whole = self.install_page(place);
@@ -353,38 +357,29 @@ impl<M: GuestMemory> Serving<M> {
         let pages = self.remainder.layout().pages();
         if self.wants.count() > 0 && (!announces || self.lacking.count() == 0) {
             let first = self.wants.runs(0..pages).next()?.start;
-            return self.take_parts(first..pages, Source::Wants);
+            return self.take_parts(first..pages, Source::Wants, false);
         }
-        while let Some(range) = self.ahead.front_mut() {
-            let next = self.lacking.runs(range.clone()).next();
-            match next {
-                Some(run) => {
-                    range.start = run.start;
-                    // No more than what will be touched: its neighbours would be before the next of it.
-                    let places = range.clone();
-                    return self.take_parts(places, Source::Lacking).map(|next| Next { unasked: true, ..next });
-                }
-                None => {
-                    self.ahead.pop_front();
-                }
-            }
+        if let Some(places) = self.ahead.next(&self.lacking) {
+            // No more than what will be touched: its neighbours would be before the next of it.
+            return self.take_parts(places, Source::Lacking, announces).map(|next| Next { unasked: true, ..next });
         }
         let ahead = self.lacking.runs(self.cursor.min(pages)..pages).next();
         let first = ahead.or_else(|| self.lacking.runs(0..pages).next())?.start;
-        let taken = self.take_parts(first..pages, Source::Lacking);
+        let taken = self.take_parts(first..pages, Source::Lacking, announces);
         self.cursor = taken.as_ref().and_then(|next| next.parts.last()).map_or(pages, |part| part.end);
         let follows = std::mem::take(&mut self.jumped);
         taken.map(|next| Next { unasked: follows, ..next })
     }
 
     /// Takes lacking or wanted pages of `places`, from the first on, that fit one frame.
-    fn take_parts(&mut self, places: Range<u64>, source: Source) -> Option<Next> {
+    fn take_parts(&mut self, places: Range<u64>, source: Source, announces: bool) -> Option<Next> {
         let first = places.start;
         let layout = self.remainder.layout();
         let (region, page) = layout.locate(Place(u32::try_from(first).ok()?));
         let known = *layout.region(region)?;
         let install = u64::from(known.install_size.pages()).max(1);
-        let batch = self.batch_pages.max(install).min(BATCH_PAGES_MAX as u64);
+        let most = if announces { self.batch_pages.max(ANNOUNCED_PAGES) } else { self.batch_pages };
+        let batch = most.max(install).min(BATCH_PAGES_MAX as u64);
         let end = first.saturating_add(known.pages().saturating_sub(page.0).min(SPAN_PAGES.max(install)));
         let end = end.min(places.end);
         let from = if source == Source::Wants { &self.wants } else { &self.lacking };

@@ -12,8 +12,9 @@
 
 use pagewire_protocol::frame::{FrameKind, HEADER_BYTES};
 use pagewire_protocol::handover::{Handover, Record, RecordKind};
+use pagewire_protocol::page::Place;
 use pagewire_protocol::trace::TraceParser;
-use pagewire_test_support::fuzz::{TARGETS, fill, hand_over, serve, take_over};
+use pagewire_test_support::fuzz::{TARGETS, fill, first_touches, hand_over, serve, take_over};
 use pagewire_test_support::host::Host;
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::memory::ImageSink;
@@ -208,6 +209,23 @@ fn record_manifests() {
     }
 }
 
+/// First touches as they are and to be sealed, and such with one field wrong.
+fn record_touches() {
+    let places: Vec<Place> = [5, 0, 4031, 77].into_iter().map(Place).collect();
+    let whole = first_touches(&places);
+    let bare = [&[63], &whole[..whole.len() - 32]].concat();
+    keep("touches", "whole", &[&[64], whole.as_slice()].concat());
+    keep("touches", "cut", &[&[64], &whole[..whole.len() - 1]].concat());
+    keep("touches", "sealed", &bare);
+    // Version, how many, of which visit, a page that is none, and one that is there twice.
+    for (name, at, flip) in [("version", 9, 1), ("places", 13, 1), ("visit", 17, 1), ("page", 35, 1), ("twice", 33, 5)]
+    {
+        let mut wrong = bare.clone();
+        wrong[at] ^= flip;
+        keep("touches", name, &wrong);
+    }
+}
+
 /// A record of each kind as it is and as a body to be checked, and one with a byte wrong in each field.
 fn record_records() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../protocol/vectors/ready.txt");
@@ -361,6 +379,7 @@ fn made_seeds_can_be_made_again() {
         record_manifests();
         record_records();
         record_traces();
+        record_touches();
         record_operations();
         record_live_operations();
         record_fill_operations();

@@ -130,6 +130,9 @@ fn digests() -> Vec<Digest> {
     let tree = |pages| DigestTree::new(&hasher, pages);
     let mut region = tree(257);
     region.set(256, ones);
+    let mut lacking = tree(257);
+    lacking.set(0, ones);
+    lacking.set_absent(256..257);
     let install = |bytes, install_size| Region { bytes, install_size };
     let regions = vec![install(257 * 4096, InstallSize::KIB_4), install(0, InstallSize::MIB_2)];
     let root = region.root();
@@ -146,6 +149,7 @@ fn digests() -> Vec<Digest> {
         tree(65_536).root(),
         tree(0).root(),
         root,
+        lacking.root(),
         image,
         batch_digest(&domain, 7, stated, &[[0; 32], [0; 32], ones.0].map(Digest)),
         transcript_digest(b"sender", b"receiver"),

@@ -24,13 +24,15 @@ use pagewire_protocol::frame::{
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::handover::{Handover, Handovers, Record, RecordKind};
 use pagewire_protocol::limits::{PAGE_BYTES, REGIONS_MAX};
-use pagewire_protocol::page::{InstallSize, Region};
+use pagewire_protocol::page::{InstallSize, Place, Region};
 use pagewire_protocol::session::{Job, Machine, Phase};
 use pagewire_protocol::time::Span;
 use pagewire_protocol::trace::{TraceParser, encode_header};
 use pagewire_receiver::OtherPages;
 use pagewire_sender::{Base, SenderConfig};
-use pagewire_store::manifest::{self, BLOCK, Manifest, ManifestError};
+use pagewire_store::manifest::{self, BLOCK, Manifest, ManifestError, VisitId};
+use pagewire_store::touches;
+use std::collections::BTreeSet;
 
 /// A fuzz target: what it does with an input.
 pub type Target = fn(&[u8]);
@@ -44,6 +46,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("manifest", manifest),
     ("record", record),
     ("trace", trace),
+    ("touches", touches),
     ("sender_session", sender_session),
     ("receiver_session", receiver_session),
     ("live_sender_session", live_sender_session),
@@ -155,6 +158,26 @@ pub fn manifest(data: &[u8]) {
         assert_eq!((present.len(), present.bytes()), (manifest.layout.pages(), bitmap));
     }
     assert!(manifest.decode_present(&[bitmap_and_padding.as_slice(), &[1]].concat()).is_err());
+}
+
+/// First touches as [`touches`] takes them.
+pub fn first_touches(places: &[Place]) -> Vec<u8> {
+    touches::encode(VisitId([7; 16]), &DedupDomain::public(), places)
+}
+
+/// What a guest touched first: as it is (first byte even), or sealed here, for the fuzzer cannot. What decodes has one
+/// encoding, and is legal: pages of the image, each once.
+pub fn touches(data: &[u8]) {
+    let Some((&kind, data)) = data.split_first() else { return };
+    let (visit, domain, pages) = (VisitId([7; 16]), DedupDomain::public(), u64::from(kind) * 64);
+    let mut bytes = data.to_vec();
+    if kind & 1 == 1 {
+        bytes = [&bytes, domain.seal(&[b"touches", &bytes]).0.as_slice()].concat();
+    }
+    let Ok(places) = touches::decode(&bytes, visit, &domain, pages) else { return };
+    let numbers: BTreeSet<u32> = places.iter().map(|place| place.0).collect();
+    assert!(numbers.len() == places.len() && numbers.last().is_none_or(|last| u64::from(*last) < pages));
+    assert!(touches::encode(visit, &domain, &places) == bytes, "two encodings");
 }
 
 /// A record of a hand-over: as it is (first byte even), or a body that is checked here, for the fuzzer cannot. What

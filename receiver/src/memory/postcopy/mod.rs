@@ -50,6 +50,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use thiserror::Error;
 
+/// The type of a tmpfs, of which memory files are, too.
+const TMPFS: u64 = 0x0102_1994;
 /// A page size of the kernel's, in bytes.
 const SMALL: u64 = PAGE_BYTES as u64;
 const HUGE: u64 = 2 << 20;
@@ -192,11 +194,48 @@ impl PostcopyMemory {
                 let (mapping, file) = Mapping::shared(bytes, huge)?;
                 (mapping, Some(file))
             };
-            mapping.keep_from_children()?;
             mappings.push(mapping);
             files.push(file);
             page_bytes.push(if huge { HUGE } else { SMALL });
         }
+        Self::of_own(layout, mappings, files, page_bytes)
+    }
+
+    /// As [`new`](Self::new), in a file of shared memory that is as long as the image, all regions in a row, and zeros: on
+    /// a tmpfs, or one that has no name. Whoever cuts it makes the touch of a page a signal.
+    ///
+    /// # Errors
+    /// It is on another file system, whose pages nobody can be made to wait for; or a region does not begin at a page.
+    pub fn in_file(layout: Layout, file: &File) -> io::Result<Self> {
+        let kind = rustix::fs::fstatfs(file)?.f_type;
+        if u64::try_from(kind).ok() != Some(TMPFS) {
+            let why = format!(
+                "a file on a file system of type {kind:#x} cannot be served by userfaultfd, which knows private memory, \
+                 files of shared memory and hugetlbfs: put it on a tmpfs, as /dev/shm is"
+            );
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
+        let (mut mappings, mut files, mut start) = (Vec::new(), Vec::new(), 0u64);
+        for region in layout.regions() {
+            if !start.is_multiple_of(SMALL) {
+                let why = "a region of the image that does not begin at a page of its file cannot be mapped";
+                return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+            }
+            mappings.push(Mapping::of_file(file, start, size(region.bytes))?);
+            files.push(Some(file.try_clone()?));
+            start = start.saturating_add(region.bytes);
+        }
+        let page_bytes = vec![SMALL; mappings.len()];
+        Self::of_own(layout, mappings, files, page_bytes)
+    }
+
+    fn of_own(
+        layout: Layout,
+        mappings: Vec<Mapping>,
+        files: Vec<Option<File>>,
+        page_bytes: Vec<u64>,
+    ) -> io::Result<Self> {
+        mappings.iter().try_for_each(Mapping::keep_from_children)?;
         let place = |(mapping, region): (&Mapping, &Region)| {
             // A region without bytes has an address all the same.
             let bytes = if region.bytes == 0 { 0 } else { mapping.bytes() as u64 };

@@ -1,12 +1,15 @@
 //! Post-copy memory as the place where received pages go.
 
 use super::{FaultTimes, PostcopyError, PostcopyMemory, SMALL, failed, size};
-use crate::memory::GuestSink;
 use crate::memory::uffd::FaultsOf;
+use crate::memory::{Beside, GuestSink};
 use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::digest::is_zero;
+use pagewire_protocol::error::chain;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::time::Time;
+use pagewire_store::Landing;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, PoisonError};
@@ -22,6 +25,8 @@ pub struct PostcopySink {
     faults_of: FaultsOf,
     clock: Clock,
     times: FaultTimes,
+    base: Option<Beside>,
+    landing: Option<Landing>,
 }
 
 impl std::fmt::Debug for PostcopySink {
@@ -33,7 +38,19 @@ impl std::fmt::Debug for PostcopySink {
 impl PostcopySink {
     /// The guest arrives in `memory`, and `faults_of` may touch what is absent. `clock` says how long they wait.
     pub fn new(memory: Arc<PostcopyMemory>, faults_of: FaultsOf, clock: Clock) -> Self {
-        Self { memory, faults_of, clock, times: FaultTimes::default() }
+        Self { memory, faults_of, clock, times: FaultTimes::default(), base: None, landing: None }
+    }
+
+    /// The same over what is kept of the guest: it is what the memory begins as, and can be read until all has come.
+    #[must_use]
+    pub fn over(self, base: Option<Beside>) -> Self {
+        Self { base, ..self }
+    }
+
+    /// The memory is the file of `landing`, which gets its name when all has come.
+    #[must_use]
+    pub fn landing(self, landing: Landing) -> Self {
+        Self { landing: Some(landing), ..self }
     }
 
     fn now(&self) -> Time {
@@ -55,16 +72,30 @@ impl PostcopyMemory {
 }
 
 impl GuestSink for PostcopySink {
-    fn base_pages(&self, _region: RegionId) -> u64 {
-        0
+    fn base_pages(&self, region: RegionId) -> u64 {
+        self.base.as_ref().map_or(0, |base| base.pages(region))
     }
 
     fn starts_zero(&self) -> bool {
         !self.memory.is_armed()
     }
 
-    fn read_base(&mut self, _region: RegionId, _first: u64, _bytes: &mut [u8]) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn read_base(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let base = self.base.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        base.read_or_zero(region, first, bytes);
+        // It becomes part of the image, which begins as zeros that take no memory.
+        for (page, bytes) in (first..).zip(bytes.chunks(PAGE_BYTES)).filter(|(_, bytes)| !is_zero(bytes)) {
+            self.memory.write(region, page, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn base_stays(&self) -> bool {
+        self.base.is_some()
+    }
+
+    fn read_old(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.base.as_ref().ok_or(io::ErrorKind::Unsupported)?.read(region, first, bytes)
     }
 
     fn read(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
@@ -136,8 +167,15 @@ impl GuestSink for PostcopySink {
     }
 
     fn finish(&mut self) -> io::Result<()> {
-        if self.memory.is_armed() && self.memory.absent_pages() == 0 {
+        if self.memory.is_armed() {
+            if self.memory.absent_pages() > 0 {
+                return Ok(());
+            }
             self.memory.finish()?;
+        }
+        if let Some(landing) = &mut self.landing {
+            landing.finish().map_err(|error| io::Error::other(chain(&error)))?;
+            self.landing = None;
         }
         Ok(())
     }
