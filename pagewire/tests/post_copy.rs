@@ -4,15 +4,16 @@
 mod support;
 
 use pagewire::{
-    Backing, Blobs, FaultsOf, GuestAt, GuestHooks, GuestStarter, Into, Journal, KeepWhat, LiveOptions, NoObserver,
-    Outcome, Place, PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server, ServerEvent,
-    Started, TakeOptions, send_live,
+    Backing, Blobs, DirtyBitmap, FaultsOf, GuestAt, GuestHooks, GuestStarter, Into, Journal, KeepWhat, LiveOptions,
+    NoObserver, Outcome, Place, PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server,
+    ServerEvent, Started, TakeOptions, send_live,
 };
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -20,11 +21,13 @@ use support::{Host, PAGE, name, noise};
 
 const PAGES: usize = 3000;
 
-/// The guest at the sender: memory that nobody writes to.
-struct Still;
+/// The guest at the sender: memory that nobody writes to, though somebody may say so until it is paused.
+#[derive(Default)]
+struct Still(Arc<AtomicBool>);
 
 impl GuestHooks for Still {
     fn pause(&mut self) -> Result<Blobs, String> {
+        self.0.store(true, Ordering::SeqCst);
         Ok(Blobs::new())
     }
 
@@ -163,6 +166,8 @@ struct Way {
     expected_touches: Vec<Place>,
     /// All of it goes before the guest starts.
     before: bool,
+    /// So many pages are said to be written again and again: the rounds do not come to an end.
+    written: u64,
     /// Where it goes, if not into private memory.
     into: Option<Into>,
 }
@@ -181,7 +186,7 @@ fn moves_between(
     options: &SendOptions,
     cuts: &[Duration],
 ) -> Moved {
-    let Way { background_limit, expected_touches, before, into } = way;
+    let Way { background_limit, expected_touches, before, written, into } = way;
     fs::write(a.image(), &image).unwrap();
     let here = tempfile::tempdir().unwrap();
     let journal = |host: &str| Arc::new(Journal::open(&here.path().join(host)).unwrap());
@@ -209,10 +214,24 @@ fn moves_between(
     let network = Network::to(socket, here.path(), !cuts.is_empty());
     let to = format!("unix:{}", network.path.display()).parse().unwrap();
     let post_copy = if before { PostCopy::Never } else { PostCopy::Now };
-    let live = LiveOptions { post_copy, background_limit, ..LiveOptions::new(journal("a")) };
+    let mut live = LiveOptions { post_copy, background_limit, ..LiveOptions::new(journal("a")) };
+    let guest = Still::default();
+    if written > 0 {
+        live.post_copy = PostCopy::Auto;
+        (live.limits.rounds, live.limits.downtime) = (3, pagewire::milliseconds(0));
+        let marks = DirtyBitmap::new(&layout_of(PAGES));
+        live.writes = Some(marks.clone());
+        let paused = Arc::clone(&guest.0);
+        std::thread::spawn(move || {
+            while !paused.load(Ordering::SeqCst) {
+                marks.mark(0..written);
+                std::thread::yield_now();
+            }
+        });
+    }
     let sent = std::thread::scope(|scope| {
         let sending =
-            scope.spawn(|| send_live(&a.image(), &name(), &to, options, (&live, Box::new(Still)), &mut NoObserver));
+            scope.spawn(|| send_live(&a.image(), &name(), &to, options, (&live, Box::new(guest)), &mut NoObserver));
         for &cut in cuts {
             std::thread::sleep(cut);
             network.cut();
@@ -231,6 +250,11 @@ fn moves_between(
     let received = reports.lock().unwrap().clone();
     let touched = touched.lock().unwrap().clone();
     Moved { sent, received, ran, touched }
+}
+
+fn layout_of(pages: usize) -> pagewire::Layout {
+    let install_size = pagewire::InstallSize::KIB_4;
+    pagewire::Layout::new(vec![pagewire::Region { bytes: (pages * PAGE) as u64, install_size }]).unwrap()
 }
 
 fn image() -> Vec<u8> {
@@ -415,6 +439,12 @@ fn what_a_host_keeps_of_a_guest_is_put_in_from_there() {
     assert!(returned.pages.base > PAGES as u64 / 2, "{returned:?}");
     let (sent, _) = moved(&again, Way { before: true, ..Way::default() }, &[]);
     assert!(sent.pages.base > PAGES as u64 / 2 && sent.wire.sent_bytes < whole / 4, "{sent:?}");
+    // Hybrid: most of it before, what is said to be written behind it, and that is here as well.
+    let returned = back(&changed);
+    assert!(returned.pages.base > PAGES as u64 / 2, "{returned:?}");
+    let (sent, received) = moved(&again, Way { written: 500, ..Way::default() }, &[]);
+    assert!(sent.pages.base > PAGES as u64 / 2 && sent.faults.lacking == 0, "{sent:?}");
+    assert!(sent.faults.sessions == 1 && received.faults.local > 0, "{received:?}");
 }
 
 /// The guest's memory is a file that others can map, and that has its name when all of it is there.
@@ -442,9 +472,7 @@ fn the_memory_of_a_guest_can_be_a_file_of_a_tmpfs() {
 fn a_file_that_nobody_can_be_made_to_wait_for_is_refused_by_name() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let into = Some(Into::PostCopyFolder { folder: dir.path().to_path_buf(), faults_of: FaultsOf::Everybody });
-    let layout =
-        pagewire::Layout::new(vec![pagewire::Region { bytes: 1 << 20, install_size: pagewire::InstallSize::KIB_4 }]);
-    if PostcopyMemory::in_file(layout.unwrap(), &tempfile::tempfile_in(dir.path()).unwrap()).is_ok() {
+    if PostcopyMemory::in_file(layout_of(256), &tempfile::tempfile_in(dir.path()).unwrap()).is_ok() {
         return println!("SKIPPED: the target folder is on a tmpfs");
     }
     let Moved { sent, .. } = moves(image(), Way { into, ..Way::default() }, &SendOptions::default(), &[]);

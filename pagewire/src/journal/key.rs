@@ -39,3 +39,38 @@ pub(super) fn get(folder: &Folder, session: [u8; 16]) -> Result<Option<Lineage>,
     let key = key.try_into().map_err(|_| damaged())?;
     Ok((*of == session).then_some(Lineage { id: LineageId(*id), key }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Journal;
+
+    #[test]
+    fn a_key_is_that_of_the_last_session_or_none_and_never_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&dir.path().join("journal")).unwrap();
+        let guest = || journal.guest(LineageId([1; 16]), None, true).unwrap();
+        let key_of = |session: u8| {
+            let guest = guest();
+            guest.key_of([session; 16])
+        };
+        let lineage = |byte: u8| Lineage { id: LineageId([byte; 16]), key: [byte; 32] };
+        assert!(key_of(7).unwrap().is_none());
+        guest().keep_key([7; 16], &lineage(2)).unwrap();
+        assert!(key_of(7).unwrap() == Some(lineage(2)) && key_of(8).unwrap().is_none());
+        guest().keep_key([8; 16], &lineage(3)).unwrap();
+        assert!(key_of(8).unwrap() == Some(lineage(3)) && key_of(7).unwrap().is_none());
+        let status = journal.guests().unwrap().pop().unwrap();
+        assert!(status.damaged.is_empty() && status.records.is_empty(), "it is a file of a journal");
+        let path = status.name.is_none().then(|| journal.path().join("01".repeat(16)).join(KEY)).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for at in 0..whole.len() {
+            let mut changed = whole.clone();
+            changed[at] ^= 1;
+            for wrong in [&changed[..], &whole[..at], &[&whole[..], &[0]].concat()[..]] {
+                std::fs::write(&path, wrong).unwrap();
+                assert!(key_of(8).is_err_and(|error| error.path() == Some(&path)), "byte {at}");
+            }
+        }
+    }
+}
