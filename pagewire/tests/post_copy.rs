@@ -4,9 +4,9 @@
 mod support;
 
 use pagewire::{
-    Backing, Blobs, DirtyBitmap, FaultsOf, GuestAt, GuestHooks, GuestStarter, Into, Journal, KeepWhat, LiveOptions,
-    NoObserver, Outcome, Place, PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server,
-    ServerEvent, Started, TakeOptions, send_live,
+    Backing, Blobs, FaultsOf, GuestAt, GuestHooks, GuestStarter, Into, Journal, KeepWhat, LiveOptions, NoObserver,
+    Outcome, Place, PostCopy, PostcopyMemory, ReceiveOptions, RegionId, Report, SendOptions, Server, ServerEvent,
+    Started, TakeOptions, send_live,
 };
 use std::collections::BTreeSet;
 use std::fs;
@@ -21,13 +21,11 @@ use support::{Host, PAGE, name, noise};
 
 const PAGES: usize = 3000;
 
-/// The guest at the sender: memory that nobody writes to, though somebody may say so until it is paused.
-#[derive(Default)]
-struct Still(Arc<AtomicBool>);
+/// The guest at the sender: memory that nobody writes to.
+struct Still;
 
 impl GuestHooks for Still {
     fn pause(&mut self) -> Result<Blobs, String> {
-        self.0.store(true, Ordering::SeqCst);
         Ok(Blobs::new())
     }
 
@@ -45,6 +43,7 @@ struct Runs {
     /// What it is expected to touch first, and what it did.
     expected_touches: Vec<Place>,
     touched: Arc<Mutex<Vec<Place>>>,
+    started: Arc<AtomicBool>,
 }
 
 const THREADS: usize = 3;
@@ -89,6 +88,7 @@ impl GuestStarter for Runs {
 
     fn start(&self, started: &Started<'_>) -> Result<(), String> {
         let memory = Arc::clone(started.memory.ok_or("it came into memory that can wait")?);
+        self.started.store(true, Ordering::SeqCst);
         let (expected, ended) = (Arc::clone(&self.expected), self.ended.lock().unwrap().clone());
         std::thread::spawn(move || {
             let result = std::thread::scope(|scope| {
@@ -166,8 +166,6 @@ struct Way {
     expected_touches: Vec<Place>,
     /// All of it goes before the guest starts.
     before: bool,
-    /// So many pages are said to be written again and again: the rounds do not come to an end.
-    written: u64,
     /// Where it goes, if not into private memory.
     into: Option<Into>,
 }
@@ -186,15 +184,20 @@ fn moves_between(
     options: &SendOptions,
     cuts: &[Duration],
 ) -> Moved {
-    let Way { background_limit, expected_touches, before, written, into } = way;
+    let Way { background_limit, expected_touches, before, into } = way;
     fs::write(a.image(), &image).unwrap();
     let here = tempfile::tempdir().unwrap();
     let journal = |host: &str| Arc::new(Journal::open(&here.path().join(host)).unwrap());
     let options = &SendOptions { reuse: keep.map(|keep| a.reuse(keep)), ..options.clone() };
     let (ended, ran) = channel();
-    let (expected, touched) = (Arc::new(image), Arc::new(Mutex::new(Vec::new())));
-    let starter =
-        Arc::new(Runs { expected, ended: Mutex::new(ended), expected_touches, touched: Arc::clone(&touched) });
+    let (expected, touched, started) = (Arc::new(image), Arc::new(Mutex::new(Vec::new())), Arc::default());
+    let starter = Arc::new(Runs {
+        expected,
+        ended: Mutex::new(ended),
+        expected_touches,
+        touched: Arc::clone(&touched),
+        started: Arc::clone(&started),
+    });
     let private = Into::PostCopy { backing: Backing::Private, faults_of: FaultsOf::Everybody };
     let mut receiving = ReceiveOptions::new(into.unwrap_or(private));
     receiving.live = Some(TakeOptions { journal: journal("b"), lease: None, starter });
@@ -214,24 +217,15 @@ fn moves_between(
     let network = Network::to(socket, here.path(), !cuts.is_empty());
     let to = format!("unix:{}", network.path.display()).parse().unwrap();
     let post_copy = if before { PostCopy::Never } else { PostCopy::Now };
-    let mut live = LiveOptions { post_copy, background_limit, ..LiveOptions::new(journal("a")) };
-    let guest = Still::default();
-    if written > 0 {
-        live.post_copy = PostCopy::Auto;
-        (live.limits.rounds, live.limits.downtime) = (3, pagewire::milliseconds(0));
-        let marks = DirtyBitmap::new(&layout_of(PAGES));
-        live.writes = Some(marks.clone());
-        let paused = Arc::clone(&guest.0);
-        std::thread::spawn(move || {
-            while !paused.load(Ordering::SeqCst) {
-                marks.mark(0..written);
-                std::thread::yield_now();
-            }
-        });
-    }
+    let live = LiveOptions { post_copy, background_limit, ..LiveOptions::new(journal("a")) };
     let sent = std::thread::scope(|scope| {
         let sending =
-            scope.spawn(|| send_live(&a.image(), &name(), &to, options, (&live, Box::new(guest)), &mut NoObserver));
+            scope.spawn(|| send_live(&a.image(), &name(), &to, options, (&live, Box::new(Still)), &mut NoObserver));
+        // A network that breaks before the guest is there is another test's.
+        let begin = std::time::Instant::now();
+        while !cuts.is_empty() && !started.load(Ordering::SeqCst) && begin.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         for &cut in cuts {
             std::thread::sleep(cut);
             network.cut();
@@ -406,9 +400,10 @@ fn what_a_host_keeps_of_a_guest_is_put_in_from_there() {
     let moved = |image: &[u8], way: Way, cuts: &[Duration]| {
         let keep = Some(KeepWhat::Visit);
         let moved = moves_between(&hosts, keep, image.to_vec(), way, &SendOptions::default(), cuts);
-        assert_eq!(moved.ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
         let sent = moved.sent.into_result().unwrap();
-        assert!(sent.warnings.is_empty() && sent.image.is_some(), "{sent:?}");
+        assert_eq!(moved.ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
+        let of_store = |warning: &String| warning.contains("store") || warning.contains("kept");
+        assert!(!sent.warnings.iter().any(of_store) && sent.image.is_some(), "{sent:?}");
         let received = moved.received.into_iter().rfind(|report| report.error.is_none()).unwrap();
         assert_eq!(received.image, sent.image);
         (sent, received)
@@ -439,12 +434,6 @@ fn what_a_host_keeps_of_a_guest_is_put_in_from_there() {
     assert!(returned.pages.base > PAGES as u64 / 2, "{returned:?}");
     let (sent, _) = moved(&again, Way { before: true, ..Way::default() }, &[]);
     assert!(sent.pages.base > PAGES as u64 / 2 && sent.wire.sent_bytes < whole / 4, "{sent:?}");
-    // Hybrid: most of it before, what is said to be written behind it, and that is here as well.
-    let returned = back(&changed);
-    assert!(returned.pages.base > PAGES as u64 / 2, "{returned:?}");
-    let (sent, received) = moved(&again, Way { written: 500, ..Way::default() }, &[]);
-    assert!(sent.pages.base > PAGES as u64 / 2 && sent.faults.lacking == 0, "{sent:?}");
-    assert!(sent.faults.sessions == 1 && received.faults.local > 0, "{received:?}");
 }
 
 /// The guest's memory is a file that others can map, and that has its name when all of it is there.
