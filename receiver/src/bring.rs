@@ -73,14 +73,17 @@ pub(crate) struct Bringer {
 
 impl Bringer {
     /// Brings pages, each to a place of its own, from wherever their contents are, and counts them; those that are nowhere
-    /// are added to `missing`, in order.
+    /// are added to `missing`. Batches come in order; inside one everything is read first, so there the order is free.
     pub(crate) fn bring<S: GuestSink>(
         &mut self,
-        wishes: &[Wish],
+        wishes: &mut [Wish],
         missing: &mut Vec<Wish>,
         to: &mut Target<'_, S>,
     ) -> Result<(), ErrorKind> {
-        wishes.chunks(BATCH_PAGES).try_for_each(|batch| self.bring_batch(batch, missing, to))
+        wishes.chunks_mut(BATCH_PAGES).try_for_each(|batch| {
+            batch.sort_by_key(|wish| (wish.region, wish.page));
+            self.bring_batch(batch, missing, to)
+        })
     }
 
     fn bring_batch<S: GuestSink>(
@@ -287,4 +290,143 @@ pub(crate) fn clear<S: GuestSink>(
         next = end;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page_map::PageMap;
+    use crate::report::Counts;
+    use crate::resolve::Base;
+    use crate::scan::Scan;
+    use crate::waiting::Waiting;
+    use pagewire_protocol::digest::PageHasher;
+    use pagewire_protocol::domain::DedupDomain;
+    use pagewire_protocol::page::{InstallSize, Layout, Region};
+    use std::io;
+
+    /// Memory of one region that counts calls.
+    #[derive(Default)]
+    struct Memory {
+        bytes: Vec<u8>,
+        reads: usize,
+        writes: usize,
+    }
+
+    impl Memory {
+        fn at(&mut self, first: u64, len: usize) -> &mut [u8] {
+            let start = first as usize * PAGE_BYTES;
+            &mut self.bytes[start..start + len]
+        }
+    }
+
+    impl GuestSink for Memory {
+        fn base_pages(&self, _region: RegionId) -> u64 {
+            (self.bytes.len() / PAGE_BYTES) as u64
+        }
+
+        fn starts_zero(&self) -> bool {
+            false
+        }
+
+        fn read_base(&mut self, region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+            self.read(region, first, bytes)
+        }
+
+        fn read(&mut self, _region: RegionId, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+            self.reads += 1;
+            bytes.copy_from_slice(self.at(first, bytes.len()));
+            Ok(())
+        }
+
+        fn install(&mut self, _region: RegionId, first: u64, bytes: &[u8]) -> io::Result<()> {
+            self.writes += 1;
+            self.at(first, bytes.len()).copy_from_slice(bytes);
+            Ok(())
+        }
+
+        fn zero(&mut self, _region: RegionId, first: u64, count: u64) -> io::Result<()> {
+            self.at(first, count as usize * PAGE_BYTES).fill(0);
+            Ok(())
+        }
+
+        fn finish(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn content(page: u64) -> PageBytes {
+        std::array::from_fn(|at| (page + 1).to_le_bytes()[at % 8])
+    }
+
+    /// Memory of `pages` pages, all known, of which the last ends after `last` bytes; those at `rotten` are not what they
+    /// were. Brings (page, page whose content it gets) and returns the memory and which pages were missing.
+    fn bring(pages: u64, last: u64, rotten: &[u64], wished: &[(u64, u64)]) -> (Memory, Vec<u64>) {
+        let hasher = PageHasher::new(&DedupDomain::public());
+        let bytes = (pages - 1) * PAGE_BYTES as u64 + last;
+        let layout = Layout::new(vec![Region { bytes, install_size: InstallSize::KIB_4 }]).unwrap();
+        let mut sink = Memory { bytes: (0..pages).flat_map(content).collect(), ..Memory::default() };
+        let mut map = PageMap::new(layout, &hasher, 5, false);
+        let digest = |page: u64| page_digest(hasher.domain(), &content(page));
+        (0..pages).for_each(|page| map.set(RegionId(0), page, digest(page)));
+        rotten.iter().for_each(|&page| sink.at(page, 1)[0] ^= 1);
+        let (scan, mut waiting, mut counts) = (Scan::new(vec![pages], false), Waiting::new(pages), Counts::default());
+        let mut to = Target {
+            map: &mut map,
+            sink: &mut sink,
+            scan: &scan,
+            hasher: &hasher,
+            counts: &mut counts,
+            base: Base::default(),
+            others: None,
+            waiting: &mut waiting,
+            keeps_base: false,
+        };
+        let wish = |&(page, from): &(u64, u64)| Wish { region: RegionId(0), page, digest: digest(from), proof: None };
+        let mut wishes: Vec<Wish> = wished.iter().map(wish).collect();
+        let mut missing = Vec::new();
+        Bringer::default().bring(&mut wishes, &mut missing, &mut to).unwrap();
+        for &(page, from) in wished.iter().filter(|(page, _)| missing.iter().all(|wish| wish.page != *page)) {
+            assert!(map.is_present(RegionId(0), page));
+            assert_eq!(map.digest(RegionId(0), page), Some(digest(from)));
+            assert!(sink.at(page, PAGE_BYTES) == content(from), "{page}");
+        }
+        assert_eq!(counts.reference, (wished.len() - missing.len()) as u64);
+        (sink, missing.iter().map(|wish| wish.page).collect())
+    }
+
+    #[test]
+    fn neighbours_are_read_with_one_call_and_written_with_one() {
+        let wished: Vec<_> = (0..64).map(|page| (100 + page, page)).collect();
+        let (memory, missing) = bring(256, PAGE_BYTES as u64, &[], &wished);
+        assert_eq!((memory.reads, memory.writes, missing), (1, 1, vec![]));
+        let wished: Vec<_> = (0..96).map(|page| (100 + page, page)).collect();
+        let (memory, _) = bring(256, PAGE_BYTES as u64, &[], &wished);
+        assert_eq!((memory.reads, memory.writes), (2, 2));
+    }
+
+    /// Memory that moved up by one page: every source is overwritten in the same batch, by the next page's content.
+    #[test]
+    fn a_batch_is_read_before_any_of_it_is_written() {
+        let wished: Vec<_> = (1..64).rev().map(|page| (page, page - 1)).collect();
+        let (memory, missing) = bring(64, PAGE_BYTES as u64, &[], &wished);
+        assert_eq!((memory.reads, memory.writes, missing), (1, 1, vec![]));
+        let ring: Vec<_> = (0..64).map(|page| (page, (page + 1) % 64)).collect();
+        assert_eq!(bring(64, PAGE_BYTES as u64, &[], &ring).1, []);
+    }
+
+    /// SPEC 6.9
+    #[test]
+    fn a_page_that_is_not_what_it_was_is_missing_alone() {
+        let wished: Vec<_> = (0..64).map(|page| (100 + page, page)).collect();
+        let (mut memory, missing) = bring(256, PAGE_BYTES as u64, &[0, 31], &wished);
+        assert_eq!((memory.reads, memory.writes, missing), (1, 2, vec![100, 131]));
+        assert!(memory.at(131, PAGE_BYTES) == content(131), "nothing unproved is written");
+    }
+
+    #[test]
+    fn bytes_beyond_the_end_of_a_region_are_of_no_page() {
+        let (_, missing) = bring(80, 100, &[], &[(78, 3), (79, 4)]);
+        assert_eq!(missing, [79]);
+    }
 }

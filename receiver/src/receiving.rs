@@ -340,9 +340,9 @@ impl<S: GuestSink> Receiving<S> {
             let (region, page) = self.open.layout.locate(*place);
             Wish { region, page: page.0, digest: *digest, proof: None }
         };
-        let (wishes, mut missing): (Vec<Wish>, _) = (pages.iter().map(wish).collect(), Vec::new());
+        let (mut wishes, mut missing): (Vec<Wish>, _) = (pages.iter().map(wish).collect(), Vec::new());
         let Some((resolver, mut to)) = self.target(counts) else { return Ok(()) };
-        resolver.bring(&wishes, &mut missing, &mut to)?;
+        resolver.bring(&mut wishes, &mut missing, &mut to)?;
         missing.iter().for_each(|wish| self.wants.ask(&self.open.layout, wish.region, wish.page, 1));
         pages.iter().for_each(|(place, _)| self.waiting.done(*place));
         Ok(())

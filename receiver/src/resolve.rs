@@ -286,7 +286,7 @@ impl Resolver {
                 wishes.push(Wish { region, page, digest, proof });
             }
         }
-        self.bringer.bring(&wishes, &mut lacking, to)?;
+        self.bringer.bring(&mut wishes, &mut lacking, to)?;
         for Wish { page, digest, .. } in lacking {
             to.map.mark_absent(region, page);
             let place = to.map.layout().place(region, page);
@@ -300,7 +300,7 @@ impl Resolver {
     /// Brings pages to their places from wherever their contents are here, and counts them; the others become `missing`.
     pub(crate) fn bring<S: GuestSink>(
         &mut self,
-        wishes: &[Wish],
+        wishes: &mut [Wish],
         missing: &mut Vec<Wish>,
         to: &mut Target<'_, S>,
     ) -> Result<(), ErrorKind> {
