@@ -274,11 +274,7 @@ fn look<S>(wish: &Wish, to: &mut Target<'_, S>) -> Source {
 }
 
 /// Makes those pages of a run zero that are not known to be.
-pub(crate) fn clear<S: GuestSink>(
-    region: RegionId,
-    run: Range<u64>,
-    to: &mut Target<'_, S>,
-) -> Result<(), ErrorKind> {
+pub(crate) fn clear<S: GuestSink>(region: RegionId, run: Range<u64>, to: &mut Target<'_, S>) -> Result<(), ErrorKind> {
     let zero = to.hasher.zero();
     let mut next = run.start;
     while next < run.end {

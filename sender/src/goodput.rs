@@ -33,6 +33,8 @@ const BESIDES: f64 = 1.5;
 /// Compression is in vain where a page takes at least this share of what it took raw. To find that out costs bytes: a
 /// slow link, of which compression takes away most, is not asked again.
 const IN_VAIN: f64 = 0.7;
+/// So many samples in a row show it: one may have met a receiver that was busy for a moment.
+const VAIN_SAMPLES: u32 = 3;
 /// What else is the brake is forgotten little by little, once in [`RAISE_SPAN`]: it may have gone.
 const FORGET: f64 = 0.9;
 
@@ -62,8 +64,8 @@ pub(crate) struct Goodput {
     /// Nanoseconds a byte of a page that something else than the link was seen to take, whatever was compressed.
     floor: Option<f64>,
     forgot: Time,
-    /// Compression was in vain, and raw pages were not measured since.
-    in_vain: bool,
+    /// Samples in a row in which compression was in vain; from [`VAIN_SAMPLES`] on raw pages have to be measured.
+    vain: u32,
 }
 
 impl Goodput {
@@ -131,7 +133,7 @@ impl Goodput {
             // Acknowledgements that come late come together: one sample above what is known is no new truth.
             let more = self.shown.is_some_and(|known| rate > known);
             self.shown = if more { average(self.shown, rate, FRESH_SHOWN) } else { self.shown };
-            self.in_vain &= ratio < RAW_RATIO;
+            self.vain = if ratio < RAW_RATIO { self.vain } else { 0 };
             // Something else is the brake: the link can do at least this, and perhaps more than was thought.
             self.raised = if patient { now } else { self.raised };
             self.rate.map(|known| if patient { (known * RAISE).max(rate) } else { known.max(rate) })
@@ -144,25 +146,23 @@ impl Goodput {
         let page = ratio / rate;
         if ratio >= RAW_RATIO {
             // What was known before compression turned out to be in vain was not what the link can do.
-            let is_stale = std::mem::take(&mut self.in_vain);
+            let is_stale = self.is_in_vain();
+            self.vain = 0;
             return if is_stale { rate } else { known + FRESH * (rate - known) };
         }
         let of_link = ratio / known;
-        let floor = self.floor.unwrap_or(0.0);
-        if page > BESIDES * of_link.max(floor) {
-            self.floor = Some(page);
-            self.in_vain |= page > IN_VAIN * known;
-        } else if floor > of_link {
-            self.floor = blend(self.floor, page);
-        } else {
+        if page <= BESIDES * of_link {
+            self.vain = 0;
             return known + FRESH * (rate - known);
         }
+        self.floor = blend(self.floor, page);
+        self.vain = if page > IN_VAIN / known { self.vain.saturating_add(1) } else { 0 };
         known
     }
 
     /// Whether compressing does not help any more as far as is known, and what raw pages cost has to be measured anew.
     pub(crate) fn is_in_vain(&self) -> bool {
-        self.in_vain
+        self.vain >= VAIN_SAMPLES
     }
 
     /// Nanoseconds that a compressed byte of a page takes at least, whatever compressing and the link take.
@@ -191,53 +191,79 @@ impl Goodput {
 mod tests {
     use super::*;
 
-    /// Ten samples of 5 ms, in all of which the session waits to write.
-    fn samples(goodput: &mut Goodput, from: u64, nanos_a_page_byte: f64, ratio: f64) {
-        for step in 0..=10 {
-            let now = Time::ZERO + Span::from_millis(from + step * 5);
-            goodput.block(now);
-            let pages = 5e6 / nanos_a_page_byte;
-            goodput.delivered(((pages * ratio) as u64, pages as u64), 1, now);
+    /// A session that always waits to write.
+    #[derive(Default)]
+    struct Session {
+        goodput: Goodput,
+        millis: u64,
+    }
+
+    impl Session {
+        /// Samples of 10 ms each.
+        fn samples(&mut self, count: u64, nanos_a_page_byte: f64, ratio: f64) {
+            let pages = 10e6 / nanos_a_page_byte;
+            for _ in 0..count {
+                self.millis += 10;
+                let now = Time::ZERO + Span::from_millis(self.millis);
+                self.goodput.block(now);
+                self.goodput.delivered(((pages * ratio) as u64, pages as u64), 1, now);
+            }
+        }
+
+        fn nanos(&self) -> f64 {
+            self.goodput.nanos_a_byte().unwrap()
         }
     }
 
     #[test]
     fn compression_that_speeds_nothing_up_is_in_vain_until_raw_pages_are_measured() {
-        let mut goodput = Goodput::default();
-        samples(&mut goodput, 0, 6.0, 1.0);
-        assert!(!goodput.is_in_vain());
-        // A receiver that takes its time, whatever comes: by bytes alone the link would be twenty times as slow.
-        samples(&mut goodput, 100, 6.0, 0.3);
-        assert!(goodput.is_in_vain());
-        assert!((goodput.floor() - 6.0).abs() < 0.3, "{}", goodput.floor());
-        samples(&mut goodput, 200, 4.0, 1.0);
-        assert!(!goodput.is_in_vain());
-        let link = goodput.nanos_a_byte().unwrap();
-        assert!((link - 4.0).abs() < 0.2, "{link}: what was known before is of no use");
+        let mut session = Session::default();
+        session.samples(10, 6.0, 1.0);
+        assert!(!session.goodput.is_in_vain());
+        // A receiver that takes its time, whatever comes: by bytes alone the link would be three times as slow.
+        session.samples(u64::from(VAIN_SAMPLES) - 1, 6.0, 0.3);
+        assert!(!session.goodput.is_in_vain(), "for a moment");
+        session.samples(1, 6.0, 0.3);
+        assert!(session.goodput.is_in_vain());
+        assert!((session.goodput.floor() - 6.0).abs() < 0.1 && (session.nanos() - 6.0).abs() < 0.1);
+        session.samples(1, 4.0, 1.0);
+        assert!(!session.goodput.is_in_vain());
+        assert!((session.nanos() - 4.0).abs() < 0.1, "what was known before is of no use");
+    }
+
+    #[test]
+    fn a_moment_in_which_the_receiver_is_busy_changes_nothing() {
+        let mut session = Session::default();
+        session.samples(10, 8.4, 1.0);
+        for _ in 0..10 {
+            session.samples(u64::from(VAIN_SAMPLES) - 1, 7.0, 0.3);
+            session.samples(1, 8.4 * 0.3, 0.3);
+            assert!(!session.goodput.is_in_vain());
+        }
     }
 
     #[test]
     fn compression_for_a_slow_link_is_not_in_vain() {
-        let mut goodput = Goodput::default();
-        samples(&mut goodput, 0, 8.4, 1.0);
-        samples(&mut goodput, 100, 8.4 * 0.3, 0.3);
-        assert!(!goodput.is_in_vain() && goodput.floor() == 0.0);
-        let link = goodput.nanos_a_byte().unwrap();
-        assert!((link - 8.4).abs() < 0.3, "{link}");
+        let mut session = Session::default();
+        session.samples(10, 8.4, 1.0);
+        session.samples(10, 8.4 * 0.3, 0.3);
+        assert!(!session.goodput.is_in_vain() && session.goodput.floor() == 0.0);
+        assert!((session.nanos() - 8.4).abs() < 0.1);
         // A receiver that is slow, but not so slow that raw pages would do.
-        samples(&mut goodput, 150, 5.0, 0.3);
-        assert!(!goodput.is_in_vain() && goodput.floor() > 4.0);
+        session.samples(10, 5.0, 0.3);
+        assert!(!session.goodput.is_in_vain() && session.goodput.floor() > 4.0);
         // Half as fast as before, by what goes raw.
-        samples(&mut goodput, 200, 16.8, 1.0);
-        assert!(goodput.nanos_a_byte().unwrap() > 14.0);
+        session.samples(10, 16.8, 1.0);
+        assert!(session.nanos() > 14.0);
     }
 
     #[test]
     fn what_else_was_the_brake_is_forgotten() {
-        let mut goodput = Goodput::default();
-        samples(&mut goodput, 0, 6.0, 1.0);
-        samples(&mut goodput, 100, 6.0, 0.3);
-        (0..40).for_each(|turn| samples(&mut goodput, 200 + turn * 100, 6.0, 1.0));
-        assert!(goodput.floor() < 2.0, "{}", goodput.floor());
+        let mut session = Session::default();
+        session.samples(10, 6.0, 1.0);
+        session.samples(10, 6.0, 0.3);
+        let floor = session.goodput.floor();
+        session.samples(500, 6.0, 1.0);
+        assert!(session.goodput.floor() < floor / 3.0, "{floor} {}", session.goodput.floor());
     }
 }
