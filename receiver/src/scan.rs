@@ -15,9 +15,6 @@ use std::io;
 /// Digests that wait before a HAVE goes out: few enough that the sender starts soon, enough to hide the header.
 const HAVE_AFTER: usize = 16;
 
-/// Pages that are read and digested at once: 256 KiB and what they are copied from fit the second-level cache.
-const PIECE_PAGES: usize = 64;
-
 /// The progress through the base.
 #[derive(Debug)]
 pub(crate) struct Scan {
@@ -92,13 +89,9 @@ impl Scan {
         let count = usize::try_from(held.saturating_sub(first)).unwrap_or(usize::MAX).min(SUBTREE_PAGES);
         self.buffer.resize(SUBTREE_BYTES);
         let bytes = self.buffer.get_mut(..count.saturating_mul(PAGE_BYTES)).unwrap_or_default();
+        sink.read_base(region, first, bytes)?;
         self.digests.clear();
-        for (page, piece) in
-            (first..).step_by(PIECE_PAGES).zip(bytes.chunks_mut(PIECE_PAGES.saturating_mul(PAGE_BYTES)))
-        {
-            sink.read_base(region, page, piece)?;
-            hasher.digest_nonzero(piece.as_chunks().0, &mut self.digests);
-        }
+        hasher.digest_nonzero(bytes.as_chunks().0, &mut self.digests);
         counts.scanned = counts.scanned.saturating_add(count as u64);
         if self.agreed {
             let damaged =

@@ -10,7 +10,7 @@ use crate::error::ErrorKind;
 use crate::holdings::{Held, Holdings};
 use crate::lanes::{Batch, EncodeOutput, Lanes, inline_pages};
 use crate::leave::Leaving;
-use crate::memory::{GuestMemory, PIECE_PAGES};
+use crate::memory::GuestMemory;
 use crate::report::{Counts, Decision};
 use crate::reuse::{Reuse, Stated, between};
 use crate::rounds::Rounds;
@@ -448,11 +448,8 @@ impl<M: GuestMemory> Sending<M> {
         let count = usize::try_from(range.count).unwrap_or(0);
         let mut buffer = self.lanes.buffer(count.saturating_mul(PAGE_BYTES));
         self.digests.clear();
-        let pieces = buffer.chunks_mut(PIECE_PAGES.saturating_mul(PAGE_BYTES));
-        for (first, piece) in (range.first.0..).step_by(PIECE_PAGES).zip(pieces) {
-            self.copy_out(range.region, first, piece)?;
-            self.hasher.digest_nonzero(piece.as_chunks().0, &mut self.digests);
-        }
+        self.copy_out(range.region, range.first.0, &mut buffer)?;
+        self.hasher.digest_nonzero(buffer.as_chunks().0, &mut self.digests);
         Ok(buffer)
     }
 

@@ -16,9 +16,6 @@ use pagewire_protocol::digest::Digest;
 use pagewire_protocol::page::{Layout, RegionId};
 use std::io;
 
-/// Pages that are read and digested at once: 256 KiB and what they are copied from fit the second-level cache.
-pub(crate) const PIECE_PAGES: usize = 64;
-
 /// What is known of writes to memory while it is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tracking {
