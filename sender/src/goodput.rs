@@ -64,7 +64,9 @@ pub(crate) struct Goodput {
     /// Nanoseconds a byte of a page that something else than the link was seen to take, whatever was compressed.
     floor: Option<f64>,
     forgot: Time,
-    /// Samples in a row in which compression was in vain; from [`VAIN_SAMPLES`] on raw pages have to be measured.
+    /// The same, of the last samples in which compression was in vain.
+    slow: Option<f64>,
+    /// Samples in a row in which it was in vain; from [`VAIN_SAMPLES`] on raw pages have to be measured.
     vain: u32,
 }
 
@@ -155,8 +157,15 @@ impl Goodput {
             self.vain = 0;
             return known + FRESH * (rate - known);
         }
-        self.floor = blend(self.floor, page);
-        self.vain = if page > IN_VAIN / known { self.vain.saturating_add(1) } else { 0 };
+        if page <= IN_VAIN / known {
+            self.vain = 0;
+            return known;
+        }
+        self.slow = average(self.slow.filter(|_| self.vain > 0), page, FRESH);
+        self.vain = self.vain.saturating_add(1);
+        if self.is_in_vain() {
+            self.floor = self.slow;
+        }
         known
     }
 
@@ -251,7 +260,7 @@ mod tests {
         assert!((session.nanos() - 8.4).abs() < 0.1);
         // A receiver that is slow, but not so slow that raw pages would do.
         session.samples(10, 5.0, 0.3);
-        assert!(!session.goodput.is_in_vain() && session.goodput.floor() > 4.0);
+        assert!(!session.goodput.is_in_vain() && session.goodput.floor() == 0.0);
         // Half as fast as before, by what goes raw.
         session.samples(10, 16.8, 1.0);
         assert!(session.nanos() > 14.0);
