@@ -33,8 +33,8 @@ const BESIDES: f64 = 1.5;
 /// Compression is in vain where a page takes at least this share of what it took raw. To find that out costs bytes: a
 /// slow link, of which compression takes away most, is not asked again.
 const IN_VAIN: f64 = 0.7;
-/// So many samples in a row show it: one may have met a receiver that was busy for a moment.
-const VAIN_SAMPLES: u32 = 3;
+/// So many samples in a row show it: some may have met a receiver that was busy for a moment, and to ask costs bytes.
+const VAIN_SAMPLES: u32 = 8;
 /// What else is the brake is forgotten little by little, once in [`RAISE_SPAN`]: it may have gone.
 const FORGET: f64 = 0.9;
 
