@@ -217,6 +217,8 @@ pub(crate) fn run<M: GuestMemory>(
     };
     let (session, stop) = (config.session, options.stop());
     let to = if let Route::Connect(to) = &route { Some(to.clone()) } else { None };
+    let shares_host = to.as_ref().is_none_or(|to| to.is_local().unwrap_or(false));
+    let config = SenderConfig { shares_host, ..config };
     let live = guest.as_ref().map(|(live, _)| *live);
     let giving = match guest.map(|(live, hooks)| give(name, &lineage, session, live, hooks)).transpose() {
         Ok(giving) => giving,

@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
+mod bring;
 #[cfg(feature = "driver")]
 pub mod driver;
 mod engine;

@@ -3,15 +3,16 @@
 //! Nothing of a frame is applied before the part of the base that it speaks of has been read, and nothing is complete
 //! before every page is present under the sender's root.
 
+use crate::bring::Wish;
 use crate::engine::{Agreed, FinishJob, Terms};
 use crate::error::ErrorKind;
 use crate::fill::{Incomplete, Touches};
 use crate::memory::GuestSink;
-use crate::page_map::PageMap;
+use crate::page_map::{Found, PageMap};
 use crate::report::{Counts, FillCounts};
 use crate::resolve::{Base, Others, Resolved, Resolver, Target, runs};
 use crate::scan::Scan;
-use crate::waiting::{Turn, Waiting};
+use crate::waiting::{Source, Turn, Waiting};
 use crate::wants::Wants;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
@@ -23,7 +24,7 @@ use pagewire_protocol::frame::{
     Accept, Ack, Blob, EntryKind, Frame, FrameKind, Have, LaneId, LiveOpen, Open, Pages, Root, RoundEnd,
 };
 use pagewire_protocol::handover::{Handover, HostId};
-use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX, PAGE_BYTES};
+use pagewire_protocol::limits::{ACK_BYTES, ACK_DELAY_MAX, HANDSHAKE_SPAN_MAX, PAGE_BYTES, SUBTREE_PAGES};
 use pagewire_protocol::page::{GROUP_PAGES, Layout, PageNumber, PageRange, Place, RegionId, common_pages};
 use pagewire_protocol::session::Outgoing;
 use pagewire_protocol::time::{Span, Time};
@@ -34,8 +35,8 @@ use std::io;
 const NODES_A_STEP: u64 = 256;
 /// PAGES frames of a lane that are acknowledged without waiting for more.
 const ACK_AT_ONCE: u64 = 8;
-/// Pages that have waited and get their turn in one step.
-const TURNS_A_STEP: usize = 64;
+/// Pages that have waited and get their turn in one step: as much as a step of the scan reads.
+const TURN_PAGES: usize = SUBTREE_PAGES;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Lane {
@@ -303,19 +304,17 @@ impl<S: GuestSink> Receiving<S> {
         if self.waiting.is_empty() || !self.scan.is_finished() || self.keeps_base() {
             return Ok(false);
         }
-        for _ in 0..TURNS_A_STEP {
-            let (map, stays) = (&mut self.map, self.base.stays);
-            let turn = self.waiting.next(|digest| if stays { None } else { map.place_of(digest) });
-            let (Some(turn), Some(sink)) = (turn, self.sink.as_mut()) else { break };
-            match turn {
-                Turn::Keep(place) => {
-                    let (region, page) = self.open.layout.locate(place);
-                    let mut bytes = Box::new([0; PAGE_BYTES]);
-                    sink.read(region, page.0, bytes.as_mut_slice()).map_err(unreadable)?;
-                    self.waiting.keep(self.map.digest(region, page.0).unwrap_or_default(), bytes);
-                }
-                Turn::Put(place, digest) => self.give_turn(place, &digest, counts)?,
-            }
+        let (map, stays) = (&mut self.map, self.base.stays);
+        let turn = self.waiting.next(TURN_PAGES, |digest| match map.find(digest) {
+            _ if *digest == self.hasher.zero() => Source::Safe,
+            None => Source::Nowhere,
+            Some(Found::Image(region, page)) if !stays => Source::At(map.layout().place(region, page)),
+            Some(_) => Source::Safe,
+        });
+        match turn {
+            Some(Turn::Keep(place)) => self.keep(place)?,
+            Some(Turn::Put(pages)) => self.put(&pages, counts)?,
+            None => {}
         }
         self.check_wants()?;
         if self.waiting.is_empty() {
@@ -326,14 +325,27 @@ impl<S: GuestSink> Receiving<S> {
         Ok(true)
     }
 
-    /// Puts a page that waited, or wants it.
-    fn give_turn(&mut self, place: Place, digest: &Digest, counts: &mut Counts) -> Result<(), ErrorKind> {
+    /// Keeps what is at a place before it is overwritten.
+    fn keep(&mut self, place: Place) -> Result<(), ErrorKind> {
+        let Some(sink) = self.sink.as_mut() else { return Ok(()) };
         let (region, page) = self.open.layout.locate(place);
+        let mut bytes = Box::new([0; PAGE_BYTES]);
+        sink.read(region, page.0, bytes.as_mut_slice()).map_err(unreadable)?;
+        self.waiting.keep(self.map.digest(region, page.0).unwrap_or_default(), bytes);
+        Ok(())
+    }
+
+    /// Puts pages that waited, or wants them.
+    fn put(&mut self, pages: &[(Place, Digest)], counts: &mut Counts) -> Result<(), ErrorKind> {
+        let wish = |(place, digest): &(Place, Digest)| {
+            let (region, page) = self.open.layout.locate(*place);
+            Wish { region, page: page.0, digest: *digest, proof: None }
+        };
+        let (mut wishes, mut missing): (Vec<Wish>, _) = (pages.iter().map(wish).collect(), Vec::new());
         let Some((resolver, mut to)) = self.target(counts) else { return Ok(()) };
-        if !resolver.bring(region, page.0, (digest, None), &mut to)? {
-            self.wants.ask(&self.open.layout, region, page.0, 1);
-        }
-        self.waiting.done(place);
+        resolver.bring(&mut wishes, &mut missing, &mut to)?;
+        missing.iter().for_each(|wish| self.wants.ask(&self.open.layout, wish.region, wish.page, 1));
+        pages.iter().for_each(|(place, _)| self.waiting.done(*place));
         Ok(())
     }
 

@@ -4,16 +4,17 @@
 //! then proves beliefs and bytes at once, and only after that anything is written. A reference is hashed again when its
 //! bytes are copied: a digest in the map says what was there, not what a disk returns.
 
+use crate::bring::{Bringer, Wish, clear};
 use crate::error::ErrorKind;
 use crate::memory::{GuestSink, OtherPages};
-use crate::page_map::{Found, PageMap};
+use crate::page_map::PageMap;
 use crate::report::Counts;
 use crate::scan::Scan;
 use crate::waiting::Waiting;
 use pagewire_protocol::batch::batch_digest;
-use pagewire_protocol::challenge::{Challenge, PageProof};
+use pagewire_protocol::challenge::Challenge;
 use pagewire_protocol::compress::{Decompressor, decompress_delta};
-use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, is_zero, page_digest};
+use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, is_zero};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::ABSENT_DIGEST;
 use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages, SKIPPED_DIGEST};
@@ -57,6 +58,7 @@ pub(crate) struct Resolver {
     /// Pages of the base that a frame builds on: the prefix of its delta, then those that have moved.
     old: PageBuffer,
     digests: Vec<Digest>,
+    bringer: Bringer,
 }
 
 /// Everything a frame is resolved against.
@@ -80,9 +82,6 @@ pub(crate) struct Others {
     pub(crate) challenge: Challenge,
 }
 
-/// A digest that is referred to, and the proof that the sender has its page.
-type Reference<'a> = (&'a Digest, Option<PageProof>);
-
 /// What kind of base the session has.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Base {
@@ -94,14 +93,14 @@ pub(crate) struct Base {
     pub(crate) stays: bool,
 }
 
-fn failed(what: &'static str) -> impl Fn(std::io::Error) -> ErrorKind {
+pub(crate) fn failed(what: &'static str) -> impl Fn(std::io::Error) -> ErrorKind {
     move |source| ErrorKind::Destination { what, source }
 }
 
 impl Resolver {
     pub(crate) fn new() -> std::io::Result<Self> {
         let (payload, old) = Default::default();
-        Ok(Self { decompressor: Decompressor::new()?, payload, old, digests: Vec::new() })
+        Ok(Self { decompressor: Decompressor::new()?, payload, old, digests: Vec::new(), bringer: Bringer::default() })
     }
 
     /// Applies a frame whose range lies in the image.
@@ -207,7 +206,7 @@ impl Resolver {
 
     /// Writes a proven frame: bytes that came along first, because its references may rest on them.
     fn place<S: GuestSink>(
-        &self,
+        &mut self,
         range: PageRange,
         pages: &Pages<'_>,
         bytes: Bytes<'_>,
@@ -254,7 +253,7 @@ impl Resolver {
     /// Brings referenced pages to their places, now or later; those that have to be wanted become `missing`.
     // SPEC 6.26
     fn place_references<S: GuestSink>(
-        &self,
+        &mut self,
         range: PageRange,
         pages: &Pages<'_>,
         missing: &mut Vec<u64>,
@@ -275,38 +274,39 @@ impl Resolver {
         }
         let limit = Waiting::limit(strangers.len(), references);
         let misses_wait = !to.base.agreed && !to.scan.is_finished();
+        let (mut wishes, mut lacking) = (Vec::with_capacity(strangers.len()), Vec::new());
         for (page, proof) in strangers {
-            let (digest, place) = (self.digest_of(range.first.0, page), to.map.layout().place(region, page));
+            let digest = self.digest_of(range.first.0, page);
             // A proof does not wait: what may be another guest's is brought at once.
             let overwrites = to.keeps_base && page < to.scan.held(region);
             let here = overwrites && (proof.is_none() || to.map.place_of(&digest).is_some());
-            let waits = here && to.waiting.push(place, digest, limit);
-            if !waits && self.bring(region, page, (&digest, proof), to)? {
-                continue;
+            let place = to.map.layout().place(region, page);
+            if here && to.waiting.push(place, digest, limit) {
+                // A later round may state a page again that was present.
+                to.map.mark_absent(region, page);
+            } else {
+                wishes.push(Wish { region, page, digest, proof });
             }
-            // A later round may state a page again that was present.
+        }
+        self.bringer.bring(&mut wishes, &mut lacking, to)?;
+        for Wish { page, digest, .. } in lacking {
             to.map.mark_absent(region, page);
-            if !(waits || misses_wait && to.waiting.push(place, digest, limit)) {
+            let place = to.map.layout().place(region, page);
+            if !(misses_wait && to.waiting.push(place, digest, limit)) {
                 missing.push(page);
             }
         }
         Ok(())
     }
 
-    /// Brings a page to its place from wherever its content is here, and counts it; false if it is nowhere.
+    /// Brings pages to their places from wherever their contents are here, and counts them; the others become `missing`.
     pub(crate) fn bring<S: GuestSink>(
-        &self,
-        region: RegionId,
-        page: u64,
-        (digest, proof): Reference<'_>,
+        &mut self,
+        wishes: &mut [Wish],
+        missing: &mut Vec<Wish>,
         to: &mut Target<'_, S>,
-    ) -> Result<bool, ErrorKind> {
-        let here = self.fetch(region, page, (digest, proof), to)?;
-        if here {
-            let kind = if *digest == to.hasher.zero() { EntryKind::ZERO } else { EntryKind::REFERENCE };
-            count_present(kind, false, region, page..page.saturating_add(1), to);
-        }
-        Ok(here)
+    ) -> Result<(), ErrorKind> {
+        self.bringer.bring(wishes, missing, to)
     }
 
     fn digest_of(&self, start: u64, page: u64) -> Digest {
@@ -331,110 +331,14 @@ impl Resolver {
             let place = to.map.layout().place(region, page);
             if to.map.digest(region, page) != Some(zero) && to.waiting.push(place, zero, Waiting::limit(0, 1)) {
                 to.map.mark_absent(region, page);
-                self.clear(region, next..page, to)?;
+                clear(region, next..page, to)?;
                 count_present(EntryKind::ZERO, false, region, next..page, to);
                 next = page.saturating_add(1);
             }
         }
-        self.clear(region, next..run.end, to)?;
+        clear(region, next..run.end, to)?;
         count_present(EntryKind::ZERO, false, region, next..run.end, to);
         Ok(())
-    }
-
-    /// Makes those pages of a run zero that are not known to be.
-    fn clear<S: GuestSink>(&self, region: RegionId, run: Range<u64>, to: &mut Target<'_, S>) -> Result<(), ErrorKind> {
-        let zero = to.hasher.zero();
-        let mut next = run.start;
-        while next < run.end {
-            let dirty = |page: &u64| to.map.digest(region, *page) != Some(zero);
-            let Some(first) = (next..run.end).find(dirty) else { return Ok(()) };
-            let end = (first..run.end).find(|page| !dirty(page)).unwrap_or(run.end);
-            to.sink.zero(region, first, end.saturating_sub(first)).map_err(failed("cannot be cleared"))?;
-            (first..end).for_each(|page| to.map.set(region, page, zero));
-            next = end;
-        }
-        Ok(())
-    }
-
-    /// Brings a referenced page to its place; false if nothing here has its digest.
-    fn fetch<S: GuestSink>(
-        &self,
-        region: RegionId,
-        page: u64,
-        (digest, proof): Reference<'_>,
-        to: &mut Target<'_, S>,
-    ) -> Result<bool, ErrorKind> {
-        if to.map.digest(region, page) == Some(*digest) {
-            return Ok(true);
-        }
-        if *digest == to.hasher.zero() {
-            return self.clear(region, page..page.saturating_add(1), to).map(|()| true);
-        }
-        let kept = to.waiting.kept(digest).copied();
-        if let Some(bytes) = kept.filter(|bytes| page_digest(to.hasher.domain(), bytes) == *digest) {
-            return self.put(region, page, &bytes, digest, to);
-        }
-        let Some(found) = to.map.find(digest) else {
-            return self.fetch_other(region, page, (digest, proof), to);
-        };
-        let mut bytes: PageBytes = [0; PAGE_BYTES];
-        let read = match found {
-            Found::Image(from, number) => to.sink.read(from, number, &mut bytes),
-            Found::Base(from, number) => to.sink.read_old(from, number, &mut bytes),
-        };
-        read.map_err(failed("cannot be read"))?;
-        // SPEC 6.9
-        if page_digest(to.hasher.domain(), &bytes) != *digest {
-            let Found::Image(from, number) = found else { return Ok(false) };
-            // Not what was read or written there: a miss, never a wrong page. One that was counted on is lost for good.
-            if to.map.is_present(from, number) {
-                let error =
-                    std::io::Error::other(format!("page {number} of region {} is not what was put there", from.0));
-                return Err(failed("returned other bytes than were put there")(error));
-            }
-            to.map.forget(from, number);
-            return Ok(false);
-        }
-        self.put(region, page, &bytes, digest, to)
-    }
-
-    /// Brings a page of another guest to its place, if one has the digest and the sender has proved that it has the page.
-    // SPEC 6.28
-    fn fetch_other<S: GuestSink>(
-        &self,
-        region: RegionId,
-        page: u64,
-        (digest, proof): Reference<'_>,
-        to: &mut Target<'_, S>,
-    ) -> Result<bool, ErrorKind> {
-        let (Some(others), Some(proof)) = (to.others.as_mut(), proof) else { return Ok(false) };
-        let mut bytes: PageBytes = [0; PAGE_BYTES];
-        if !others.pages.fetch(digest, &mut bytes) || page_digest(to.hasher.domain(), &bytes) != *digest {
-            return Ok(false);
-        }
-        if !others.challenge.holds(&bytes, &proof) {
-            return Err(Violation::Proof { region: region.0, page }.into());
-        }
-        to.counts.others = to.counts.others.saturating_add(1);
-        self.put(region, page, &bytes, digest, to)
-    }
-
-    /// Installs verified bytes; false if they do not fit the short last page of a region.
-    fn put<S: GuestSink>(
-        &self,
-        region: RegionId,
-        page: u64,
-        bytes: &PageBytes,
-        digest: &Digest,
-        to: &mut Target<'_, S>,
-    ) -> Result<bool, ErrorKind> {
-        let used = used_bytes(to.map.layout(), region, page);
-        if !bytes.get(used..).is_none_or(is_zero) {
-            return Ok(false);
-        }
-        to.sink.install(region, page, bytes).map_err(failed("cannot be written"))?;
-        to.map.set(region, page, *digest);
-        Ok(true)
     }
 }
 
@@ -500,7 +404,13 @@ fn read_shifted<'b, S: GuestSink>(
 }
 
 /// Pages are present; each is counted the way in which it came first.
-fn count_present<S>(kind: EntryKind, delta: bool, region: RegionId, pages: Range<u64>, to: &mut Target<'_, S>) {
+pub(crate) fn count_present<S>(
+    kind: EntryKind,
+    delta: bool,
+    region: RegionId,
+    pages: Range<u64>,
+    to: &mut Target<'_, S>,
+) {
     let news = to.map.mark_present(region, pages);
     let count = match kind {
         EntryKind::ZERO => &mut to.counts.zero,
@@ -534,7 +444,7 @@ pub(crate) fn runs(pages: &Pages<'_>) -> impl Iterator<Item = (EntryKind, Range<
 }
 
 /// Bytes of a page that lie in its region: fewer than a page only for the last.
-fn used_bytes(layout: &Layout, region: RegionId, page: u64) -> usize {
+pub(crate) fn used_bytes(layout: &Layout, region: RegionId, page: u64) -> usize {
     let bytes = layout.region(region).map_or(0, |region| region.bytes_of(page, 1));
     usize::try_from(bytes).unwrap_or(PAGE_BYTES)
 }

@@ -61,6 +61,8 @@ pub struct SenderConfig {
     pub compress: bool,
     /// Threads that may compress at once.
     pub workers: usize,
+    /// The receiver is on this host: compressing takes the processors that it needs.
+    pub shares_host: bool,
     /// Bytes a second at most.
     pub bandwidth_limit: Option<u64>,
     /// Pages read and sent at once where nothing else decides: 16 to 512, a power of two.
@@ -87,6 +89,7 @@ impl SenderConfig {
             dedup: true,
             compress: true,
             workers: 1,
+            shares_host: false,
             bandwidth_limit: None,
             batch_pages: BATCH_PAGES,
             live: None,

@@ -3,13 +3,15 @@
 //! A lane sends its frames in the order they were planned, so a batch that compresses holds back those behind it, and a
 //! page's number fixes its lane. All batches of a session together are few: they are its memory.
 
+use crate::goodput::Goodput;
 use crate::pace::Pace;
-use crate::switch::{Goodput, Way};
+use crate::switch::Way;
 use pagewire_protocol::challenge::PageProof;
 use pagewire_protocol::compress::{Compressor, compress_delta};
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::Violation;
 use pagewire_protocol::frame::{Ack, Codec, EntryKind, Frame, FrameKind, HEADER_BYTES, LaneId, PagesHead, Run, seal};
+use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::RegionId;
 use pagewire_protocol::page_buffer::PageBuffer;
 use pagewire_protocol::session::{Job, Outgoing, Payload};
@@ -121,6 +123,8 @@ fn gather(payload: &mut Payload) -> usize {
 struct Planned {
     outgoing: Outgoing,
     is_pages: bool,
+    /// Bytes of the pages whose bytes it carries.
+    pages: u64,
     region: u16,
     announced: u32,
 }
@@ -131,10 +135,12 @@ impl Planned {
         if head.codec != Codec::DELTA && runs.iter().all(|run| run.kind != EntryKind::SHIFTED) {
             head.shift = 0;
         }
+        let inline = runs.iter().filter(|run| run.kind == EntryKind::INLINE).map(|run| u64::from(run.count));
+        let pages = inline.sum::<u64>().saturating_mul(PAGE_BYTES as u64);
         let mut bytes = vec![0; HEADER_BYTES];
         head.encode(&runs, &references, &proofs, &mut bytes);
         seal(FrameKind::PAGES, lane, 0, payload.len(), &mut bytes);
-        Self { outgoing: Outgoing { head: bytes, payload }, is_pages: true, region: head.region, announced }
+        Self { outgoing: Outgoing { head: bytes, payload }, is_pages: true, pages, region: head.region, announced }
     }
 }
 
@@ -143,6 +149,8 @@ impl Planned {
 pub(crate) struct InFlight {
     bytes: u64,
     payload: u64,
+    /// Bytes of the pages whose bytes it carries.
+    pages: u64,
     /// The region of its pages.
     pub(crate) region: u16,
     /// How many of them were announced.
@@ -283,7 +291,7 @@ impl Lanes {
     pub(crate) fn plan_frame(&mut self, lane: LaneId, frame: &Frame<'_>) {
         let outgoing = Outgoing::frame(frame, lane);
         if let Some(state) = self.lane_mut(lane) {
-            state.slots.push_back(Some(Planned { outgoing, is_pages: false, region: 0, announced: 0 }));
+            state.slots.push_back(Some(Planned { outgoing, is_pages: false, pages: 0, region: 0, announced: 0 }));
         }
     }
 
@@ -314,10 +322,10 @@ impl Lanes {
         if !fits || !open {
             return None;
         }
-        let Planned { outgoing, is_pages, region, announced } = state.slots.pop_front().flatten()?;
+        let Planned { outgoing, is_pages, pages, region, announced } = state.slots.pop_front().flatten()?;
         if is_pages {
             let payload = outgoing.payload.len() as u64;
-            state.in_flight.push_back(InFlight { bytes, payload, region, announced, since: now });
+            state.in_flight.push_back(InFlight { bytes, payload, pages, region, announced, since: now });
             state.in_flight_bytes = state.in_flight_bytes.saturating_add(bytes);
         }
         if let Some(pace) = &mut self.pace {
@@ -353,11 +361,12 @@ impl Lanes {
         state.in_flight_bytes = state.in_flight_bytes.saturating_sub(bytes);
         self.delivered = self.delivered.saturating_add(bytes);
         let payload = applied.iter().fold(0u64, |sum, frame| sum.saturating_add(frame.payload));
+        let pages = applied.iter().fold(0u64, |sum, frame| sum.saturating_add(frame.pages));
         let more = self.lanes.iter().map(|lane| lane.in_flight_bytes).sum();
         if let Some(first) = applied.first() {
             self.goodput.glimpse(payload, now.since(first.since));
         }
-        self.goodput.delivered(payload, more, now);
+        self.goodput.delivered((payload, pages), more, now);
         Ok(applied)
     }
 

@@ -16,6 +16,7 @@ pub mod driver;
 mod engine;
 mod error;
 pub mod fill;
+mod goodput;
 mod history;
 mod holdings;
 mod lanes;

@@ -141,7 +141,7 @@ impl<M: GuestMemory> Sending<M> {
             challenge: accept.challenge.map(|random| Challenge::new(&random, &config.session, &config.domain_key)),
             sent: SentPages::new(&layout, config.dedup.then_some(config.seed), !is_agreed),
             lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers),
-            compress: CompressSwitch::new(config.compress && zstd, config.workers),
+            compress: CompressSwitch::new(config.compress && zstd, config.workers).beside_receiver(config.shares_host),
             announce: layout.regions().iter().map(|_| AnnounceSwitch::default()).collect(),
             wants: PageBitmap::new(layout.pages()),
             wanted: PageBitmap::new(layout.pages()),

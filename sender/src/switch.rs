@@ -4,6 +4,7 @@
 //! goodput of the link, speed and ratio of each compression level, share of announcements that hit. Nothing here knows
 //! memory, lanes or frames; every decision is a pure function of figures that the report shows.
 
+use crate::goodput::{GLIMPSE_BYTES, Goodput, average, blend};
 use crate::report::Decision;
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::time::{Span, Time};
@@ -31,8 +32,6 @@ impl std::fmt::Display for Way {
 const WAYS: [Way; 3] = [Way::Level(-1), Way::Level(1), Way::Delta];
 /// The last of them, alone measured where it is possible.
 const DELTA: usize = 2;
-/// Raw bytes that show what an unknown link can do: more than what a shaper lets through in one burst.
-const GLIMPSE_BYTES: usize = 192 * 1024;
 /// A link is looked at again after so many batches that were deltas.
 const GLIMPSE_EVERY: u64 = 256;
 /// Compression must promise at least this share less time than raw before it is switched on.
@@ -43,136 +42,16 @@ const PROBES_FIRST_MAX: u64 = 64;
 const LEVEL_SAMPLE_BYTES: usize = 256 * 1024;
 /// Every so many batches a way that is not in use is measured again.
 const PROBE_EVERY: u64 = 64;
-/// A goodput sample lasts at least this long.
-const SAMPLE_SPAN: Span = Span::from_millis(4);
-/// And brings at least so many bytes of pages, if it does not last long.
-const SAMPLE_BYTES: u64 = 256 * 1024;
-/// However few bytes come, a sample ends after this.
-const SAMPLE_SPAN_MAX: Span = Span::from_millis(500);
-/// The link is what limits a session that waits for it for this share of the time.
-const LIMITED_SHARE: f64 = 0.7;
-/// Enough for a first idea of it.
-const LIMITED_SHARE_FIRST: f64 = 0.3;
-/// While the link is not the brake it is thought a little faster, once in so long: it may have become so.
-const RAISE_SPAN: Span = Span::from_millis(250);
-/// By how much.
-const RAISE: f64 = 1.1;
-/// Weight of a new sample in an average.
-const FRESH: f64 = 0.3;
-/// Of what a prediction rests on: a tenth of a second at 1 Gbit/s evens out acknowledgements that come late, together.
-const FRESH_SHOWN: f64 = 0.1;
 /// Weight of a new compression ratio: contents differ from batch to batch, and levels are compared over many.
 const FRESH_RATIO: f64 = 0.08;
+/// What decompressing takes of the time that compressing took (measured, 0.3 to 0.5 at the levels in use).
+const UNPACK: f64 = 0.4;
 /// A level in use is left only for one that takes at most this share of its time.
 const BETTER: f64 = 0.85;
 /// What a page costs that was announced in vain: it is read and digested again (measured, 0.6–1 µs).
 const REREAD_NANOS: f64 = 1_000.0;
 /// Announcements that make a sample.
 const ANNOUNCED_MIN: u64 = 256;
-
-fn blend(old: Option<f64>, sample: f64) -> Option<f64> {
-    average(old, sample, FRESH)
-}
-
-fn average(old: Option<f64>, sample: f64, weight: f64) -> Option<f64> {
-    Some(old.map_or(sample, |old| old + weight * (sample - old)))
-}
-
-/// Goodput of the link as far as the link is what limits it, in bytes a nanosecond.
-#[derive(Debug, Default)]
-pub(crate) struct Goodput {
-    rate: Option<f64>,
-    /// The same, never raised in the hope that the link can do more.
-    shown: Option<f64>,
-    since: Option<Time>,
-    bytes: u64,
-    blocked: Span,
-    blocked_since: Option<Time>,
-    raised: Time,
-    /// Of frames from going out to being acknowledged: the least that the link can do.
-    glimpse: Option<f64>,
-}
-
-impl Goodput {
-    /// Frames are ready and the link does not take them.
-    pub(crate) fn block(&mut self, now: Time) {
-        self.blocked_since.get_or_insert(now);
-    }
-
-    /// The link took a frame.
-    pub(crate) fn unblock(&mut self, now: Time) {
-        if let Some(since) = self.blocked_since.take() {
-            self.blocked = self.blocked + now.since(since);
-        }
-    }
-
-    /// Frames with `bytes` of payload were acknowledged `span` after the first of them went out.
-    pub(crate) fn glimpse(&mut self, bytes: u64, span: Span) {
-        if bytes >= GLIMPSE_BYTES as u64 && span > Span::ZERO {
-            let rate = bytes as f64 / span.as_nanos() as f64;
-            self.glimpse = Some(self.glimpse.map_or(rate, |known| known.max(rate)));
-        }
-    }
-
-    /// The receiver has applied frames with `bytes` of payload; `more` bytes are under way.
-    pub(crate) fn delivered(&mut self, bytes: u64, more: u64, now: Time) {
-        let Some(since) = self.since else {
-            self.since = Some(now);
-            return;
-        };
-        if bytes == 0 && self.bytes == 0 {
-            // Statements without page bytes are limited by whoever reads and digests, not by the link.
-            (self.since, self.blocked) = (Some(now), Span::ZERO);
-            self.blocked_since = self.blocked_since.map(|_| now);
-            return;
-        }
-        self.bytes = self.bytes.saturating_add(bytes);
-        let span = now.since(since);
-        if span >= SAMPLE_SPAN && (self.bytes >= SAMPLE_BYTES || span >= SAMPLE_SPAN_MAX) {
-            let rate = self.bytes as f64 / span.as_nanos() as f64;
-            let blocked = self.blocked + self.blocked_since.map_or(Span::ZERO, |since| now.since(since));
-            let share = blocked.as_nanos() as f64 / span.as_nanos() as f64;
-            self.rate = if share > if self.rate.is_some() { LIMITED_SHARE } else { LIMITED_SHARE_FIRST } {
-                self.raised = now;
-                self.shown = average(self.shown, rate, FRESH_SHOWN);
-                blend(self.rate, rate)
-            } else {
-                // Acknowledgements that come late come together: one sample above what is known is no new truth.
-                self.shown = if self.shown.is_some_and(|known| rate > known) {
-                    average(self.shown, rate, FRESH_SHOWN)
-                } else {
-                    self.shown
-                };
-                // Something else is the brake: the link can do at least this, and perhaps more than was thought.
-                let patient = now.since(self.raised) >= RAISE_SPAN;
-                self.raised = if patient { now } else { self.raised };
-                self.rate.map(|known| if patient { (known * RAISE).max(rate) } else { known.max(rate) })
-            };
-            (self.since, self.bytes, self.blocked) = (Some(now), 0, Span::ZERO);
-            self.blocked_since = self.blocked_since.map(|_| now);
-        }
-        if more == 0 {
-            // Idle time is nobody's rate.
-            (self.since, self.bytes, self.blocked, self.blocked_since) = (None, 0, Span::ZERO, None);
-        }
-    }
-
-    /// Bytes a second that the link was seen to carry, if it has ever been the brake. What a guest's downtime is
-    /// predicted by hopes for nothing.
-    pub(crate) fn shown(&self) -> Option<f64> {
-        self.shown.map(|rate| rate * 1e9)
-    }
-
-    /// Nanoseconds a byte, if anything at all is known of the link.
-    fn nanos_at_most(&self) -> Option<f64> {
-        self.nanos_a_byte().or(self.glimpse.filter(|&rate| rate > 0.0).map(f64::recip))
-    }
-
-    /// Nanoseconds a byte, if the link has ever been the brake.
-    fn nanos_a_byte(&self) -> Option<f64> {
-        self.rate.filter(|&rate| rate > 0.0).map(f64::recip)
-    }
-}
 
 #[derive(Debug, Default, Clone, Copy)]
 struct Measured {
@@ -189,6 +68,8 @@ struct Measured {
 pub(crate) struct CompressSwitch {
     allowed: bool,
     workers: f64,
+    /// The receiver has no processors of its own.
+    shares_host: bool,
     levels: [Measured; WAYS.len()],
     /// The level in use for batches that cannot be deltas.
     whole: Option<usize>,
@@ -207,6 +88,7 @@ impl CompressSwitch {
         Self {
             allowed,
             workers: f64::from(workers),
+            shares_host: false,
             levels: Default::default(),
             whole: None,
             deltas: None,
@@ -215,12 +97,27 @@ impl CompressSwitch {
         }
     }
 
+    /// The same, where the receiver may run on the same processors.
+    #[must_use]
+    pub(crate) fn beside_receiver(mut self, shares_host: bool) -> Self {
+        self.shares_host = shares_host;
+        self
+    }
+
     /// Nanoseconds that a byte of a page costs at a level: compression and link work side by side.
-    fn cost(&self, level: usize, link: f64) -> Option<f64> {
+    fn cost(&self, level: usize, goodput: &Goodput, link: f64) -> Option<f64> {
         let measured = self.levels.get(level)?;
+        let (nanos, rest) = (measured.nanos_a_byte?, measured.ratio? * link);
         // How many may help with deltas is not known before they are the rule: one is counted on.
-        let workers = if level == DELTA { 1.0 } else { self.workers };
-        Some((measured.nanos_a_byte? / workers).max(measured.ratio? * link))
+        if level == DELTA {
+            return Some(nanos.max(rest));
+        }
+        if self.shares_host {
+            // What compresses here is taken from whoever decompresses there and whatever carries bytes between them.
+            let workers = (self.workers / 2.0).max(1.0);
+            return Some((nanos * (1.0 + UNPACK) / workers + rest).max(goodput.floor()));
+        }
+        Some((nanos / self.workers).max(rest).max(goodput.floor()))
     }
 
     /// The way for the next batch, `None` for raw; `delta` is how many of its bytes could be deltas, if any could: then,
@@ -247,6 +144,10 @@ impl CompressSwitch {
             return None;
         }
         let link = match delta {
+            None if goodput.is_in_vain() => {
+                self.decide(false, None, goodput.nanos_a_byte()?, (now, decisions));
+                return None;
+            }
             None => goodput.nanos_a_byte()?,
             Some(_) => match goodput.nanos_at_most() {
                 Some(link) => link,
@@ -254,10 +155,10 @@ impl CompressSwitch {
                 None => return Some(Way::Delta),
             },
         };
-        let candidates = ways.filter_map(|level| self.cost(level, link).map(|cost| (level, cost)));
+        let candidates = ways.filter_map(|level| self.cost(level, goodput, link).map(|cost| (level, cost)));
         let best = candidates.min_by(|a, b| a.1.total_cmp(&b.1)).filter(|&(_, cost)| cost < link * (1.0 - GAIN_MIN));
         let current = if delta.is_some() { self.deltas } else { self.whole };
-        let current = current.and_then(|level| self.cost(level, link).map(|cost| (level, cost)));
+        let current = current.and_then(|level| self.cost(level, goodput, link).map(|cost| (level, cost)));
         // A way in use is left only for one that is clearly better.
         let stays = current.filter(|&(_, cost)| cost < link && best.is_none_or(|(_, best)| best > cost * BETTER));
         let best = stays.or(best);
@@ -324,8 +225,8 @@ impl CompressSwitch {
     }
 
     /// Nanoseconds that a page with its bytes costs now.
-    fn page_nanos(&self, link: f64) -> f64 {
-        let byte = self.whole.and_then(|level| self.cost(level, link)).unwrap_or(link);
+    fn page_nanos(&self, goodput: &Goodput, link: f64) -> f64 {
+        let byte = self.whole.and_then(|level| self.cost(level, goodput, link)).unwrap_or(link);
         byte * PAGE_BYTES as f64
     }
 }
@@ -377,7 +278,7 @@ impl AnnounceSwitch {
         // Until the link has been the brake nobody knows what a page costs; announcing is the careful way.
         let Some(link) = goodput.nanos_a_byte() else { return };
         let share = self.hits.unwrap_or(hits);
-        let gain = share * compress.page_nanos(link);
+        let gain = share * compress.page_nanos(goodput, link);
         let price = 32.0 * link + (1.0 - share) * REREAD_NANOS;
         let on = gain > price;
         if on != self.on {
@@ -403,7 +304,7 @@ mod tests {
         let mut goodput = Goodput::default();
         goodput.block(at(0));
         for step in 0..50 {
-            goodput.delivered(mb * 10_000, 1, at(step * 10));
+            goodput.delivered((mb * 10_000, mb * 10_000), 1, at(step * 10));
         }
         goodput
     }
@@ -427,6 +328,32 @@ mod tests {
         assert!(decisions.iter().any(|decision| decision.what.contains("zstd level")));
     }
 
+    #[test]
+    fn what_compresses_beside_the_receiver_has_to_pay_for_both() {
+        let (fast, mut decisions) = (link(870), Vec::new());
+        assert!(switch(0.07).choose(None, &fast, at(1), &mut decisions).is_none(), "1.3 ns beside 1.15");
+        let many = |shares_host| CompressSwitch { workers: 2.0, ..switch(0.07) }.beside_receiver(shares_host);
+        assert!(many(false).choose(None, &fast, at(1), &mut decisions).is_some(), "two others do it");
+        assert!(many(true).choose(None, &fast, at(1), &mut decisions).is_none());
+        assert!(many(true).choose(None, &link(120), at(1), &mut decisions).is_some(), "1 Gbit/s");
+    }
+
+    /// A receiver that is slower than the link looks like a slow link, as long as nothing is tried.
+    #[test]
+    fn what_was_compressed_in_vain_goes_raw() {
+        let (mut switch, mut goodput, mut decisions) = (switch(0.25), link(100), Vec::new());
+        assert!(switch.choose(None, &goodput, at(1), &mut decisions).is_some());
+        for step in 0..20 {
+            goodput.delivered((250_000, 1_000_000), 1, at(500 + step * 10));
+        }
+        assert!(switch.choose(None, &goodput, at(700), &mut decisions).is_none());
+        for step in 0..20 {
+            goodput.delivered((1_000_000, 1_000_000), 1, at(700 + step * 10));
+        }
+        assert!(switch.choose(None, &goodput, at(900), &mut decisions).is_none(), "raw is as fast");
+        assert!(decisions.last().is_some_and(|decision| decision.what.starts_with("send raw")));
+    }
+
     /// A guest's downtime is predicted by it: a link that was not the brake for long has not become faster.
     #[test]
     fn what_the_link_has_shown_is_never_raised_by_hope() {
@@ -434,16 +361,16 @@ mod tests {
         let shown = goodput.shown().unwrap();
         goodput.unblock(at(500));
         for step in 0..2000 {
-            goodput.delivered(10_000, 1, at(500 + step * 10));
+            goodput.delivered((10_000, 10_000), 1, at(500 + step * 10));
         }
         assert!(goodput.nanos_a_byte().unwrap() < 1e9 / shown / 1.2, "compression may hope");
         assert_eq!(goodput.shown(), Some(shown));
         for step in 0..100 {
-            goodput.delivered(1_000_000, 1, at(20_500 + step * 10));
+            goodput.delivered((1_000_000, 1_000_000), 1, at(20_500 + step * 10));
         }
         assert!(goodput.shown().unwrap() > 5.0 * shown, "it was seen to carry more, again and again");
         let shown = goodput.shown().unwrap();
-        goodput.delivered(100_000_000, 1, at(21_600));
+        goodput.delivered((100_000_000, 100_000_000), 1, at(21_600));
         assert!(goodput.shown().unwrap() < 5.0 * shown, "once is chance");
     }
 
@@ -480,7 +407,7 @@ mod tests {
         let before = goodput.nanos_a_byte().unwrap();
         goodput.unblock(at(500));
         for step in 51..400 {
-            goodput.delivered(500_000, 1, at(step * 10));
+            goodput.delivered((500_000, 500_000), 1, at(step * 10));
         }
         assert!(goodput.nanos_a_byte().unwrap() < before / 2.0);
     }
@@ -519,7 +446,7 @@ mod tests {
     fn statements_without_page_bytes_say_nothing_of_the_link() {
         let mut goodput = Goodput::default();
         goodput.block(at(0));
-        (0..100).for_each(|step| goodput.delivered(0, 1, at(step * 10)));
+        (0..100).for_each(|step| goodput.delivered((0, 0), 1, at(step * 10)));
         assert!(goodput.nanos_a_byte().is_none());
         let mut announce = AnnounceSwitch::default();
         announce.note(1000, 1000);
