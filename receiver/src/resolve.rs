@@ -522,7 +522,7 @@ fn take<'a>(rest: &mut &'a [PageBytes], count: u64) -> &'a [PageBytes] {
 }
 
 /// The runs of a frame with the pages they cover.
-fn runs(pages: &Pages<'_>, start: u64) -> impl Iterator<Item = (EntryKind, Range<u64>)> {
+pub(crate) fn runs(pages: &Pages<'_>, start: u64) -> impl Iterator<Item = (EntryKind, Range<u64>)> {
     let mut next = start;
     pages.runs().map(move |run| {
         let first = next;
