@@ -318,9 +318,10 @@ impl CompressSwitch {
         (slot.raw, slot.compressed, slot.spent) = (0, 0, Span::ZERO);
     }
 
-    /// Whether batches are being compressed, and so worth making larger.
-    pub(crate) fn is_on(&self) -> bool {
-        self.whole.is_some() || self.deltas.is_some()
+    /// Whether batches are compressed by what is in them, and so worth making larger. What deltas build on is at hand in
+    /// a small batch as well, and fits a core's cache with it.
+    pub(crate) fn wants_large(&self) -> bool {
+        self.whole.is_some()
     }
 
     /// Nanoseconds that a page with its bytes costs now.
