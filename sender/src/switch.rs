@@ -33,8 +33,8 @@ const WAYS: [Way; 3] = [Way::Level(-1), Way::Level(1), Way::Delta];
 const DELTA: usize = 2;
 /// Raw bytes that show what an unknown link can do: more than what a shaper lets through in one burst.
 const GLIMPSE_BYTES: usize = 192 * 1024;
-/// A link is looked at again after so many batches that were deltas.
-const GLIMPSE_EVERY: u64 = 256;
+/// A link is looked at again after so many batches that were deltas: 256 MiB of pages.
+const GLIMPSE_EVERY: u64 = 1024;
 /// Compression must promise at least this share less time than raw before it is switched on.
 const GAIN_MIN: f64 = 0.2;
 /// Batches at the start that are compressed to measure, at most.
