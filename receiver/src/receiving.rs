@@ -30,6 +30,7 @@ use pagewire_protocol::session::Outgoing;
 use pagewire_protocol::time::{Span, Time};
 use pagewire_protocol::tree::live_root;
 use std::io;
+use std::ops::Range;
 
 /// Lowest nodes of trees that one step hashes: half a millisecond.
 const NODES_A_STEP: u64 = 256;
@@ -201,7 +202,7 @@ impl<S: GuestSink> Receiving<S> {
             return Ok(());
         }
         if !only_leaves(pages) {
-            self.read_up_to(range, counts)?;
+            self.read_up_to(range, &replaced(pages), counts)?;
         }
         for range in stated(range, pages) {
             let first = u64::from(self.open.layout.place(range.region, range.first.0).0);
@@ -280,6 +281,7 @@ impl<S: GuestSink> Receiving<S> {
     /// One bounded step of the receiver's own work: the next part of the base is read, and perhaps announced, or pages
     /// that wait get their turn. `None` if there is nothing to do.
     pub(crate) fn step(&mut self, counts: &mut Counts, now: Time) -> Result<Option<Option<Have>>, ErrorKind> {
+        let all_stated = self.has_ended(0);
         let Some(sink) = self.sink.as_mut() else { return Ok(None) };
         let have = if self.scan.is_finished() {
             if self.look_again(counts, now)? {
@@ -291,8 +293,10 @@ impl<S: GuestSink> Receiving<S> {
             } else {
                 return Ok(None);
             }
+        } else if self.scan.waits() && !all_stated {
+            return Ok(None);
         } else {
-            self.scan.step(&mut self.map, sink, &self.hasher, counts).map_err(unreadable)?
+            self.scan.step(None, (&mut self.map, sink), &self.hasher, counts).map_err(unreadable)?
         };
         self.moved = now;
         Ok(Some(have))
@@ -349,11 +353,13 @@ impl<S: GuestSink> Receiving<S> {
         Ok(())
     }
 
-    /// Reads the base as far as a frame speaks of it: with an agreed one the sender need not wait for that.
-    fn read_up_to(&mut self, range: PageRange, counts: &mut Counts) -> Result<(), ErrorKind> {
+    /// Reads the base as far as a frame speaks of it, but for what it replaces: with an agreed one the sender need not
+    /// wait for that.
+    fn read_up_to(&mut self, range: PageRange, replaced: &[Range<u64>], counts: &mut Counts) -> Result<(), ErrorKind> {
         let Some(sink) = self.sink.as_mut() else { return Ok(()) };
+        self.scan.note(range, replaced);
         while !self.scan.is_finished() && !self.scan.has_read(range.region, range.first.0, range.count) {
-            let read = self.scan.step(&mut self.map, sink, &self.hasher, counts);
+            let read = self.scan.step(Some((range, replaced)), (&mut self.map, sink), &self.hasher, counts);
             read.map_err(unreadable)?;
         }
         Ok(())
@@ -511,6 +517,14 @@ fn cut_install_page(layout: &Layout, absent: &PageBitmap) -> Option<u64> {
 /// Whether nothing of a frame has to be there.
 fn only_leaves(pages: &Pages<'_>) -> bool {
     pages.runs().all(|run| matches!(run.kind, EntryKind::ABSENT | EntryKind::SKIPPED))
+}
+
+/// Pages of a frame that are not what the base has at their place, in order.
+fn replaced(pages: &Pages<'_>) -> Vec<Range<u64>> {
+    let replaces = |kind: EntryKind| {
+        [EntryKind::INLINE, EntryKind::SHIFTED, EntryKind::REFERENCE, EntryKind::ZERO].contains(&kind)
+    };
+    runs(pages).filter(|(kind, _)| replaces(*kind)).map(|(_, run)| run).collect()
 }
 
 /// The parts of a frame that it speaks of: all but what it skips.

@@ -21,6 +21,8 @@ const SAMPLE_EVERY: u64 = 256;
 const CHANGED_MIN: u64 = 256;
 /// And the share of the pages that they must be: looking costs an index over all of the base.
 const CHANGED_SHARE: u64 = 32;
+/// Changed pages in a row of which none was where the shift says, after which it is believed no more.
+const STRAY_MAX: u64 = 512;
 /// The share of a batch that has changed where much has.
 const BUSY_SHARE: usize = 8;
 
@@ -35,8 +37,8 @@ pub(crate) struct Reuse {
     /// Changed pages may travel as deltas.
     deltas: bool,
     moved: Option<MovedPages>,
-    /// The shift that fitted last, for each region.
-    shifts: Vec<i64>,
+    /// The shift that fitted last, for each region, and changed pages since.
+    shifts: Vec<(i64, u64)>,
     stated: u64,
     changed: u64,
     /// The last batch had changed pages: the next one is small enough to stay in a core's cache with its old bytes.
@@ -67,7 +69,7 @@ impl Reuse {
             base,
             stays,
             moved: None,
-            shifts: vec![0; layout.regions().len()],
+            shifts: vec![(0, 0); layout.regions().len()],
             stated: 0,
             changed: 0,
             busy: false,
@@ -170,16 +172,21 @@ impl Reuse {
         if self.stays && worth && self.moved.is_none() {
             self.moved = Some(MovedPages::new(layout, trees, &hasher.zero()));
         }
-        let Some(shift) = self.shifts.get_mut(usize::from(region.0)) else { return Stated { kinds, shift: 0 } };
+        let slot = self.shifts.get_mut(usize::from(region.0));
+        let Some((shift, since)) = slot else { return Stated { kinds, shift: 0 } };
         let Some(moved) = self.moved.as_ref().filter(|_| !changed.is_empty()) else {
             return Stated { kinds, shift: *shift };
         };
-        *shift = moved.better_shift(layout, region, *shift, &changed).unwrap_or(*shift);
+        *since = since.saturating_add(changed.len() as u64);
+        // Where nothing has moved for long, a page is nearest to what was at its own place.
+        *shift =
+            moved.better_shift(layout, region, *shift, &changed).unwrap_or(if *since > STRAY_MAX { 0 } else { *shift });
         for (page, digest) in &changed {
             let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
             let Some(kind) = kinds.get_mut(at) else { continue };
             if moved.fits(layout, region, *page, *shift, digest) {
                 *kind = EntryKind::SHIFTED;
+                *since = 0;
             } else if moved.find(digest).is_some() {
                 *kind = EntryKind::REFERENCE;
             }

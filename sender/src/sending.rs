@@ -249,9 +249,9 @@ impl<M: GuestMemory> Sending<M> {
         self.end_round().map(Step::Stated)
     }
 
-    /// Pages of a batch: what stays in cache, or what compresses well.
+    /// Pages of a batch: what stays in cache, or what compresses well on its own.
     pub(crate) fn step_pages(&self) -> u64 {
-        if self.compress.is_on() { self.batch_pages.max(SUBTREE_PAGES as u64) } else { self.batch_pages }
+        if self.compress.wants_large() { self.batch_pages.max(SUBTREE_PAGES as u64) } else { self.batch_pages }
     }
 
     /// The next part of the image: whole install pages inside one group, whole subtrees where something is held.

@@ -32,8 +32,8 @@ impl std::fmt::Display for Way {
 const WAYS: [Way; 3] = [Way::Level(-1), Way::Level(1), Way::Delta];
 /// The last of them, alone measured where it is possible.
 const DELTA: usize = 2;
-/// A link is looked at again after so many batches that were deltas.
-const GLIMPSE_EVERY: u64 = 256;
+/// A link is looked at again after so many batches that were deltas: 256 MiB of pages.
+const GLIMPSE_EVERY: u64 = 1024;
 /// Compression must promise at least this share less time than raw before it is switched on.
 const GAIN_MIN: f64 = 0.2;
 /// Batches at the start that are compressed to measure, at most.
@@ -219,9 +219,10 @@ impl CompressSwitch {
         (slot.raw, slot.compressed, slot.spent) = (0, 0, Span::ZERO);
     }
 
-    /// Whether batches are being compressed, and so worth making larger.
-    pub(crate) fn is_on(&self) -> bool {
-        self.whole.is_some() || self.deltas.is_some()
+    /// Whether batches are compressed by what is in them, and so worth making larger. What deltas build on is at hand in
+    /// a small batch as well, and fits a core's cache with it.
+    pub(crate) fn wants_large(&self) -> bool {
+        self.whole.is_some()
     }
 
     /// Nanoseconds that a page with its bytes costs now.

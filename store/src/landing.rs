@@ -309,7 +309,8 @@ impl Landing {
         Ok(())
     }
 
-    /// Reads base bytes, which become part of the new image on the way.
+    /// Reads base bytes, which become part of the new image on the way. Offsets only rise; what is left out has to be
+    /// written, and is zeros to a later landing that resumes before it was.
     ///
     /// # Errors
     /// The new file cannot be read or written. What the old one does not give is zeros, in the new one too.

@@ -37,7 +37,8 @@ pub trait GuestSink: Send + 'static {
     /// Whether everything beyond the base reads as zeros without being told so.
     fn starts_zero(&self) -> bool;
 
-    /// Reads base pages, in ascending order and each once, before they are stated; they become part of the new image.
+    /// Reads base pages, in ascending order and each once at most, before they are stated; they become part of the new
+    /// image. Left out are only those that something else is about to be put in place of.
     ///
     /// # Errors
     /// They cannot be read or kept.

@@ -108,6 +108,30 @@ fn a_partial_that_was_copied_half_way_resumes_from_both() {
 }
 
 #[test]
+fn parts_of_the_base_that_are_replaced_need_not_be_read() {
+    let dir = tempfile::tempdir().unwrap();
+    disk::write(dir.path().join("vm"), noise(1)).unwrap();
+    let mut landing = start(dir.path(), false, false).unwrap();
+    let mut part = vec![0; 50_000];
+    // The front, something in the middle, and the end are only written.
+    landing.read_base(50_000, &mut part).unwrap();
+    assert_eq!(part, noise(1)[50_000..100_000]);
+    landing.write(0, &[7; 50_000]).unwrap();
+    landing.read_base(200_000, &mut part).unwrap();
+    assert_eq!(part, noise(1)[200_000..250_000]);
+    landing.write(100_000, &[8; 100_000]).unwrap();
+    landing.write(250_000, &[9; 50_000]).unwrap();
+    landing.read_old(100_000, &mut part).unwrap();
+    assert_eq!(part, noise(1)[100_000..150_000]);
+    landing.finish().unwrap();
+    let mut expected = noise(1);
+    expected[..50_000].fill(7);
+    expected[100_000..200_000].fill(8);
+    expected[250_000..].fill(9);
+    assert_eq!(disk::read(dir.path().join("vm")).unwrap(), expected);
+}
+
+#[test]
 fn fresh_takes_nothing_but_may_reuse_the_old_files_space() {
     let dir = tempfile::tempdir().unwrap();
     disk::write(dir.path().join("vm"), noise(1)).unwrap();

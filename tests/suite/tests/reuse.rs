@@ -198,6 +198,24 @@ fn small_changes_travel_as_deltas_and_only_if_the_old_bytes_are_here() {
     assert_eq!((outcome.received.delta, outcome.received.inline), (0, 667));
 }
 
+#[test]
+fn a_page_or_two_that_moved_do_not_make_all_deltas_useless() {
+    let before = Image::random(9000, Mix { zero: 0, pool: 0, text: 0 }, &mut Rng::new(1));
+    for moved in [1, 2] {
+        let mut after = before.clone();
+        (0..9000).step_by(3).for_each(|page| after.page_mut(0, page)[100] ^= 0x55);
+        for page in 3072..3072 + moved {
+            after.page_mut(0, page).copy_from_slice(&before.clone().page_mut(0, page + 777)[..]);
+        }
+        let sink = ImageSink::claiming(&before, KEY, before.clone(), true);
+        let outcome = run(&after, &sink, vec![ImageBase::whole(&before, KEY)], |_| ());
+        check_success(&outcome, &after, &sink);
+        assert!(outcome.received.delta > 2900 - 600 * (moved - 1), "{:?}", outcome.received);
+        // Raw batches that look at the link, and what travels before a shift that fits nothing any more is given up.
+        assert!(outcome.wire[0] < 100_000 + (512 + 700 * (moved - 1)) * 4096, "{moved}: {:?}", outcome.wire);
+    }
+}
+
 /// SPEC 6.11: pages that could not be had from a damaged base are wanted once, however well deltas serve the rest.
 #[test]
 fn what_failed_as_a_delta_does_not_come_back_as_one() {
