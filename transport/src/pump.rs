@@ -169,7 +169,7 @@ impl<M: Machine> Pump<M> {
             if self.machine.poll_timeout().is_some_and(|due| due <= now) {
                 self.machine.handle_timeout(now);
             }
-            let moved = poll_fn(|cx| Poll::Ready(self.turn(cx))).await;
+            let moved = poll_fn(|cx| Poll::Ready(self.turn(now, cx))).await;
             if moved {
                 turns += 1;
                 if turns.is_multiple_of(TURNS_MAX) {
@@ -203,7 +203,7 @@ impl<M: Machine> Pump<M> {
         // Nothing moved in the last turn and no work came after it: all lanes wake this task already.
         let mut is_fresh = true;
         poll_fn(|cx| {
-            let moved = !std::mem::take(&mut is_fresh) && self.turn(cx);
+            let moved = !std::mem::take(&mut is_fresh) && self.turn(self.now(), cx);
             if moved {
                 Poll::Ready(())
             } else {
@@ -215,36 +215,34 @@ impl<M: Machine> Pump<M> {
 
     // SPEC 2.8
     /// One turn over everything that can move; says whether anything did. A write that blocks keeps no read waiting.
-    fn turn(&mut self, cx: &mut Context<'_>) -> bool {
-        let mut moved = self.poll_joins(cx) | self.poll_jobs(cx);
-        let now = self.now();
+    fn turn(&mut self, now: Time, cx: &mut Context<'_>) -> bool {
+        let mut moved = self.poll_joins(now, cx) | self.poll_jobs(now, cx);
         // Whoever waits for a page waits for no other lane's turn.
         let urgent = std::iter::once(LaneId::URGENT.index());
         for index in urgent.chain(0..LaneId::URGENT.index()) {
             moved |= self.read_lane(index, now, cx);
             moved |= self.write_lane(index, now, cx);
-            self.note_progress(index);
+            self.note_progress(index, now);
         }
         moved
     }
 
-    fn poll_joins(&mut self, cx: &mut Context<'_>) -> bool {
+    fn poll_joins(&mut self, now: Time, cx: &mut Context<'_>) -> bool {
         let Some(Poll::Ready(Some(joining))) = self.joins.as_mut().map(|joins| joins.poll_recv(cx)) else {
             return false;
         };
-        let now = self.now();
         let Joining { lane, join, socket, framer } = joining;
         // A connection that may not join is dropped; the session goes on.
         if self.machine.handle_join(lane, &join, now).is_ok()
             && let Ok(stream) = socket.into_stream()
         {
             self.put(lane, Lane::new(stream, framer, now));
-            self.handle_frames(lane.index());
+            self.handle_frames(lane.index(), now);
         }
         true
     }
 
-    fn poll_jobs(&mut self, cx: &mut Context<'_>) -> bool {
+    fn poll_jobs(&mut self, now: Time, cx: &mut Context<'_>) -> bool {
         while let Some(job) = self.machine.poll_job() {
             let yields = self.yields;
             self.jobs.push_back(tokio::task::spawn_blocking(move || {
@@ -261,7 +259,6 @@ impl<M: Machine> Pump<M> {
         while let Some(Poll::Ready(done)) = self.jobs.front_mut().map(|job| Pin::new(job).poll(cx)) {
             self.jobs.pop_front();
             if let Ok((output, spent)) = done {
-                let now = self.now();
                 self.machine.handle_job(output, spent, now);
             }
             moved = true;
@@ -290,7 +287,7 @@ impl<M: Machine> Pump<M> {
             }
             Poll::Ready(Ok(count)) => {
                 self.wire.received_bytes = self.wire.received_bytes.saturating_add(count as u64);
-                self.handle_frames(index);
+                self.handle_frames(index, now);
                 true
             }
             Poll::Ready(Err(error)) => {
@@ -301,11 +298,10 @@ impl<M: Machine> Pump<M> {
         }
     }
 
-    fn note_progress(&mut self, index: usize) {
+    fn note_progress(&mut self, index: usize, now: Time) {
         let lane = self.lanes.get_mut(index).and_then(Option::as_mut);
         let id = u8::try_from(index).ok().and_then(|number| LaneId::from_wire(number).ok());
         if let (true, Some(id)) = (lane.is_some_and(Lane::take_progress), id) {
-            let now = self.now();
             let carried = (1..LaneId::COUNT)
                 .filter(|_| self.single_stream)
                 .filter_map(|n| LaneId::from_wire(u8::try_from(n).ok()?).ok());
@@ -314,8 +310,7 @@ impl<M: Machine> Pump<M> {
     }
 
     /// Hands every whole frame of a connection to the machine.
-    fn handle_frames(&mut self, index: usize) {
-        let now = self.now();
+    fn handle_frames(&mut self, index: usize, now: Time) {
         let Some(lane) = self.lanes.get_mut(index).and_then(Option::as_mut) else { return };
         loop {
             match lane.framer.next_frame() {
@@ -404,10 +399,13 @@ fn since(start: Instant) -> Time {
 /// The machine's next frame for a connection: the control connection may carry every lane. What a guest waits for goes
 /// before the background then, of which there may be more at any time.
 fn next_frame<M: Machine>(machine: &mut M, index: usize, single_stream: bool, now: Time) -> Option<Outgoing> {
+    if !single_stream || index != 0 {
+        let lane = u8::try_from(index).ok().and_then(|number| LaneId::from_wire(number).ok())?;
+        return machine.poll_frame(lane, now);
+    }
     let bulk = (0..BULK_LANES_MAX).map(LaneId::bulk);
-    let lanes = [LaneId::CONTROL, LaneId::URGENT].into_iter().chain(bulk);
-    let mut carried = lanes.filter(|lane| lane.index() == index || (single_stream && index == 0));
-    carried.find_map(|lane| machine.poll_frame(lane, now))
+    let mut lanes = [LaneId::CONTROL, LaneId::URGENT].into_iter().chain(bulk);
+    lanes.find_map(|lane| machine.poll_frame(lane, now))
 }
 
 #[cfg(test)]
