@@ -205,6 +205,12 @@ impl Lanes {
         }
     }
 
+    /// The same, where the receiver may run on the same processors.
+    #[must_use]
+    pub(crate) fn beside_receiver(self, shares_host: bool) -> Self {
+        Self { goodput: Goodput::new(shares_host), ..self }
+    }
+
     /// The lane of a page group.
     pub(crate) fn lane_of(&self, group: u64) -> LaneId {
         LaneId::bulk(u8::try_from(group.checked_rem(self.lanes.len() as u64).unwrap_or(0)).unwrap_or(0))

@@ -140,7 +140,8 @@ impl<M: GuestMemory> Sending<M> {
             holdings: Holdings::new(&layout, if is_agreed { &[] } else { &accept.held_pages }),
             challenge: accept.challenge.map(|random| Challenge::new(&random, &config.session, &config.domain_key)),
             sent: SentPages::new(&layout, config.dedup.then_some(config.seed), !is_agreed),
-            lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers),
+            lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers)
+                .beside_receiver(config.shares_host),
             compress: CompressSwitch::new(config.compress && zstd, config.workers).beside_receiver(config.shares_host),
             announce: layout.regions().iter().map(|_| AnnounceSwitch::default()).collect(),
             wants: PageBitmap::new(layout.pages()),

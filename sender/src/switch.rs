@@ -302,7 +302,10 @@ mod tests {
 
     /// A link that always makes the sender wait, at `mb` megabytes a second.
     fn link(mb: u64) -> Goodput {
-        let mut goodput = Goodput::default();
+        waiting(Goodput::default(), mb)
+    }
+
+    fn waiting(mut goodput: Goodput, mb: u64) -> Goodput {
         goodput.block(at(0));
         for step in 0..50 {
             goodput.delivered((mb * 10_000, mb * 10_000), 1, at(step * 10));
@@ -342,7 +345,8 @@ mod tests {
     /// A receiver that is slower than the link looks like a slow link, as long as nothing is tried.
     #[test]
     fn what_was_compressed_in_vain_goes_raw() {
-        let (mut switch, mut goodput, mut decisions) = (switch(0.25), link(100), Vec::new());
+        let (mut switch, mut goodput) = (switch(0.25), waiting(Goodput::new(true), 100));
+        let mut decisions = Vec::new();
         assert!(switch.choose(None, &goodput, at(1), &mut decisions).is_some());
         for step in 0..20 {
             goodput.delivered((250_000, 1_000_000), 1, at(500 + step * 10));
