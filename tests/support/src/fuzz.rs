@@ -160,7 +160,7 @@ pub fn manifest(data: &[u8]) {
     assert!(manifest.decode_present(&[bitmap_and_padding.as_slice(), &[1]].concat()).is_err());
 }
 
-/// First touches as [`touches`] takes them.
+/// First touches as [`touches()`] takes them.
 pub fn first_touches(places: &[Place]) -> Vec<u8> {
     touches::encode(VisitId([7; 16]), &DedupDomain::public(), places)
 }
