@@ -166,7 +166,7 @@ pub struct Faults {
     pub max_us: f64,
     /// All of them together, in seconds.
     pub blocked_seconds: f64,
-    /// Pages that went before others because the guest was to touch them; at the sender.
+    /// Pages that went with their bytes before others because the guest was to touch them; at the sender.
     pub prepaged: u64,
     /// Each of them, where the kernel tells which, of the first 256; at the receiver.
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -38,8 +38,8 @@ pub struct FillCounts {
     pub inline: u64,
     /// Pages that went because the guest waited for them.
     pub faults: u64,
-    /// Pages that went before others because the guest was to touch them: a trace said so, or it had touched what lies
-    /// before them. One frame's after each fault.
+    /// Pages that went with their bytes before others because the guest was to touch them: a trace said so, or it had
+    /// touched what lies before them. One frame's after each fault.
     pub prepaged: u64,
     /// Pages asked for by the receiver because they were not found, or not right.
     pub wants: u64,

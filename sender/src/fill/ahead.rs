@@ -25,6 +25,8 @@ pub(super) struct Ahead {
     next: usize,
     /// This part of it goes first.
     near: Range<usize>,
+    /// Nothing before this part of the order is asked for.
+    wanted: usize,
 }
 
 impl Ahead {
@@ -50,17 +52,40 @@ impl Ahead {
         self.near = at.saturating_sub(BEFORE)..at.saturating_add(BEHIND).min(self.order.len());
     }
 
+    /// The receiver asks for pages that went before, by their digest or damaged.
+    pub(super) fn want(&mut self, places: &Range<u64>) {
+        let holding = self.at.range(..=places.start).next_back().map_or(places.start, |(first, _)| *first);
+        let parts = self.at.range(holding..places.end).map(|(_, at)| *at);
+        let overlaps = |at: &usize| self.order.get(*at).is_some_and(|part| part.end > places.start);
+        self.wanted = parts.filter(overlaps).fold(self.wanted, usize::min);
+    }
+
     /// Pages that go next: the first of them is lacking.
     pub(super) fn next(&mut self, lacking: &PageBitmap) -> Option<Range<u64>> {
         loop {
             let from = if self.near.is_empty() { &mut self.next } else { &mut self.near.start };
-            let places = self.order.get(*from)?.clone();
-            match lacking.runs(places.clone()).next() {
-                Some(run) => return Some(run.start..places.end),
+            let places = self.order.get(*from)?;
+            match first_of(places, lacking) {
+                Some(part) => return Some(part),
                 None => *from = from.saturating_add(1),
             }
         }
     }
+
+    /// The same of those that are asked for.
+    pub(super) fn next_wanted(&mut self, wants: &PageBitmap) -> Option<Range<u64>> {
+        let mut parts = self.order.get(self.wanted..)?.iter();
+        let part = parts.find_map(|places| first_of(places, wants));
+        self.wanted = self.order.len().saturating_sub(parts.len());
+        // It may hold more than what goes now.
+        self.wanted = self.wanted.saturating_sub(usize::from(part.is_some()));
+        part
+    }
+}
+
+/// What of `places` is left from the first on that is in `set`.
+fn first_of(places: &Range<u64>, set: &PageBitmap) -> Option<Range<u64>> {
+    set.runs(places.clone()).next().map(|run| run.start..places.end)
 }
 
 #[cfg(test)]
@@ -93,6 +118,30 @@ mod tests {
             assert_eq!(take(&mut ahead, &mut lacking), Some(run * 2));
         }
         assert_eq!(take(&mut ahead, &mut lacking), None);
+    }
+
+    #[test]
+    fn what_is_asked_for_goes_in_the_order_whenever_it_is_asked_for() {
+        let (mut ahead, mut lacking) = backwards();
+        let mut wants = PageBitmap::new(RUNS * 2);
+        while take(&mut ahead, &mut lacking).is_some() {}
+        assert_eq!(ahead.next_wanted(&wants), None);
+        for places in [100..103, 3000..3001, 7..8, 500..502] {
+            wants.insert_range(places.clone());
+            ahead.want(&places);
+        }
+        let mut next = |ahead: &mut Ahead| {
+            let places = ahead.next_wanted(&wants)?;
+            wants.remove(places.start);
+            Some(places)
+        };
+        assert_eq!(next(&mut ahead), Some(3000..3001));
+        assert_eq!(next(&mut ahead), Some(500..501));
+        ahead.push(RUNS * 2 - 1..RUNS * 2);
+        assert_eq!([(); 3].map(|()| next(&mut ahead)), [Some(102..103), Some(100..101), None], "7 and 101 are not of it");
+        assert_eq!(ahead.wanted, RUNS as usize + 1);
+        ahead.want(&(0..RUNS * 2));
+        assert_eq!(ahead.wanted, 0);
     }
 
     #[test]

@@ -270,6 +270,7 @@ impl<M: GuestMemory> Serving<M> {
             self.counts.wants = self.counts.wants.saturating_add(u64::from(want.count));
             // What was asked for and has not come as it should may be asked for again.
             self.asked.remove_range(places.clone());
+            self.ahead.want(&places);
             self.wants.insert_range(places);
         }
         Ok(())
@@ -282,6 +283,7 @@ impl<M: GuestMemory> Serving<M> {
         let Some(range) = self.range(places.clone()) else { return Ok(None) };
         let batch = self.batch(range, std::slice::from_ref(&places), false)?;
         // The background need not bring it, too.
+        self.wants.remove_range(places.clone());
         if self.is_told() {
             self.lacking.remove_range(places);
         } else {
@@ -307,12 +309,13 @@ impl<M: GuestMemory> Serving<M> {
         }
         let announces = self.announces(now);
         let Some(Next { source, range, parts, unasked }) = self.next_parts(announces) else { return Ok(false) };
-        if unasked {
+        // What is wanted was not found by its digest, and would not be now.
+        let announce = announces && source == Source::Lacking;
+        if unasked && !announce {
             let pages: u64 = parts.iter().map(|part| part.end.saturating_sub(part.start)).sum();
             self.counts.prepaged = self.counts.prepaged.saturating_add(pages);
         }
-        // What is wanted was not found by its digest, and would not be now.
-        let batch = self.batch(range, &parts, announces && source == Source::Lacking)?;
+        let batch = self.batch(range, &parts, announce)?;
         let raw = batch.payload.len();
         self.counts.inline_bytes = self.counts.inline_bytes.saturating_add(raw as u64);
         let way =
@@ -351,11 +354,15 @@ impl<M: GuestMemory> Serving<M> {
         pays
     }
 
-    /// What goes next in the background: digests of all, then what is wanted, what will be touched, and the rest. Says
-    /// whether it goes because the guest will touch it: a trace says so, or it touched what lies before it.
+    /// What goes next in the background: digests of all, then what is wanted, what will be touched, and the rest; what is
+    /// wanted in the order in which it will be touched, too. Says whether it goes because the guest will touch it: a trace
+    /// says so, or it touched what lies before it.
     fn next_parts(&mut self, announces: bool) -> Option<Next> {
         let pages = self.remainder.layout().pages();
         if self.wants.count() > 0 && (!announces || self.lacking.count() == 0) {
+            if let Some(places) = self.ahead.next_wanted(&self.wants) {
+                return self.take_parts(places, Source::Wants, false).map(|next| Next { unasked: true, ..next });
+            }
             let first = self.wants.runs(0..pages).next()?.start;
             return self.take_parts(first..pages, Source::Wants, false);
         }

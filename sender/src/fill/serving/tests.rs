@@ -83,3 +83,24 @@ fn what_the_guest_will_touch_goes_first_and_without_its_neighbours() {
     }
     assert_eq!((serving.counts.inline, serving.counts.prepaged), (PAGES, 23));
 }
+
+#[test]
+fn what_is_wanted_goes_in_the_order_in_which_it_will_be_touched_and_once() {
+    let mut serving = serving();
+    name(&mut serving, Urgency::AHEAD, &[(300, 1), (7, 20), (50, 2)]);
+    serving.announcing = Announcing::On;
+    while serving.lacking.count() > 0 {
+        assert_eq!(step(&mut serving), 0, "digests alone");
+    }
+    assert_eq!((serving.counts.announced, serving.counts.prepaged), (PAGES, 0));
+    let wants = [(5, 10), (51, 1), (300, 1)].map(|(first, count)| Want { region: 0, first, count }).to_vec();
+    let lane = LaneId::bulk(0);
+    let frames = serving.lanes.planned(lane);
+    serving.handle_ack(lane, &Ack { frames, settled: frames, wants }, Time::ZERO).unwrap();
+    // The guest does not wait for the background to come to it.
+    name(&mut serving, Urgency::NOW, &[(9, 1)]);
+    assert!(serving.next_urgent().unwrap().is_some());
+    assert_eq!([(); 4].map(|()| step(&mut serving)), [1, 7, 1, 2]);
+    assert!(serving.is_sent());
+    assert_eq!((serving.counts.inline, serving.counts.faults, serving.counts.prepaged), (12, 1, 9));
+}
