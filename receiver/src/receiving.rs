@@ -347,7 +347,7 @@ impl<S: GuestSink> Receiving<S> {
         };
         let (mut wishes, mut missing): (Vec<Wish>, _) = (pages.iter().map(wish).collect(), Vec::new());
         let Some((resolver, mut to)) = self.target(counts) else { return Ok(()) };
-        resolver.bring(&mut wishes, &mut missing, &mut to)?;
+        resolver.bringer.bring(&mut wishes, &mut missing, &mut to)?;
         missing.iter().for_each(|wish| self.wants.ask(&self.open.layout, wish.region, wish.page, 1));
         pages.iter().for_each(|(place, _)| self.waiting.done(*place));
         Ok(())

@@ -58,7 +58,7 @@ pub(crate) struct Resolver {
     /// Pages of the base that a frame builds on: the prefix of its delta, then those that have moved.
     old: PageBuffer,
     digests: Vec<Digest>,
-    bringer: Bringer,
+    pub(crate) bringer: Bringer,
 }
 
 /// Everything a frame is resolved against.
@@ -297,16 +297,6 @@ impl Resolver {
             }
         }
         Ok(())
-    }
-
-    /// Brings pages to their places from wherever their contents are here, and counts them; the others become `missing`.
-    pub(crate) fn bring<S: GuestSink>(
-        &mut self,
-        wishes: &mut [Wish],
-        missing: &mut Vec<Wish>,
-        to: &mut Target<'_, S>,
-    ) -> Result<(), ErrorKind> {
-        self.bringer.bring(wishes, missing, to)
     }
 
     fn digest_of(&self, start: u64, page: u64) -> Digest {

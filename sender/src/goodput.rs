@@ -79,6 +79,11 @@ impl Goodput {
         Self { shares_host, ..Self::default() }
     }
 
+    /// Whether the receiver runs on the same processors.
+    pub(crate) fn shares_host(&self) -> bool {
+        self.shares_host
+    }
+
     /// Frames are ready and the link does not take them.
     pub(crate) fn block(&mut self, now: Time) {
         self.blocked_since.get_or_insert(now);
@@ -153,21 +158,17 @@ impl Goodput {
     /// The rate of the link after a sample in which the session waited to write, at so many bytes for each of a page.
     fn limited(&mut self, rate: f64, ratio: f64) -> f64 {
         let Some(known) = self.rate else { return rate };
-        let page = ratio / rate;
+        let (page, fresh) = (ratio / rate, known + FRESH * (rate - known));
         if ratio >= RAW_RATIO {
             // What was known before compression turned out to be in vain was not what the link can do.
             let is_stale = self.is_in_vain();
             self.vain = 0;
-            return if is_stale { rate } else { known + FRESH * (rate - known) };
+            return if is_stale { rate } else { fresh };
         }
         let of_link = ratio / known;
-        if page <= BESIDES * of_link {
+        if page <= IN_VAIN / known || page <= BESIDES * of_link {
             self.vain = 0;
-            return known + FRESH * (rate - known);
-        }
-        if page <= IN_VAIN / known {
-            self.vain = 0;
-            return known;
+            return if page <= BESIDES * of_link { fresh } else { known };
         }
         self.slow = average(self.slow.filter(|_| self.vain > 0), page, FRESH);
         self.vain = self.vain.saturating_add(1);

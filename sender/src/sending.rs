@@ -142,7 +142,7 @@ impl<M: GuestMemory> Sending<M> {
             sent: SentPages::new(&layout, config.dedup.then_some(config.seed), !is_agreed),
             lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers)
                 .beside_receiver(config.shares_host),
-            compress: CompressSwitch::new(config.compress && zstd, config.workers).beside_receiver(config.shares_host),
+            compress: CompressSwitch::new(config.compress && zstd, config.workers),
             announce: layout.regions().iter().map(|_| AnnounceSwitch::default()).collect(),
             wants: PageBitmap::new(layout.pages()),
             wanted: PageBitmap::new(layout.pages()),

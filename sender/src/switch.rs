@@ -68,8 +68,6 @@ struct Measured {
 pub(crate) struct CompressSwitch {
     allowed: bool,
     workers: f64,
-    /// The receiver has no processors of its own.
-    shares_host: bool,
     levels: [Measured; WAYS.len()],
     /// The level in use for batches that cannot be deltas.
     whole: Option<usize>,
@@ -88,20 +86,12 @@ impl CompressSwitch {
         Self {
             allowed,
             workers: f64::from(workers),
-            shares_host: false,
             levels: Default::default(),
             whole: None,
             deltas: None,
             batches: 0,
             glimpse_at: 0,
         }
-    }
-
-    /// The same, where the receiver may run on the same processors.
-    #[must_use]
-    pub(crate) fn beside_receiver(mut self, shares_host: bool) -> Self {
-        self.shares_host = shares_host;
-        self
     }
 
     /// Nanoseconds that a byte of a page costs at a level: compression and link work side by side.
@@ -112,7 +102,7 @@ impl CompressSwitch {
         if level == DELTA {
             return Some(nanos.max(rest));
         }
-        if self.shares_host {
+        if goodput.shares_host() {
             // What compresses here is taken from whoever decompresses there and whatever carries bytes between them.
             let workers = (self.workers / 2.0).max(1.0);
             return Some((nanos * (1.0 + UNPACK) / workers + rest).max(goodput.floor()));
@@ -336,10 +326,12 @@ mod tests {
     fn what_compresses_beside_the_receiver_has_to_pay_for_both() {
         let (fast, mut decisions) = (link(870), Vec::new());
         assert!(switch(0.07).choose(None, &fast, at(1), &mut decisions).is_none(), "1.3 ns beside 1.15");
-        let many = |shares_host| CompressSwitch { workers: 2.0, ..switch(0.07) }.beside_receiver(shares_host);
-        assert!(many(false).choose(None, &fast, at(1), &mut decisions).is_some(), "two others do it");
-        assert!(many(true).choose(None, &fast, at(1), &mut decisions).is_none());
-        assert!(many(true).choose(None, &link(120), at(1), &mut decisions).is_some(), "1 Gbit/s");
+        let mut many = CompressSwitch { workers: 2.0, ..switch(0.07) };
+        assert!(many.choose(None, &fast, at(1), &mut decisions).is_some(), "two others do it");
+        let (fast, slow) = (waiting(Goodput::new(true), 870), waiting(Goodput::new(true), 120));
+        let mut many = CompressSwitch { workers: 2.0, ..switch(0.07) };
+        assert!(many.choose(None, &fast, at(1), &mut decisions).is_none());
+        assert!(many.choose(None, &slow, at(1), &mut decisions).is_some(), "1 Gbit/s");
     }
 
     /// A receiver that is slower than the link looks like a slow link, as long as nothing is tried.

@@ -420,6 +420,14 @@ fn absent_of(sink: &ImageSink) -> Option<u64> {
     sink.state().absent.as_ref().map(|absent| absent.count())
 }
 
+/// Counts a frame that the table refuses, and holds what became of the session against that.
+fn judged(role: Role, cell: (Phase, LaneId, FrameKind), failure: impl FnOnce() -> (CloseCode, String)) -> usize {
+    let (phase, lane, kind) = cell;
+    let Err(violation) = check(role, phase, Agreed::PostCopy, lane, kind) else { return 0 };
+    assert_eq!(failure(), (CloseCode::VIOLATION, violation.to_string()), "{cell:?}");
+    1
+}
+
 /// SPEC 13.3; A14: every kind, on every kind of lane, in the phases of fill sessions: what the table refuses ends them.
 #[test]
 fn every_frame_is_refused_where_the_table_says() {
@@ -430,15 +438,8 @@ fn every_frame_is_refused_where_the_table_says() {
     for (kind, lane) in cells {
         for phase in [Phase::Opening, Phase::Serving] {
             let mut script = if phase == Phase::Opening { greeted() } else { serving() };
-            let verdict = check(Role::Sender, phase, Agreed::PostCopy, lane, kind);
             script.raw(lane, kind, &[]);
-            let Err(violation) = verdict else { continue };
-            assert_eq!(
-                script.fill_failure(),
-                (CloseCode::VIOLATION, violation.to_string()),
-                "{kind} {lane:?} {phase:?}"
-            );
-            refused += 1;
+            refused += judged(Role::Sender, (phase, lane, kind), || script.fill_failure());
         }
         for phase in [Phase::Waiting, Phase::Deciding, Phase::Filling] {
             let left = all_absent(&image, None).0;
@@ -451,15 +452,8 @@ fn every_frame_is_refused_where_the_table_says() {
                 let fill = script.honest_fill(*left.remainder.handover());
                 script.say(LaneId::CONTROL, &Frame::Fill(fill));
             }
-            let verdict = check(Role::Receiver, phase, Agreed::PostCopy, lane, kind);
             script.raw(lane, kind, &[]);
-            let Err(violation) = verdict else { continue };
-            assert_eq!(
-                script.fill_failure(),
-                (CloseCode::VIOLATION, violation.to_string()),
-                "{kind} {lane:?} {phase:?}"
-            );
-            refused += 1;
+            refused += judged(Role::Receiver, (phase, lane, kind), || script.fill_failure());
         }
     }
     assert!(refused > 250, "{refused}");
