@@ -196,13 +196,11 @@ impl PageHasher {
     }
 
     /// Hands the digest of each whole subtree to `each`, in order: the nodes over 256 digests each.
-    pub(crate) fn digest_subtrees(&self, subtrees: &[SubtreeBytes], mut each: impl FnMut(Digest)) {
+    pub(crate) fn digest_subtrees(&self, subtrees: &[&SubtreeBytes], mut each: impl FnMut(Digest)) {
         let mut rest = subtrees.chunks_exact(LANES);
         for batch in rest.by_ref() {
-            let mut inputs: [&SubtreeBytes; LANES] = [&[0; SUBTREE_DIGEST_BYTES]; LANES];
-            inputs.iter_mut().zip(batch).for_each(|(input, bytes)| *input = bytes);
             let mut out = [[0; CV_BYTES]; LANES];
-            self.hash_side_by_side(&self.domain.subtree, &inputs, &mut out);
+            self.hash_side_by_side(&self.domain.subtree, batch, &mut out);
             out.iter().for_each(|cv| each(Digest(*cv)));
         }
         rest.remainder().iter().for_each(|bytes| each(self.domain.subtree.hash([bytes.as_slice()])));
@@ -342,7 +340,7 @@ mod tests {
             let expected: Vec<Digest> = subtrees.iter().map(|bytes| Digest(*blake3::keyed_hash(&key, bytes).as_bytes())).collect();
             for (level, hasher) in PageHasher::on_each_level(&domain) {
                 let mut got = Vec::new();
-                hasher.digest_subtrees(&subtrees, |digest| got.push(digest));
+                hasher.digest_subtrees(&subtrees.iter().collect::<Vec<_>>(), |digest| got.push(digest));
                 prop_assert_eq!(&got, &expected, "{}", level);
             }
         }

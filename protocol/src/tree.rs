@@ -4,9 +4,9 @@
 //! an all-zero region: zero subtrees are precomputed and take no memory, so a sparse terabyte costs eight bytes a MiB.
 //! Changing a leaf only marks its lowest node; nodes are hashed when somebody asks, batch by batch while leaves are hot.
 
-use crate::batch::{BatchHasher, says_all};
+use crate::batch::{BatchHasher, counts};
 use crate::blobs::Blobs;
-use crate::digest::{Digest, PageHasher, SubtreeBytes};
+use crate::digest::{CV_BYTES, Digest, PageHasher, SubtreeBytes};
 use crate::domain::DedupDomain;
 use crate::frame::Run;
 use crate::limits::SUBTREE_PAGES;
@@ -16,15 +16,16 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-type Leaves = [Digest; SUBTREE_PAGES];
+/// The digests below a lowest node as they are stored: 32 zero bytes for that of a zero page.
+pub type Leaves = [[u8; CV_BYTES]; SUBTREE_PAGES];
 
 /// Lowest nodes that are hashed at once: 256 KiB of digests.
 const SUBTREES_AT_ONCE: usize = 32;
 
 /// Stored in place of the digest of the zero page, and of a node not computed. No page has it, short of a broken BLAKE3.
-const UNSET: Digest = Digest([0; 32]);
+const UNSET: Digest = Digest([0; CV_BYTES]);
 /// Stored in place of the digest of an absent page, which is 32 zero bytes. No page has it either.
-const ABSENT: Digest = Digest([0xFF; 32]);
+const ABSENT: Digest = Digest([0xFF; CV_BYTES]);
 
 /// The digests of one region's pages and the nodes above them.
 #[derive(Clone, Debug)]
@@ -78,14 +79,14 @@ impl DigestTree {
     pub fn leaf(&self, page: u64) -> Digest {
         let (subtree, at) = split(page);
         let found = self.leaves.get(subtree).and_then(Option::as_ref).and_then(|leaves| leaves.get(at));
-        found.map_or(self.zero, |stored| self.shown(stored))
+        found.map_or(self.zero, |stored| self.shown(*stored))
     }
 
     /// The digest that is stored so.
-    fn shown(&self, stored: &Digest) -> Digest {
-        match *stored {
+    fn shown(&self, stored: [u8; CV_BYTES]) -> Digest {
+        match Digest(stored) {
             UNSET => self.zero,
-            ABSENT => Digest([0; 32]),
+            ABSENT => Digest([0; CV_BYTES]),
             digest => digest,
         }
     }
@@ -107,10 +108,11 @@ impl DigestTree {
         if stored == UNSET && leaves.is_none() {
             return;
         }
-        let leaves = leaves.get_or_insert_with(|| Arc::new([UNSET; SUBTREE_PAGES]));
-        if let Some(node) = self.nodes.get_mut(subtree).filter(|_| leaves.get(at).is_some_and(|leaf| *leaf != stored)) {
+        let leaves = leaves.get_or_insert_with(|| Arc::new([UNSET.0; SUBTREE_PAGES]));
+        let news = leaves.get(at).is_some_and(|leaf| *leaf != stored.0);
+        if let Some(node) = self.nodes.get_mut(subtree).filter(|_| news) {
             *node = UNSET;
-            Arc::make_mut(leaves).get_mut(at).into_iter().for_each(|leaf| *leaf = stored);
+            Arc::make_mut(leaves).get_mut(at).into_iter().for_each(|leaf| *leaf = stored.0);
         }
     }
 
@@ -128,8 +130,8 @@ impl DigestTree {
                 continue;
             }
             let (leaves, digest) = self.absent.get_or_insert_with(|| {
-                let shown = core::iter::repeat_n([0; 32].as_slice(), SUBTREE_PAGES);
-                (Arc::new([ABSENT; SUBTREE_PAGES]), self.hasher.domain().subtree.hash(shown))
+                let shown = core::iter::repeat_n([0; CV_BYTES].as_slice(), SUBTREE_PAGES);
+                (Arc::new([ABSENT.0; SUBTREE_PAGES]), self.hasher.domain().subtree.hash(shown))
             });
             let at = usize::try_from(subtree).unwrap_or(usize::MAX);
             if let (Some(slot), Some(node)) = (self.leaves.get_mut(at), self.nodes.get_mut(at)) {
@@ -140,27 +142,31 @@ impl DigestTree {
     }
 
     /// The stored digests below lowest node `index`, thirty-two zero bytes for a zero page; `None` if all are zero.
-    pub fn leaves(&self, index: u64) -> Option<&[Digest; SUBTREE_PAGES]> {
+    pub fn leaves(&self, index: u64) -> Option<&Leaves> {
         self.leaves.get(usize::try_from(index).ok()?)?.as_deref()
     }
 
     /// Takes all digests below lowest node `index` as [`leaves`](Self::leaves) gives them; those beyond the end of the
     /// region must be zero bytes, and so are made to be.
-    pub fn set_leaves(&mut self, index: u64, digests: &[Digest; SUBTREE_PAGES]) {
+    pub fn set_leaves(&mut self, index: u64, digests: &Leaves) {
         let pages = self.subtree_pages(index);
         let at = usize::try_from(index).unwrap_or(usize::MAX);
         let (Some(slot), Some(node)) = (self.leaves.get_mut(at), self.nodes.get_mut(at)) else { return };
         let count = usize::try_from(pages.end.saturating_sub(pages.start)).unwrap_or(0);
         *node = UNSET;
         *slot = None;
-        let used = digests.get(..count).unwrap_or_default();
-        if used.iter().any(|digest| *digest != UNSET) {
-            let mut leaves = [UNSET; SUBTREE_PAGES];
-            for (leaf, &digest) in leaves.iter_mut().zip(used) {
-                *leaf = if digest == self.zero { UNSET } else { digest };
-            }
-            *slot = Some(Arc::new(leaves));
+        let (used, beyond) = digests.split_at(count.min(SUBTREE_PAGES));
+        if used.iter().all(|digest| *digest == UNSET.0) {
+            return;
         }
+        // Copied once, from where they are to where they stay.
+        let Ok(mut leaves) = Arc::<Leaves>::try_from(Arc::<[[u8; CV_BYTES]]>::from(digests.as_slice())) else { return };
+        if used.contains(&self.zero.0) || beyond.iter().any(|digest| *digest != UNSET.0) {
+            let leaves = Arc::make_mut(&mut leaves);
+            leaves.iter_mut().filter(|digest| **digest == self.zero.0).for_each(|digest| *digest = UNSET.0);
+            leaves.iter_mut().skip(count).for_each(|digest| *digest = UNSET.0);
+        }
+        *slot = Some(leaves);
     }
 
     /// Appends the digests of `pages`, which must lie in the region.
@@ -173,7 +179,7 @@ impl DigestTree {
             let count = usize::try_from(next.saturating_sub(page)).unwrap_or(0);
             let leaves = self.leaves.get(subtree).and_then(Option::as_ref);
             match leaves.and_then(|leaves| leaves.get(at..at.saturating_add(count))) {
-                Some(leaves) => out.extend(leaves.iter().map(|leaf| self.shown(leaf))),
+                Some(leaves) => out.extend(leaves.iter().map(|leaf| self.shown(*leaf))),
                 None => out.extend(core::iter::repeat_n(self.zero, count)),
             }
             page = next;
@@ -214,28 +220,45 @@ impl DigestTree {
     /// Hashes these lowest nodes.
     fn hash_nodes(&mut self, mut stale: Vec<u64>) {
         stale.retain(|&index| !self.is_known_zero(index));
-        let is_whole = |pages: &Range<u64>| pages.end.saturating_sub(pages.start) == SUBTREE_PAGES as u64;
+        let (mut plain, mut digests) = (Vec::with_capacity(SUBTREES_AT_ONCE), Vec::with_capacity(SUBTREES_AT_ONCE));
         for batch in stale.chunks(SUBTREES_AT_ONCE) {
-            let mut whole: Vec<SubtreeBytes> = Vec::with_capacity(batch.len());
+            plain.clear();
             for &index in batch {
-                let pages = self.subtree_pages(index);
-                if is_whole(&pages) {
-                    let mut bytes = [0; size_of::<SubtreeBytes>()];
-                    self.write_to(index, &mut bytes);
-                    whole.push(bytes);
+                if self.plain(index).is_some() {
+                    plain.push(index);
                 } else {
-                    let mut leaves = Vec::with_capacity(SUBTREE_PAGES);
-                    self.copy_to(pages, &mut leaves);
-                    let node = self.hasher.domain().subtree.hash(leaves.iter().map(|leaf| leaf.0.as_slice()));
+                    let node = self.hash_shown(index);
                     self.set_node(index, node);
                 }
             }
-            let mut digests = Vec::with_capacity(whole.len());
-            self.hasher.digest_subtrees(&whole, |digest| digests.push(digest));
-            let indexes = batch.iter().copied().filter(|&index| is_whole(&self.subtree_pages(index)));
-            let indexes: Vec<u64> = indexes.collect();
-            indexes.into_iter().zip(digests).for_each(|(index, digest)| self.set_node(index, digest));
+            digests.clear();
+            let bytes: Vec<&SubtreeBytes> = plain.iter().filter_map(|&index| self.plain(index)).collect();
+            self.hasher.digest_subtrees(&bytes, |digest| digests.push(digest));
+            plain.iter().zip(&digests).for_each(|(&index, &digest)| self.set_node(index, digest));
         }
+    }
+
+    /// The bytes below a whole lowest node, if they are what is stored: no page of it is zero or absent.
+    fn plain(&self, index: u64) -> Option<&SubtreeBytes> {
+        let pages = self.subtree_pages(index);
+        let leaves = self.leaves(index).filter(|_| pages.end.saturating_sub(pages.start) == SUBTREE_PAGES as u64)?;
+        // What begins like a value that stands for another is looked at like one.
+        let stands_for_itself = |leaf: &[u8; CV_BYTES]| {
+            let (head, _) = leaf.as_chunks::<8>();
+            !matches!(head.first().copied().map(u64::from_ne_bytes), Some(0 | u64::MAX) | None)
+        };
+        leaves.iter().all(stands_for_itself).then(|| leaves.as_flattened().first_chunk()).flatten()
+    }
+
+    /// The digest of a lowest node over its digests as they are shown.
+    fn hash_shown(&self, index: u64) -> Digest {
+        let mut bytes: Leaves = [UNSET.0; SUBTREE_PAGES];
+        let pages = self.subtree_pages(index);
+        let count = usize::try_from(pages.end.saturating_sub(pages.start)).unwrap_or(SUBTREE_PAGES);
+        let leaves = self.leaves(index).map_or(&[][..], |leaves| leaves.as_slice());
+        let stored = leaves.iter().copied().chain(core::iter::repeat(UNSET.0));
+        bytes.iter_mut().zip(stored).for_each(|(slot, leaf)| *slot = self.shown(leaf).0);
+        self.hasher.domain().subtree.hash([bytes.get(..count).unwrap_or(&bytes).as_flattened()])
     }
 
     /// A whole lowest node over zero pages alone is the same everywhere: it is hashed once.
@@ -269,15 +292,6 @@ impl DigestTree {
         }
     }
 
-    /// Writes the digests below a whole lowest node.
-    fn write_to(&self, index: u64, bytes: &mut SubtreeBytes) {
-        let leaves = self.leaves(index).map_or(&[][..], |leaves| leaves.as_slice());
-        let unset = core::iter::repeat(&UNSET);
-        for (slot, leaf) in bytes.as_chunks_mut::<32>().0.iter_mut().zip(leaves.iter().chain(unset)) {
-            *slot = self.shown(leaf).0;
-        }
-    }
-
     /// The root over the whole region; for an empty region the node of no children.
     pub fn root(&mut self) -> Digest {
         self.hash_subtrees(0..self.subtrees());
@@ -293,14 +307,15 @@ impl DigestTree {
         level.first().copied().unwrap_or_else(|| self.hasher.domain().subtree.hash([]))
     }
 
-    /// The batch digest of `runs` from page `first`, whose pages are as they stand in the tree.
-    pub fn batch(&self, first: u64, runs: &[Run]) -> Digest {
-        let mut batch = BatchHasher::new(self.hasher.domain());
+    /// The batch digest of `runs` from page `first`, whose pages are as they stand in the tree; `agreed` as of
+    /// [`BatchHasher::new`].
+    pub fn batch(&self, agreed: bool, first: u64, runs: &[Run]) -> Digest {
+        let mut batch = BatchHasher::new(self.hasher.domain(), agreed);
         let (mut next, mut leaves) = (first, Vec::new());
         for &run in runs {
             let end = next.saturating_add(u64::from(run.count)).min(self.pages);
             leaves.clear();
-            if !says_all(run.kind) {
+            if counts(run.kind, agreed) {
                 self.copy_to(next..end, &mut leaves);
             }
             batch.run(run, &leaves);
@@ -420,11 +435,18 @@ mod tests {
             prop_assert_ne!(longer.root(), expected);
             prop_assert_eq!(longer.resized(&hasher, pages).root(), expected);
             let kinds = [EntryKind::BASE, EntryKind::ZERO, EntryKind::BASE];
-            let mut counts = [pages / 3, pages / 2, 0];
-            counts[2] = pages - counts[0] - counts[1];
-            let runs = kinds.into_iter().zip(counts).filter(|(_, count)| *count > 0);
+            let mut parts = [pages / 3, pages / 2, 0];
+            parts[2] = pages - parts[0] - parts[1];
+            let runs = kinds.into_iter().zip(parts).filter(|(_, count)| *count > 0);
             let runs: Vec<Run> = runs.map(|(kind, count)| Run { kind, count: count as u16 }).collect();
-            prop_assert_eq!(tree.batch(0, &runs), batch_digest(hasher.domain(), 0, runs.clone(), &twin));
+            for agreed in [false, true] {
+                let mut next = 0;
+                let of_run = |run: &Run| { next += run.count as usize; (*run, next - run.count as usize..next) };
+                let counted = runs.iter().map(of_run).filter(|(run, _)| counts(run.kind, agreed));
+                let digests: Vec<Digest> = counted.flat_map(|(_, pages)| twin[pages].to_vec()).collect();
+                let expected = batch_digest((hasher.domain(), agreed), 0, runs.clone(), &digests);
+                prop_assert_eq!(tree.batch(agreed, 0, &runs), expected);
+            }
         }
     }
 }

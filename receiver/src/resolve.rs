@@ -11,13 +11,12 @@ use crate::page_map::PageMap;
 use crate::report::Counts;
 use crate::scan::Scan;
 use crate::waiting::Waiting;
-use pagewire_protocol::batch::batch_digest;
+use pagewire_protocol::batch::{batch_digest, counts};
 use pagewire_protocol::challenge::Challenge;
 use pagewire_protocol::compress::{Decompressor, decompress_delta};
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, is_zero};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
-use pagewire_protocol::frame::ABSENT_DIGEST;
-use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages, SKIPPED_DIGEST};
+use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, PageRange, RegionId, shifted};
 use pagewire_protocol::page_buffer::PageBuffer;
@@ -117,7 +116,8 @@ impl Resolver {
             let delta = if pages.head.codec == Codec::DELTA { Belief::Base } else { Belief::None };
             let belief = self.digest_entries(range, pages, bytes, to)?.max(delta);
             // SPEC 6.7, 6.8
-            let digest = batch_digest(to.hasher.domain(), range.first.0, pages.runs(), &self.digests);
+            let (domain, agreed) = (to.hasher.domain(), to.base.agreed);
+            let digest = batch_digest((domain, agreed), range.first.0, pages.runs(), &self.digests);
             let fits = digest == pages.head.digest;
             if belief == Belief::Lost || !fits {
                 if belief != Belief::None {
@@ -160,7 +160,7 @@ impl Resolver {
         Ok(Some(space.as_chunks().0))
     }
 
-    /// Fills `digests` with what each page would have; says what of it rests on the base.
+    /// Fills `digests` with what each page would have that counts; says what of it rests on the base.
     fn digest_entries<S: GuestSink>(
         &mut self,
         range: PageRange,
@@ -183,7 +183,9 @@ impl Resolver {
                     }
                     let fits = to.base.agreed || to.map.knows(range.region, next..end);
                     belief = belief.max(if fits { Belief::Base } else { Belief::Lost });
-                    to.map.digests(range.region, next..end, &mut self.digests);
+                    if counts(run.kind, to.base.agreed) {
+                        to.map.digests(range.region, next..end, &mut self.digests);
+                    }
                 }
                 EntryKind::REFERENCE => self.digests.extend(references.by_ref().take(usize::from(run.count))),
                 EntryKind::INLINE => {
@@ -195,9 +197,7 @@ impl Resolver {
                     let bytes = take(&mut shifted, u64::from(run.count));
                     to.hasher.digest_pages(bytes, |digest| self.digests.push(digest));
                 }
-                EntryKind::SKIPPED => self.digests.extend((next..end).map(|_| SKIPPED_DIGEST)),
-                EntryKind::ABSENT => self.digests.extend((next..end).map(|_| ABSENT_DIGEST)),
-                _ => self.digests.extend((next..end).map(|_| to.hasher.zero())),
+                _ => {}
             }
             next = end;
         }
@@ -212,16 +212,21 @@ impl Resolver {
         bytes: Bytes<'_>,
         to: &mut Target<'_, S>,
     ) -> Result<Resolved, ErrorKind> {
-        let (region, start) = (range.region, range.first.0);
-        let mut missing = Vec::new();
+        let region = range.region;
+        let (mut missing, mut digested) = (Vec::new(), 0usize);
         let Bytes { mut inline, mut shifted } = bytes;
         for (kind, run) in runs(pages) {
+            let first = digested;
+            if counts(kind, to.base.agreed) {
+                digested = digested.saturating_add(usize::try_from(run.end.saturating_sub(run.start)).unwrap_or(0));
+            }
             match kind {
                 EntryKind::INLINE | EntryKind::SHIFTED => {
                     let from = if kind == EntryKind::INLINE { &mut inline } else { &mut shifted };
                     let bytes = take(from, run.end.saturating_sub(run.start));
                     to.sink.install(region, run.start, bytes.as_flattened()).map_err(failed("cannot be written"))?;
-                    self.learn(region, start, run.clone(), to);
+                    let digests = self.digests.get(first..digested).unwrap_or_default();
+                    run.clone().zip(digests).for_each(|(page, digest)| to.map.set(region, page, *digest));
                 }
                 EntryKind::ZERO => {
                     self.place_zeros(region, run, to)?;
@@ -260,23 +265,22 @@ impl Resolver {
         to: &mut Target<'_, S>,
     ) -> Result<(), ErrorKind> {
         let (region, mut strangers, mut references) = (range.region, Vec::new(), 0usize);
-        let mut proofs = pages.proofs();
+        let (mut digests, mut proofs) = (pages.references(), pages.proofs());
         for (_, run) in runs(pages).filter(|(kind, _)| *kind == EntryKind::REFERENCE) {
-            for page in run {
+            for (page, digest) in run.zip(&mut digests) {
                 references = references.saturating_add(1);
                 let proof = proofs.next();
-                if to.map.digest(region, page) == Some(self.digest_of(range.first.0, page)) {
+                if to.map.digest(region, page) == Some(digest) {
                     count_present(EntryKind::REFERENCE, false, region, page..page.saturating_add(1), to);
                 } else {
-                    strangers.push((page, proof));
+                    strangers.push((page, digest, proof));
                 }
             }
         }
         let limit = Waiting::limit(strangers.len(), references);
         let misses_wait = !to.base.agreed && !to.scan.is_finished();
         let (mut wishes, mut lacking) = (Vec::with_capacity(strangers.len()), Vec::new());
-        for (page, proof) in strangers {
-            let digest = self.digest_of(range.first.0, page);
+        for (page, digest, proof) in strangers {
             // A proof does not wait: what may be another guest's is brought at once.
             let overwrites = to.keeps_base && page < to.scan.held(region);
             let here = overwrites && (proof.is_none() || to.map.place_of(&digest).is_some());
@@ -297,15 +301,6 @@ impl Resolver {
             }
         }
         Ok(())
-    }
-
-    fn digest_of(&self, start: u64, page: u64) -> Digest {
-        let at = usize::try_from(page.saturating_sub(start)).unwrap_or(usize::MAX);
-        self.digests.get(at).copied().unwrap_or_default()
-    }
-
-    fn learn<S>(&self, region: RegionId, start: u64, pages: Range<u64>, to: &mut Target<'_, S>) {
-        pages.for_each(|page| to.map.set(region, page, self.digest_of(start, page)));
     }
 
     /// Makes the pages of a run zero, now or later.

@@ -9,7 +9,7 @@ use crate::sending::{Sending, Sent, Step};
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::digest::Digest;
-use pagewire_protocol::frame::{EntryKind, SKIPPED_DIGEST};
+use pagewire_protocol::frame::EntryKind;
 use pagewire_protocol::limits::{COVER_PAGES_MAX, PAGE_BYTES, RUNS_MAX, SUBTREE_PAGES};
 use pagewire_protocol::page::{GROUP_PAGES, PageNumber, PageRange, Place, RegionId};
 use pagewire_protocol::time::Time;
@@ -87,14 +87,12 @@ impl<M: GuestMemory> Sending<M> {
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         self.flush_cover();
         let mut next = range.first.0;
-        let mut stated = Vec::new();
         for (slot, (page, &digest)) in parts.iter().cloned().flatten().zip(found).enumerate() {
             if !self.restate(range.region, page, digest) {
                 continue;
             }
             let skipped = page.saturating_sub(next);
             entries.push_many(EntryKind::SKIPPED, skipped);
-            stated.extend((0..skipped).map(|_| SKIPPED_DIGEST));
             let place = self.layout.place(range.region, page);
             if let Some(rounds) = &mut self.rounds {
                 rounds.note_changed(u64::from(place.0));
@@ -107,17 +105,14 @@ impl<M: GuestMemory> Sending<M> {
                 EntryKind::INLINE
             };
             entries.push(kind, slot, digest);
-            stated.push(digest);
             next = page.saturating_add(1);
         }
-        if stated.is_empty() {
+        if entries.runs.is_empty() {
             self.lanes.recycle(entries.payload.buffer);
             return;
         }
         let skipped = range.numbers().end.saturating_sub(next);
         entries.push_many(EntryKind::SKIPPED, skipped);
-        stated.extend((0..skipped).map(|_| SKIPPED_DIGEST));
-        self.digests = stated;
         self.send(range, lane, entries, Sent::default(), now);
         // While the receiver works on it, not when both wait for the root.
         if let Some(tree) = self.trees.get_mut(usize::from(range.region.0)) {

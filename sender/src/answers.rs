@@ -6,7 +6,7 @@ use crate::memory::GuestMemory;
 use crate::rounds::Rounds;
 use crate::sending::{Sending, Sent};
 use pagewire_protocol::digest::Digest;
-use pagewire_protocol::frame::{EntryKind, SKIPPED_DIGEST};
+use pagewire_protocol::frame::EntryKind;
 use pagewire_protocol::page::{GROUP_PAGES, PageRange, Place, RegionId};
 use pagewire_protocol::time::Time;
 use std::ops::Range;
@@ -43,12 +43,11 @@ impl<M: GuestMemory> Sending<M> {
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let mut entries = Entries::over(buffer);
         self.flush_cover();
-        let mut found = std::mem::take(&mut self.digests);
-        for (at, (page, digest)) in range.numbers().zip(&mut found).enumerate() {
+        let found = std::mem::take(&mut self.digests);
+        for (at, (page, digest)) in range.numbers().zip(&found).enumerate() {
             let place = self.layout.place(range.region, page);
             if !self.wants.remove(u64::from(place.0)) {
                 // Between two wants: passed over, which costs less than a frame for each of them.
-                *digest = SKIPPED_DIGEST;
                 entries.push_many(EntryKind::SKIPPED, 1);
                 continue;
             }

@@ -4,9 +4,11 @@
 //! inline. A page whose bytes go inline becomes what later duplicates refer to.
 
 use crate::lanes::Lanes;
+use pagewire_protocol::batch::{batch_digest, counts};
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::challenge::{Challenge, PageProof};
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher};
+use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::frame::{EntryKind, LaneId, Run};
 use pagewire_protocol::limits::PAGE_BYTES;
 use pagewire_protocol::page::{Layout, PageRange, Place};
@@ -101,6 +103,8 @@ impl SentPages {
 #[derive(Debug, Default)]
 pub(crate) struct Entries {
     pub(crate) runs: Vec<Run>,
+    /// The digests of those pages whose digests count in that of the batch.
+    digests: Vec<Digest>,
     pub(crate) references: Vec<Digest>,
     /// Their proofs, if the receiver asks for them.
     pub(crate) proofs: Vec<PageProof>,
@@ -131,6 +135,10 @@ impl Entries {
             Some(run) if run.kind == kind => run.count = run.count.saturating_add(1),
             _ => self.runs.push(Run { kind, count: 1 }),
         }
+        // Base pages are stated one by one over an agreed base alone.
+        if counts(kind, true) {
+            self.digests.push(digest);
+        }
         match kind {
             EntryKind::REFERENCE => self.references.push(digest),
             EntryKind::INLINE => {
@@ -149,6 +157,11 @@ impl Entries {
 }
 
 impl Entries {
+    /// The batch digest, from page `first`; whether the base is agreed is told with the domain.
+    pub(crate) fn digest(&self, domain: (&DedupDomain, bool), first: u64) -> Digest {
+        batch_digest(domain, first, self.runs.iter().copied(), &self.digests)
+    }
+
     /// Adds the proofs of all pages that are not zero: they are announced.
     pub(crate) fn prove(&mut self, challenge: &Challenge, hasher: &PageHasher, digests: &[Digest]) {
         let pages: &[PageBytes] = self.payload.buffer.as_chunks().0;

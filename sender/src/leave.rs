@@ -102,7 +102,8 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     fn send_absent(&mut self, range: PageRange, runs: Vec<Run>) {
-        let head = self.head(range, batch_digest(self.hasher.domain(), range.first.0, runs.iter().copied(), &[]));
+        let head =
+            self.head(range, batch_digest((self.hasher.domain(), false), range.first.0, runs.iter().copied(), &[]));
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         self.note(range, &runs);
         let (references, proofs, payload) = Default::default();

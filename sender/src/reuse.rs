@@ -24,7 +24,7 @@ const CHANGED_SHARE: u64 = 32;
 /// Changed pages in a row of which none was where the shift says, after which it is believed no more.
 const STRAY_MAX: u64 = 512;
 /// The share of a batch that has changed where much has.
-const BUSY_SHARE: usize = 8;
+const BUSY_SHARE: u64 = 8;
 
 /// The agreed base, and what was learned of it.
 #[derive(Debug)]
@@ -137,8 +137,8 @@ impl Reuse {
         self.unchanged.as_ref().is_some_and(|unchanged| unchanged.contains(place))
     }
 
-    /// How the pages of a batch with these digests are stated; `trees` still have the base's, and the pages of `known`
-    /// are not looked at. Inline is what is left.
+    /// How those pages of a batch are stated that are not `known`, by their digests; `trees` still have the base's. Inline
+    /// is what is left.
     pub(crate) fn classify(
         &mut self,
         range: PageRange,
@@ -151,23 +151,20 @@ impl Reuse {
         let mut kinds = vec![EntryKind::BASE; digests.len()];
         let mut changed: Vec<(u64, Digest)> = Vec::new();
         let (held, tree) = (self.held(region), trees.get(usize::from(region.0)));
-        for pages in between(range.numbers(), known) {
-            for page in pages {
-                let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
-                let (Some(digest), Some(kind)) = (digests.get(at), kinds.get_mut(at)) else { continue };
-                if page < held && tree.is_some_and(|tree| tree.leaf(page) == *digest) {
-                    continue;
-                }
-                *kind = EntryKind::ZERO;
-                if *digest != hasher.zero() {
-                    *kind = EntryKind::INLINE;
-                    changed.push((page, *digest));
-                }
+        let read = between(range.numbers(), known).flatten();
+        for ((page, digest), kind) in read.zip(digests).zip(&mut kinds) {
+            if page < held && tree.is_some_and(|tree| tree.leaf(page) == *digest) {
+                continue;
+            }
+            *kind = EntryKind::ZERO;
+            if *digest != hasher.zero() {
+                *kind = EntryKind::INLINE;
+                changed.push((page, *digest));
             }
         }
         self.stated = self.stated.saturating_add(u64::from(range.count));
         self.changed = self.changed.saturating_add(changed.len() as u64);
-        self.busy = changed.len() >= digests.len() / BUSY_SHARE;
+        self.busy = changed.len() as u64 >= u64::from(range.count) / BUSY_SHARE;
         let worth = self.changed >= CHANGED_MIN && self.changed.saturating_mul(CHANGED_SHARE) >= self.stated;
         if self.stays && worth && self.moved.is_none() {
             self.moved = Some(MovedPages::new(layout, trees, &hasher.zero()));
@@ -181,9 +178,8 @@ impl Reuse {
         // Where nothing has moved for long, a page is nearest to what was at its own place.
         *shift =
             moved.better_shift(layout, region, *shift, &changed).unwrap_or(if *since > STRAY_MAX { 0 } else { *shift });
-        for (page, digest) in &changed {
-            let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
-            let Some(kind) = kinds.get_mut(at) else { continue };
+        let inline = kinds.iter_mut().filter(|kind| **kind == EntryKind::INLINE);
+        for ((page, digest), kind) in changed.iter().zip(inline) {
             if moved.fits(layout, region, *page, *shift, digest) {
                 *kind = EntryKind::SHIFTED;
                 *since = 0;

@@ -16,11 +16,10 @@ use crate::reuse::{Reuse, Stated, between};
 use crate::rounds::Rounds;
 use crate::switch::{AnnounceSwitch, CompressSwitch, Way};
 use crate::tally::Tally;
-use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::blobs::Blobs;
 use pagewire_protocol::challenge::Challenge;
-use pagewire_protocol::digest::{Digest, PageBytes, PageHasher};
+use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
     Accept, Ack, Codec, EntryKind, Frame, FrameKind, LaneId, PagesHead, Root, RoundEnd, Run,
@@ -332,12 +331,11 @@ impl<M: GuestMemory> Sending<M> {
         self.flush_cover();
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let mut entries = Entries::over(buffer);
-        let (mut slot, mut next) = (0usize, range.first.0);
-        for page in between(range.numbers(), &known).flatten() {
+        let mut next = range.first.0;
+        let read = between(range.numbers(), &known).flatten();
+        for (slot, ((page, &digest), kind)) in read.zip(&self.digests).zip(kinds).enumerate() {
             entries.push_many(EntryKind::BASE, page.saturating_sub(next));
             next = page.saturating_add(1);
-            let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
-            let (Some(&digest), Some(&kind)) = (self.digests.get(at), kinds.get(at)) else { continue };
             let place = self.layout.place(range.region, page);
             if kind != EntryKind::BASE
                 && let Some(tree) = self.trees.get_mut(usize::from(range.region.0))
@@ -347,7 +345,6 @@ impl<M: GuestMemory> Sending<M> {
             let gone = kind == EntryKind::INLINE
                 && self.sent.has_gone(&digest, place, lane, (&self.layout, &self.trees, &self.lanes));
             entries.push(if gone { EntryKind::REFERENCE } else { kind }, slot, digest);
-            slot = slot.saturating_add(1);
         }
         entries.push_many(EntryKind::BASE, range.numbers().end.saturating_sub(next));
         self.send(range, lane, entries, Sent { shift, delta: true, ..Sent::default() }, now);
@@ -359,8 +356,8 @@ impl<M: GuestMemory> Sending<M> {
         Ok(Step::Did)
     }
 
-    /// Copies out, one after the other, and digests what of a range may have changed since the base; of the known parts
-    /// the digests are.
+    /// Copies out, one after the other, and digests what of a range may have changed since the base: what lies between
+    /// the known parts.
     fn read_on_base(&mut self, range: PageRange, known: &[Range<u64>], now: Time) -> Result<PageBuffer, ErrorKind> {
         let bytes = |part: &Range<u64>| {
             usize::try_from(part.end.saturating_sub(part.start)).unwrap_or(0).saturating_mul(PAGE_BYTES)
@@ -375,36 +372,33 @@ impl<M: GuestMemory> Sending<M> {
             self.copy_out(range.region, part.start, space)?;
             filled = end;
         }
-        if known.is_empty() {
-            self.hasher.digest_nonzero(buffer.as_chunks().0, &mut self.digests);
-            return Ok(buffer);
-        }
-        let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return Ok(buffer) };
-        tree.copy_to(range.numbers(), &mut self.digests);
+        self.hasher.digest_nonzero(buffer.as_chunks().0, &mut self.digests);
         let unread: u64 = known.iter().map(|part| part.end.saturating_sub(part.start)).sum();
         self.counts.unread = self.counts.unread.saturating_add(unread);
-        let pages: &[PageBytes] = buffer.as_chunks().0;
-        let mut read = between(range.numbers(), known).flatten();
-        let digests = &mut self.digests;
-        let mut hinted = Vec::new();
-        self.hasher.digest_pages(pages, |digest| {
-            let Some(page) = read.next() else { return };
-            let at = usize::try_from(page.saturating_sub(range.first.0)).unwrap_or(usize::MAX);
-            let Some(slot) = digests.get_mut(at) else { return };
-            if self.reuse.as_ref().is_some_and(|reuse| reuse.is_hinted(&self.layout, range.region, page)) {
-                hinted.push((page, *slot == digest));
-            }
-            *slot = digest;
-        });
-        for (page, _) in hinted.iter().filter(|(_, unchanged)| !unchanged) {
-            if self.was_written(range.region, *page, now)? {
-                continue;
-            }
-            let message = format!("page {page} was said to be unchanged since the base, and is not");
-            return Err(ErrorKind::Source(std::io::Error::other(message)));
-        }
-        self.counts.sampled = self.counts.sampled.saturating_add(hinted.len() as u64);
+        self.check_hinted(range, known, now)?;
         Ok(buffer)
+    }
+
+    /// Holds those of the read pages that memory said to be unchanged against the base.
+    fn check_hinted(&mut self, range: PageRange, known: &[Range<u64>], now: Time) -> Result<(), ErrorKind> {
+        let (Some(reuse), Some(tree)) = (&self.reuse, self.trees.get(usize::from(range.region.0))) else {
+            return Ok(());
+        };
+        let read = between(range.numbers(), known).flatten().zip(&self.digests);
+        let hinted = read.filter(|(page, _)| reuse.is_hinted(&self.layout, range.region, *page));
+        let (mut sampled, mut other) = (0u64, Vec::new());
+        for (page, digest) in hinted {
+            sampled = sampled.saturating_add(1);
+            other.extend((tree.leaf(page) != *digest).then_some(page));
+        }
+        self.counts.sampled = self.counts.sampled.saturating_add(sampled);
+        for page in other {
+            if !self.was_written(range.region, page, now)? {
+                let message = format!("page {page} was said to be unchanged since the base, and is not");
+                return Err(ErrorKind::Source(std::io::Error::other(message)));
+            }
+        }
+        Ok(())
     }
 
     /// States pages whose subtrees are equal: those that are held as base, and those beyond, which are zero.
@@ -456,16 +450,16 @@ impl<M: GuestMemory> Sending<M> {
     }
 
     pub(crate) fn send(&mut self, range: PageRange, lane: LaneId, entries: Entries, how: Sent, now: Time) {
-        let Entries { runs, references, proofs, shifted, inline, payload } = entries;
-        let found = u64::from(shifted).saturating_add(references.len() as u64);
-        self.note(range, &runs);
-        let skips = runs.iter().any(|run| run.kind == EntryKind::SKIPPED);
-        if inline == 0 && found == 0 && !skips {
-            self.lanes.recycle(payload.buffer);
-            return self.cover(range, &runs);
+        let found = u64::from(entries.shifted).saturating_add(entries.references.len() as u64);
+        self.note(range, &entries.runs);
+        let skips = entries.runs.iter().any(|run| run.kind == EntryKind::SKIPPED);
+        if entries.inline == 0 && found == 0 && !skips {
+            self.lanes.recycle(entries.payload.buffer);
+            return self.cover(range, &entries.runs);
         }
         self.flush_cover();
-        let digest = batch_digest(self.hasher.domain(), range.first.0, runs.iter().copied(), &self.digests);
+        let digest = entries.digest((self.hasher.domain(), self.reuse.is_some()), range.first.0);
+        let Entries { runs, references, proofs, inline, payload, .. } = entries;
         let head = PagesHead { shift: how.shift, ..self.head(range, digest) };
         let announced = if how.announced { u32::try_from(references.len()).unwrap_or(0) } else { 0 };
         let bytes = payload.len();
@@ -505,7 +499,7 @@ impl<M: GuestMemory> Sending<M> {
     pub(crate) fn flush_cover(&mut self) {
         let Some(Cover { range, runs }) = self.cover.take() else { return };
         let Some(tree) = self.trees.get(usize::from(range.region.0)) else { return };
-        let head = self.head(range, tree.batch(range.first.0, &runs));
+        let head = self.head(range, tree.batch(self.reuse.is_some(), range.first.0, &runs));
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         let (references, proofs, payload) = Default::default();
         let batch = Batch { head, runs, references, proofs, payload, announced: 0, old: None };

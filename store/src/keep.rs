@@ -165,13 +165,13 @@ struct Pieces<'a> {
 }
 
 impl Pieces<'_> {
-    fn push(&mut self, offset: u64, bytes: impl Iterator<Item = u8>) -> Result<(), StoreError> {
+    fn push(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
         let next = self.offset.saturating_add(self.bytes.len() as u64);
         if offset != next || self.bytes.len() >= PIECE_BYTES {
             self.flush()?;
             self.offset = offset;
         }
-        self.bytes.extend(bytes);
+        self.bytes.extend_from_slice(bytes);
         Ok(())
     }
 
@@ -257,7 +257,7 @@ impl<'a> Writing<'a> {
                 let pages = tree.subtree_pages(index);
                 let count = usize::try_from(pages.end.saturating_sub(pages.start)).unwrap_or(0);
                 let offset = manifest.digest_offset(start.saturating_add(pages.start));
-                pieces.push(offset, leaves.iter().take(count).flat_map(|digest| digest.0))?;
+                pieces.push(offset, leaves.get(..count).unwrap_or(leaves).as_flattened())?;
             }
             start = start.saturating_add(tree.pages());
         }

@@ -24,8 +24,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Lowest nodes whose digests are read at once: 1 MiB of them.
-const PIECE_SUBTREES: u64 = 128;
+/// Lowest nodes whose digests are read at once: 256 KiB of them, which stay in a core's cache until they have their place.
+const PIECE_SUBTREES: u64 = 32;
 const SUBTREE_DIGEST_BYTES: usize = SUBTREE_PAGES * 32;
 
 /// The files of a visit by what they are for.
@@ -214,13 +214,10 @@ impl Visit {
             let count = pages.end.saturating_sub(pages.start).saturating_mul(DIGEST_BYTES);
             bytes.resize(usize::try_from(count).unwrap_or(usize::MAX), 0);
             self.file.read_exact_at(&mut bytes, offset)?;
-            for (index, part) in (subtree..end).zip(bytes.chunks(SUBTREE_DIGEST_BYTES)) {
-                let mut digests = [Digest::default(); SUBTREE_PAGES];
-                for (digest, bytes) in digests.iter_mut().zip(part.as_chunks::<32>().0) {
-                    digest.0 = *bytes;
-                }
-                tree.set_leaves(index, &digests);
-            }
+            // The last one may be shorter.
+            bytes.resize(bytes.len().next_multiple_of(SUBTREE_DIGEST_BYTES), 0);
+            let parts = bytes.as_chunks::<32>().0.as_chunks::<SUBTREE_PAGES>().0;
+            (subtree..end).zip(parts).for_each(|(index, digests)| tree.set_leaves(index, digests));
             subtree = end;
         }
         Ok(())

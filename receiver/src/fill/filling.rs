@@ -6,7 +6,7 @@ use crate::memory::GuestSink;
 use crate::page_map::Found;
 use crate::resolve::runs;
 use crate::wants::Wants;
-use pagewire_protocol::batch::batch_digest;
+use pagewire_protocol::batch::BatchHasher;
 use pagewire_protocol::compress::Decompressor;
 use pagewire_protocol::digest::{Digest, PageBytes, is_zero, page_digest};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
@@ -262,8 +262,9 @@ impl<S: GuestSink> Filling<S> {
         let hasher = &self.guest.hasher;
         self.digests.clear();
         let (mut rest, mut references): (&[PageBytes], _) = (inline, pages.references());
+        let mut batch = BatchHasher::new(hasher.domain(), false);
         for run in pages.runs() {
-            let count = usize::from(run.count);
+            let (count, first) = (usize::from(run.count), self.digests.len());
             match run.kind {
                 EntryKind::INLINE => {
                     let (first, after) = rest.split_at(count.min(rest.len()));
@@ -274,8 +275,9 @@ impl<S: GuestSink> Filling<S> {
                 EntryKind::ZERO => self.digests.extend((0..count).map(|_| hasher.zero())),
                 _ => self.digests.extend((0..count).map(|_| SKIPPED_DIGEST)),
             }
+            batch.run(run, self.digests.get(first..).unwrap_or_default());
         }
-        let fits = batch_digest(hasher.domain(), range.first.0, pages.runs(), &self.digests) == pages.head.digest;
+        let fits = batch.finish(range.first.0) == pages.head.digest;
         Ok(fits && self.pads(range, pages, inline))
     }
 

@@ -138,7 +138,11 @@ mod tests {
         assert_eq!(next(&mut ahead), Some(3000..3001));
         assert_eq!(next(&mut ahead), Some(500..501));
         ahead.push(RUNS * 2 - 1..RUNS * 2);
-        assert_eq!([(); 3].map(|()| next(&mut ahead)), [Some(102..103), Some(100..101), None], "7 and 101 are not of it");
+        assert_eq!(
+            [(); 3].map(|()| next(&mut ahead)),
+            [Some(102..103), Some(100..101), None],
+            "7 and 101 are not of it"
+        );
         assert_eq!(ahead.wanted, RUNS as usize + 1);
         ahead.want(&(0..RUNS * 2));
         assert_eq!(ahead.wanted, 0);

@@ -12,12 +12,11 @@ use crate::lanes::{Batch, Lanes};
 use crate::memory::GuestMemory;
 use crate::report::{Decision, FillCounts};
 use crate::switch::CompressSwitch;
-use pagewire_protocol::batch::batch_digest;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{
-    Ack, Codec, EntryKind, Fault, FrameKind, Lack, Lacking, LaneId, PagesHead, SKIPPED_DIGEST, Urgency, Want, seal,
+    Ack, Codec, EntryKind, Fault, FrameKind, Lack, Lacking, LaneId, PagesHead, Urgency, Want, seal,
 };
 use pagewire_protocol::limits::{BATCH_PAGES_MAX, FAULTS_A_PAGE_MAX, PAGE_BYTES, WANTS_A_PAGE_MAX};
 use pagewire_protocol::page::{PageRange, Place};
@@ -438,12 +437,11 @@ impl<M: GuestMemory> Serving<M> {
         let zero = self.remainder.hasher.zero();
         let Remainder { trees, gone, hasher, .. } = &mut self.remainder;
         let mut entries = Entries::over(buffer);
-        let (mut next, mut stated) = (base, Vec::new());
+        let mut next = base;
         let places = parts.iter().cloned().flatten();
         for (slot, (place, &digest)) in places.zip(&self.digests).enumerate() {
             let skipped = place.saturating_sub(next);
             entries.push_many(EntryKind::SKIPPED, skipped);
-            stated.extend((0..skipped).map(|_| SKIPPED_DIGEST));
             if let Some(tree) = trees.get_mut(usize::from(range.region.0)) {
                 tree.set(place.saturating_sub(base).saturating_add(range.first.0), digest);
             }
@@ -456,11 +454,10 @@ impl<M: GuestMemory> Serving<M> {
                 false => EntryKind::INLINE,
             };
             entries.push(kind, slot, digest);
-            stated.push(digest);
             next = place.saturating_add(1);
         }
+        let digest = entries.digest((hasher.domain(), false), range.first.0);
         let Entries { runs, references, proofs, payload, inline, .. } = entries;
-        let digest = batch_digest(hasher.domain(), range.first.0, runs.iter().copied(), &stated);
         let (region, first, count) = (range.region.0, range.first.0, range.count);
         let head = PagesHead { round: 0, region, codec: Codec::NONE, first, count, digest, shift: 0 };
         self.counts.inline = self.counts.inline.saturating_add(u64::from(inline));
@@ -468,7 +465,7 @@ impl<M: GuestMemory> Serving<M> {
         self.counts.announced = self.counts.announced.saturating_add(announced);
         self.announced = self.announced.saturating_add(announced);
         if let Announcing::Sampling(sampled) = &mut self.announcing {
-            *sampled = sampled.saturating_add(stated.len() as u64);
+            *sampled = sampled.saturating_add(u64::from(range.count));
         }
         Batch { head, runs, references, proofs, payload, announced: 0, old: None }
     }

@@ -39,7 +39,7 @@ fn golden() -> (Manifest, Vec<u8>) {
     bytes.extend(present);
     bytes.resize(2 * BLOCK, 0);
     for digest in [&trees[0].leaves(0).unwrap()[..3], &trees[1].leaves(0).unwrap()[..1]].concat() {
-        bytes.extend(digest.0);
+        bytes.extend(digest);
     }
     (manifest, bytes)
 }

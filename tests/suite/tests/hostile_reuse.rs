@@ -10,7 +10,7 @@ use pagewire_protocol::challenge::{Challenge, PageProof};
 use pagewire_protocol::digest::{Digest, page_digest};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::CloseCode;
-use pagewire_protocol::frame::{Codec, Frame, FrameKind, Have, LaneId};
+use pagewire_protocol::frame::{Codec, Frame, FrameKind, Have, LaneId, RoundEnd};
 use pagewire_protocol::session::Phase;
 use pagewire_test_support::image::{Image, Mix};
 use pagewire_test_support::memory::{ImageBase, ImageSink, Neighbour};
@@ -73,6 +73,38 @@ fn a_shifted_entry_that_finds_other_bytes_is_wanted() {
     let Some(Frame::Ack(ack)) = script.last(FrameKind::ACK) else { panic!("no wants") };
     assert_eq!((ack.wants[0].first, ack.wants[0].count), (2, 1));
     assert_eq!(sink.state().written, (0, 0));
+}
+
+/// SPEC 3.6: both sides have proved what the pages of an agreed base are, so the frame's table says it all. A sender that
+/// proves them one by one means another frame, and is asked for the pages; one that calls a page base that it has replaced
+/// does not get its root.
+#[test]
+fn base_pages_of_an_agreed_base_count_once() {
+    let base = image(10);
+    let all =
+        |agreed| (0..10).fold(Statement { agreed, ..Statement::at(0, 0) }, |all, page| all.base(digest(&base, page)));
+    let wants = |statement: Statement| {
+        let (mut script, sink) = receiving(&base, true);
+        script.raw(BULK, FrameKind::PAGES, &statement.body());
+        script.listen();
+        assert_eq!(sink.state().image, base);
+        let ack = script.last(FrameKind::ACK);
+        ack.map(|ack| if let Frame::Ack(ack) = ack { ack.wants.iter().map(|want| want.count).sum() } else { 0 })
+    };
+    assert_eq!(wants(all(true)).unwrap_or(0), 0);
+    assert_eq!(wants(all(false)), Some(10));
+    let mut newer = base.clone();
+    newer.page_mut(0, 3).fill(7);
+    let (mut script, sink) = receiving(&base, true);
+    script.raw(BULK, FrameKind::PAGES, &all(true).body());
+    let page = newer.page(0, 3).first_chunk().unwrap();
+    script.raw(BULK, FrameKind::PAGES, &Statement { agreed: true, ..Statement::at(0, 3).inline(page) }.body());
+    script.raw(BULK, FrameKind::PAGES, &all(true).body());
+    script.say(BULK, &Frame::Round(RoundEnd { round: 0, frames: 3 }));
+    script.end_with(0, &base);
+    script.settle();
+    assert_eq!(script.failure().0, CloseCode::DIGEST);
+    assert!(!sink.state().finished);
 }
 
 /// SPEC 5.14

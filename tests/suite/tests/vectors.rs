@@ -140,7 +140,8 @@ fn digests() -> Vec<Digest> {
     let mut blobs = Blobs::new();
     let without = live_root(&domain, image, &blobs);
     blobs.insert(ImageName::new("a").unwrap(), 1, b"xyz".to_vec()).unwrap();
-    let stated = [(EntryKind::SKIPPED, 2), (EntryKind::INLINE, 1)].map(|(kind, count)| Run { kind, count });
+    let skipped = [(EntryKind::SKIPPED, 2), (EntryKind::INLINE, 1)].map(|(kind, count)| Run { kind, count });
+    let based = [(EntryKind::BASE, 2), (EntryKind::INLINE, 1)].map(|(kind, count)| Run { kind, count });
     vec![
         hasher.zero(),
         ones,
@@ -151,7 +152,9 @@ fn digests() -> Vec<Digest> {
         root,
         lacking.root(),
         image,
-        batch_digest(&domain, 7, stated, &[[0; 32], [0; 32], ones.0].map(Digest)),
+        batch_digest((&domain, false), 7, skipped, &[ones]),
+        batch_digest((&domain, false), 7, based, &[ones, ones, ones]),
+        batch_digest((&domain, true), 7, based, &[ones]),
         transcript_digest(b"sender", b"receiver"),
         without,
         live_root(&domain, image, &blobs),

@@ -5,7 +5,7 @@
 
 use crate::image::Image;
 use crate::memory::{ImageMemory, ImageSink, SourceFaults};
-use pagewire_protocol::batch::batch_digest;
+use pagewire_protocol::batch::BatchHasher;
 use pagewire_protocol::challenge::PageProof;
 use pagewire_protocol::compress::{Compressor, compress_delta};
 use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, join_proof, page_digest, transcript_digest};
@@ -187,6 +187,8 @@ pub struct Statement {
     pub payload: Vec<u8>,
     /// How far in the base the old bytes of its pages lie.
     pub shift: i64,
+    /// Its base pages are those of an agreed base.
+    pub agreed: bool,
 }
 
 impl Statement {
@@ -263,7 +265,14 @@ impl Statement {
 
     /// The digest that proves it.
     pub fn batch_digest(&self) -> Digest {
-        batch_digest(&DedupDomain::public(), self.first, self.runs.iter().copied(), &self.digests)
+        let mut batch = BatchHasher::new(&DedupDomain::public(), self.agreed);
+        let mut rest = self.digests.as_slice();
+        for run in &self.runs {
+            let (of_run, after) = rest.split_at(usize::from(run.count).min(rest.len()));
+            batch.run(*run, of_run);
+            rest = after;
+        }
+        batch.finish(self.first)
     }
 
     /// The body with any payload.

@@ -341,7 +341,7 @@ fn arriving(image: &Image, sink: &ImageSink) -> AgainstReceiver {
 /// A frame of pages of the second region that are zero or absent.
 fn leaving(first: u64, count: u32, kinds: &[(EntryKind, u16)]) -> Vec<u8> {
     let runs: Vec<Run> = kinds.iter().map(|&(kind, count)| Run { kind, count }).collect();
-    let digest = batch_digest(&DedupDomain::public(), first, runs.iter().copied(), &[]);
+    let digest = batch_digest((&DedupDomain::public(), false), first, runs.iter().copied(), &[]);
     let head = PagesHead { round: 0, region: 1, codec: Codec::NONE, first, count, digest, shift: 0 };
     let mut body = Vec::new();
     head.encode(&runs, &[], &[], &mut body);
