@@ -15,6 +15,7 @@
 
 use crate::dir::{Folder, Found, try_lock};
 use crate::error::StoreError;
+use crate::evict;
 use crate::manifest::VisitId;
 use crate::store::{Store, heads};
 use crate::visit::{VisitHead, manifest_name};
@@ -135,7 +136,7 @@ pub(crate) fn read(folder: &Folder, head: &VisitHead, domain: &DedupDomain) -> R
 
 impl Store {
     /// Keeps what the guest of a visit touched first, in place of what was kept before; nothing leaves that as it is. Of
-    /// very many the first are kept.
+    /// very many the first are kept. Then evicts what is over the domain's budget, and keeps none if the visit alone is.
     ///
     /// # Errors
     /// The operating system refused; what was kept before is there still.
@@ -165,6 +166,9 @@ impl Store {
         if kept.is_err() {
             // What stays behind all the same is removed when the store is opened next.
             let _ = folder.unlink(&aside);
+        } else if let Some(budget) = self.budget {
+            // STORE 6.4; they are kept: what could not go today goes when the next one comes.
+            let _ = evict::to_budget(&folder, visit.domain, budget, Some(visit.id));
         }
         kept
     }
