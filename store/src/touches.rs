@@ -24,6 +24,7 @@ use pagewire_protocol::coding::{Reader, Writer};
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::DecodeError;
+use pagewire_protocol::limits::FIRST_TOUCHES_MAX;
 use pagewire_protocol::page::{Layout, Place};
 use std::ffi::OsString;
 use std::io::Read;
@@ -33,8 +34,6 @@ use thiserror::Error;
 pub const MAGIC: [u8; 8] = *b"PWTOUCH\0";
 /// The only version there is.
 pub const VERSION: u32 = 1;
-/// Pages that are kept of one guest: of 4 GiB, and more than any needs to get going.
-pub const FIRST_TOUCHES_MAX: usize = 1 << 20;
 const FIXED: usize = 32;
 const SEAL: usize = 32;
 /// Bytes of the longest.
