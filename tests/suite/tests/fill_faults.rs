@@ -1,7 +1,7 @@
 //! What goes wrong while a guest runs and its memory follows, C27, C28 and C33 to C37 of the project's list of failures: the
 //! guest runs on what it has, nothing is installed twice, and the memory at the sender stays until all is there.
 //!
-//! C29 is in hostile_fill.rs, as are C34 and C35 for single frames; C30 to C32 are in receiver/tests/handler_death.rs.
+//! C29 is in hostile_fill, as are C34 and C35 for single frames; C30 to C32 are in receiver/tests/handler_death.rs.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
