@@ -3,7 +3,6 @@
 //!
 //! A citation is a span of code: `path::test`, where the path is one from the root or below `tests/suite/tests/`; `test` by
 //! itself is in the file that was named last in the same row or paragraph.
-#![expect(clippy::unwrap_used, reason = "a test that cannot read its inputs has failed")]
 
 use pagewire_test_suite::{read, root};
 
