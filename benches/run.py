@@ -22,6 +22,7 @@ from pathlib import Path
 import cases
 import images
 import processes
+import visits
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -90,7 +91,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all)")
     parser.add_argument("--list", action="store_true", help="list the benchmarks")
-    parser.add_argument("--runs", type=int, default=5, help="counted runs (default 5; fewer is only a self-test)")
+    parser.add_argument("--runs", type=int, default=visits.JUDGED_RUNS, help=f"counted runs (default {visits.JUDGED_RUNS}, and {visits.KEEP_PAIRS} at least for keep-cost; fewer than the default is only a self-test)")
     parser.add_argument("--only", choices=("pagewire", "alternative"), help="run one side alone")
     parser.add_argument("--pagewire", default=ROOT / "target/release/pagewire", help="the program (default: the release build)")
     parser.add_argument("--dir", help="folder for the work (default: a new one on /dev/shm)")

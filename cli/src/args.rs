@@ -223,6 +223,12 @@ pub(crate) struct Keeping {
     /// Bytes on disk that each dedup domain may take, as in 20GiB; what was used longest ago goes first.
     #[arg(long, value_name = "SIZE", value_parser = size, requires = "store")]
     pub(crate) store_budget: Option<u64>,
+}
+
+/// Whose pages are matched.
+#[derive(Debug, ClapArgs)]
+#[command(next_help_heading = "What is kept of guests")]
+pub(crate) struct Matching {
     /// Match pages with those of all guests that are sent with this name, on both sides. By default a guest's pages are
     /// matched with its own earlier ones alone: whoever may send within a domain can find out what its guests hold.
     #[arg(long, value_name = "NAME", requires = "store")]
@@ -311,6 +317,8 @@ pub(crate) struct Send {
     pub(crate) live: Live,
     #[command(flatten)]
     pub(crate) keeping: Keeping,
+    #[command(flatten)]
+    pub(crate) matching: Matching,
     #[command(flatten)]
     pub(crate) transfer: Transfer,
     #[command(flatten)]
@@ -460,6 +468,8 @@ pub(crate) struct Receive {
     pub(crate) insecure_plaintext: bool,
     #[command(flatten)]
     pub(crate) keeping: Keeping,
+    #[command(flatten)]
+    pub(crate) matching: Matching,
     /// Take unchanged pages of a kept image as they are, where they need not be copied: with --inplace, or on a file
     /// system that shares blocks. They are not read, and the report counts them.
     #[arg(long, requires = "store")]

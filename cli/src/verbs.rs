@@ -1,6 +1,8 @@
 //! What each verb does: options from the command line to the facade, outcomes to exit codes.
 
-use crate::args::{Args, AtLimit, Copy, Inspect, Keep, Keeping, PostCopy, Receive, Resume, Send, Transfer, Verb};
+use crate::args::{
+    Args, AtLimit, Copy, Inspect, Keep, Keeping, Matching, PostCopy, Receive, Resume, Send, Transfer, Verb,
+};
 use crate::show::{Show, draw, finish, print_json, size, warn};
 use crate::{demo, exit, live, resolve, signals, status, store};
 use anyhow::{Context, Result, bail};
@@ -80,10 +82,10 @@ fn is_remote(path: &Path) -> bool {
 /// Brings what a guest lacks that runs at the receiver.
 fn resume(args: &Resume) -> Result<ExitCode> {
     // The guest waits for its pages, which need no store.
-    let reuse = reuse(&args.keeping, false).unwrap_or_else(|error| {
-        warn(&format!("the store is not used: {}", pagewire::chain(&error)));
-        None
-    });
+    let (reuse, unused) = match reuse(&args.keeping, None, false) {
+        Ok(reuse) => (reuse, None),
+        Err(error) => (None, Some(format!("the store is not used: {}", pagewire::chain(&error)))),
+    };
     let options = SendOptions {
         lanes: args.lanes,
         install_size: args.page_size.into(),
@@ -96,7 +98,9 @@ fn resume(args: &Resume) -> Result<ExitCode> {
     };
     let journal = live::journal(args.journal.as_deref())?;
     let mut show = Show::new(args.output.json);
-    let outcome = pagewire::resume(&args.source, &args.name, &args.to, (&journal, args.patience), &options, &mut show);
+    let mut outcome =
+        pagewire::resume(&args.source, &args.name, &args.to, (&journal, args.patience), &options, &mut show);
+    outcome.report.warnings.extend(unused);
     let seen = show.end();
     finish(&outcome, &args.output, seen);
     Ok(end(&outcome))
@@ -107,7 +111,7 @@ fn send(args: &Send) -> Result<ExitCode> {
         eprintln!("pagewire: --post-copy never and --at-limit post-copy exclude each other");
         return Ok(ExitCode::from(2));
     }
-    let reuse = match reuse(&args.keeping, false) {
+    let reuse = match reuse(&args.keeping, Some(&args.matching), false) {
         Ok(reuse) => reuse,
         Err(error) => return store::refused(error),
     };
@@ -134,7 +138,7 @@ fn send(args: &Send) -> Result<ExitCode> {
 }
 
 /// The store that a command names.
-fn reuse(keeping: &Keeping, trust: bool) -> Result<Option<Reuse>, StoreError> {
+fn reuse(keeping: &Keeping, matching: Option<&Matching>, trust: bool) -> Result<Option<Reuse>, StoreError> {
     let Some(dir) = &keeping.store else { return Ok(None) };
     let store = Store::open(dir, StoreOptions { budget: keeping.store_budget, existing: false })?;
     let keep = keeping.keep.map(|keep| match keep {
@@ -142,7 +146,8 @@ fn reuse(keeping: &Keeping, trust: bool) -> Result<Option<Reuse>, StoreError> {
         Keep::Manifest => KeepWhat::Manifest,
         Keep::Visit => KeepWhat::Visit,
     });
-    Ok(Some(Reuse { keep, trust, domain: keeping.domain.clone(), ..Reuse::new(store) }))
+    let domain = matching.and_then(|matching| matching.domain.clone());
+    Ok(Some(Reuse { keep, trust, domain, ..Reuse::new(store) }))
 }
 
 fn receive(args: Receive) -> Result<ExitCode> {
@@ -168,7 +173,7 @@ fn receive(args: Receive) -> Result<ExitCode> {
         Into::HandedOver(dir) => live::take(&args.take, live::Images::Sockets(dir.clone()))?,
         Into::Memory | Into::PostCopy { .. } | Into::PostCopyFolder { .. } => None,
     };
-    let reuse = match reuse(&args.keeping, args.trust_store) {
+    let reuse = match reuse(&args.keeping, Some(&args.matching), args.trust_store) {
         Ok(reuse) => reuse,
         Err(error) => return store::refused(error),
     };

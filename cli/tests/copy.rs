@@ -126,6 +126,9 @@ fn rejects_wrong_usage_with_code_2() {
     assert!(fails(2, &["copy", src, "x", "--bandwidth-limit", "fast"]).contains("125MB"));
     assert!(fails(2, &["copy", src, "x", "--deadline", "0"]).contains("deadline"));
     assert!(fails(2, &["copy", src, "x", "--page-size", "5"]).contains("4KiB"));
+    // The pages that are left have the domain that they were sent with.
+    let resume = ["resume", src, "--to", "unix:/nonexistent", "--name", "vm", "--store", "x", "--domain", "y"];
+    assert!(fails(2, &resume).contains("--domain"));
 }
 
 #[test]

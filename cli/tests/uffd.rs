@@ -3,19 +3,24 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 #![allow(clippy::cast_possible_truncation, reason = "tests choose their numbers")]
 
+#[path = "support/database.rs"]
+mod database;
 mod support;
+#[path = "support/workload.rs"]
+mod workload;
 
 use pagewire::{Backing, FaultsOf, InstallSize, Layout, PageBitmap, PostcopyMemory, Region};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 use std::fs;
-use std::io::{IoSlice, Read, Write};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use support::guest::ended;
 use support::network::Network;
 use support::*;
 
@@ -132,7 +137,18 @@ impl Scene {
     }
 
     fn report(&self, name: &str) -> Value {
-        serde_json::from_slice(&fs::read(self.path(name)).unwrap()).unwrap()
+        support::json(&self.path(name))
+    }
+
+    /// What the receiver says, once it says that; it writes a report for each session.
+    fn received(&self, says: impl Fn(&Value) -> bool) -> Value {
+        let read = || fs::read(self.path("received")).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        let mut received = None;
+        wait_until("the receiver reports the end", || {
+            received = read().filter(&says);
+            received.is_some()
+        });
+        received.unwrap()
     }
 
     fn wait_until_it_runs(&self) {
@@ -165,11 +181,6 @@ impl Drop for Scene {
     }
 }
 
-fn ended(child: Child) -> (Option<i32>, String) {
-    let output = child.wait_with_output().unwrap();
-    (output.status.code(), text(&output.stderr))
-}
-
 #[test]
 fn a_workload_in_served_memory_comes_to_the_right_answer_though_the_network_is_cut_six_times() {
     let Some(scene) = Scene::set(2 << 20) else { return };
@@ -189,14 +200,9 @@ fn a_workload_in_served_memory_comes_to_the_right_answer_though_the_network_is_c
     assert!(faults["remote"].as_u64().unwrap() > 100, "pages were touched before they came: {faults}");
     assert!(sent["downtime_seconds"].as_f64().unwrap() > 0.0 && sent["guest_at"] == "receiver", "{sent}");
     wait_until("the receiver knows it", || scene.whereabouts("journal-there") == "here");
-    // Each session writes it anew; the last one that fills the guest counts.
-    let told = || fs::read(scene.path("received")).ok().and_then(|text| serde_json::from_slice::<Value>(&text).ok());
-    wait_until("the receiver reports the end", || {
-        told().is_some_and(|report| {
-            report["outcome"] == "done" && report["faults"]["count"] != 0 && report["faults"]["lacking"] == 0
-        })
+    let received = scene.received(|report| {
+        report["outcome"] == "done" && report["faults"]["count"] != 0 && report["faults"]["lacking"] == 0
     });
-    let received = scene.report("received");
     assert!(received["name"] == "vm" && received["bytes_total"] == workload::BYTES, "{received}");
     assert!(received["wire"]["received_bytes"].as_u64().unwrap() > 0, "{received}");
     let faults = &received["faults"];
@@ -315,10 +321,7 @@ fn been_there(bytes_a_second: u64) -> Option<Scene> {
 impl Scene {
     /// What the receiver says when the guest has all.
     fn filled(&self) -> Value {
-        let read = || fs::read(self.path("received")).ok().and_then(|text| serde_json::from_slice::<Value>(&text).ok());
-        let is_filled = |report: &Value| report["outcome"] == "done" && report["faults"]["local"] != 0;
-        wait_until("the receiver reports the end", || read().as_ref().is_some_and(is_filled));
-        read().unwrap()
+        self.received(|report| report["outcome"] == "done" && report["faults"]["local"] != 0)
     }
 
     /// Kinds of files that a store has.
@@ -359,6 +362,9 @@ fn what_the_receivers_store_has_does_not_travel_though_the_network_is_cut() {
     assert!(verified.status.success(), "{}", text(&verified.stdout));
 }
 
+/// More than what is said before pages go.
+const SOME_BYTES: u64 = 16 << 10;
+
 /// The process that sends may be gone, and its store, too: the key of the session is where its record is.
 #[test]
 fn a_sender_that_was_killed_needs_no_store_to_go_on() {
@@ -373,12 +379,22 @@ fn a_sender_that_was_killed_needs_no_store_to_go_on() {
     assert!(!scene.path("there/said").exists(), "it waits for pages");
     // One that cannot be used is no reason to leave the guest alone.
     fs::write(&store, "").unwrap();
-    let mut stopped = scene.resume_at(&scene.network.address, &["--store", &store]);
-    stopped.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut stopped = stopped.spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(300));
-    stopped.kill().unwrap();
-    stopped.wait().unwrap();
+    let mut stopped = scene.resume_at(&scene.network.address, &["--store", &store, "--json"]);
+    let mut stopped = Running(stopped.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+    let mut events = BufReader::new(stopped.0.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let goes =
+        |event: String| serde_json::from_str::<Value>(&event).unwrap()["sent_bytes"].as_u64() >= Some(SOME_BYTES);
+    assert!(events.any(goes), "pages go: {}", stopped.end().1);
+    stopped.signal("-INT");
+    events.for_each(drop);
+    let (status, said) = stopped.end();
+    assert!(status.code() == Some(4) && said.contains("the store is not used"), "{status}: {said}");
+    let resumed = scene.report("resumed");
+    let warned = resumed["warnings"].as_array().unwrap().iter().any(|warning| {
+        let warning = warning.as_str().unwrap();
+        warning.starts_with("the store is not used") && warning.contains(&store)
+    });
+    assert!(warned && resumed["wire"]["sent_bytes"].as_u64() >= Some(SOME_BYTES), "{resumed}");
     fs::remove_file(&store).unwrap();
     let output = scene.resume_at(&scene.direct, &["--store", &store]).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
@@ -407,4 +423,5 @@ fn a_key_that_is_damaged_is_named_and_the_guest_waits_for_it() {
     fs::write(&key, &whole).unwrap();
     assert_eq!(scene.resume().status.code(), Some(0));
     scene.is_right();
+    assert!(!key.exists(), "nobody needs it any more");
 }

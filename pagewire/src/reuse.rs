@@ -77,16 +77,45 @@ impl Reuse {
 
     /// Keeps an image, of its pages those that `worth` names (all without one), and removes the visits that it
     /// supersedes. What its guest touches first is kept with it: these `touches`, or what was known of an earlier time.
-    /// Returns how many of its pages had changed already.
+    /// Whether it was kept; what did not go as it should is in the report.
     fn keep(
         &self,
         keep: &Keep<'_>,
         manifest: &Manifest,
         (worth, touches): (Option<&PageBitmap>, &[Place]),
         image: Option<Image<'_>>,
-    ) -> Result<u64, StoreError> {
+        report: &mut Report,
+    ) -> bool {
+        // Before the visits go that it is kept with.
+        let known = if touches.is_empty() { self.first_touches(&keep.lineage, keep.layout) } else { Vec::new() };
+        let Kept { head, changed } = match self.put(keep, manifest, worth, image) {
+            Ok(kept) => kept,
+            Err(error) => {
+                report.warn("the image was not kept", &error);
+                return false;
+            }
+        };
+        report.reuse.unkept = changed;
+        // Before anything else is written: on a full disk this is room.
+        if let Err(error) = self.supersede(&keep.lineage, &head) {
+            report.warn("what an image supersedes was not removed", &error);
+        }
+        let touches = if touches.is_empty() { &known } else { touches };
+        if let Err(error) = self.store.keep_touches(&head, touches) {
+            report.warn("what the guest touched first was not kept", &error);
+        }
+        true
+    }
+
+    fn put(
+        &self,
+        keep: &Keep<'_>,
+        manifest: &Manifest,
+        worth: Option<&PageBitmap>,
+        image: Option<Image<'_>>,
+    ) -> Result<Kept, StoreError> {
         let store = |image| self.store.keep(keep, &manifest.trees, worth, image);
-        let Kept { head, changed } = match image {
+        match image {
             None => store(None),
             Some(Image::File(path)) => {
                 let file = File::open(path).map_err(|source| unreadable(path, source))?;
@@ -96,22 +125,19 @@ impl Reuse {
                 let ram = ram.lock().unwrap_or_else(PoisonError::into_inner);
                 ram.read(region, first.saturating_mul(PAGE_BYTES as u64), bytes)
             }))),
-        }?;
-        match touches {
-            [] => {
-                let known = self.first_touches(&keep.lineage, keep.layout);
-                self.store.keep_touches(&head, &known)?;
-            }
-            touches => self.store.keep_touches(&head, touches)?,
         }
-        let older = self.store.visits(&keep.lineage.key).into_iter();
+    }
+
+    /// Removes the visits that one supersedes.
+    fn supersede(&self, lineage: &Lineage, head: &VisitHead) -> Result<(), StoreError> {
+        let older = self.store.visits(&lineage.key).into_iter();
         // A page that was changed on another host is of no further use, unless nothing newer has any pages.
         let older = older.filter(|old| old.lineage == head.lineage && old.sequence < head.sequence);
         for old in older.filter(|old| head.pages_kept || !old.pages_kept) {
             // What another session has open stays until the next time.
             let _: Removed = self.store.remove(old.id)?;
         }
-        Ok(changed)
+        Ok(())
     }
 }
 
@@ -233,12 +259,8 @@ pub(crate) fn keep_departed(reuse: &Reuse, lineage: Lineage, departed: &Departed
     let (kind, layout, root) = (VisitKind::Departed, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: name.clone(), session, kind, layout, root };
     let worth = hot.filter(|_| pages.is_some()).map(|hot| worth_keeping(manifest, hot));
-    match reuse.keep(&keep, manifest, (worth.as_ref(), &[]), pages) {
-        Ok(changed) => {
-            report.reuse.unkept = changed;
-            report.reuse.hot = worth.map_or(0, |worth| layout.pages().saturating_sub(worth.count()));
-        }
-        Err(error) => report.warn("the image was not kept", &error),
+    if reuse.keep(&keep, manifest, (worth.as_ref(), &[]), pages, report) {
+        report.reuse.hot = worth.map_or(0, |worth| layout.pages().saturating_sub(worth.count()));
     }
 }
 
@@ -277,10 +299,7 @@ pub(crate) fn keep_arrived(reuse: &Reuse, came: &Came<'_>, image: Option<Image<'
     let Some(lineage) = claimed(open) else { return };
     let (kind, layout, root) = (VisitKind::Arrived, &manifest.layout, manifest.root);
     let keep = Keep { lineage, name: open.name.clone(), session: open.session, kind, layout, root };
-    match reuse.keep(&keep, manifest, (None, touches), pages) {
-        Ok(changed) => report.reuse.unkept = changed,
-        Err(error) => report.warn("the image was not kept", &error),
-    }
+    reuse.keep(&keep, manifest, (None, touches), pages, report);
 }
 
 /// Who the sender says the guest is; without a key of its own it says nothing.
@@ -300,3 +319,6 @@ impl Report {
 pub(crate) fn warning(what: &str, error: &dyn std::error::Error) -> String {
     format!("{what}: {}", chain(error))
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,10 +13,10 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use support::{Host, PAGE, name, noise};
 
 const PAGES: usize = 3000;
@@ -110,6 +110,8 @@ impl GuestStarter for Runs {
 /// Carries connections to a socket, and can cut all of them.
 struct Network {
     path: PathBuf,
+    /// Bytes, in both directions.
+    carried: Arc<AtomicU64>,
     open: Arc<Mutex<Vec<UnixStream>>>,
 }
 
@@ -118,7 +120,8 @@ impl Network {
         let path = dir.join("network");
         let listener = UnixListener::bind(&path).unwrap();
         let open = Arc::new(Mutex::new(Vec::new()));
-        let streams = Arc::clone(&open);
+        let carried = Arc::new(AtomicU64::new(0));
+        let (streams, count) = (Arc::clone(&open), Arc::clone(&carried));
         std::thread::spawn(move || {
             for near in listener.incoming() {
                 let (near, far) = (near.unwrap(), UnixStream::connect(&server).unwrap());
@@ -126,6 +129,7 @@ impl Network {
                 for (from, to) in [(&near, &far), (&far, &near)] {
                     streams.push(from.try_clone().unwrap());
                     let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    let carried = Arc::clone(&count);
                     std::thread::spawn(move || {
                         let mut buffer = vec![0; 1 << 14];
                         while let Ok(read @ 1..) = from.read(&mut buffer) {
@@ -136,13 +140,23 @@ impl Network {
                             if to.write_all(&buffer[..read]).is_err() {
                                 break;
                             }
+                            carried.fetch_add(read as u64, Ordering::SeqCst);
                         }
                         let _ = to.shutdown(std::net::Shutdown::Both);
                     });
                 }
             }
         });
-        Self { path, open }
+        Self { path, carried, open }
+    }
+
+    /// Cuts when it has carried so many bytes more, or in the end: then nothing was left to cut.
+    fn cut_after(&self, bytes: u64) {
+        let (before, begin) = (self.carried.load(Ordering::SeqCst), Instant::now());
+        while self.carried.load(Ordering::SeqCst) < before + bytes && begin.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.cut();
     }
 
     fn cut(&self) {
@@ -170,19 +184,20 @@ struct Way {
     into: Option<Into>,
 }
 
-/// Moves an image in post-copy, cutting the network at each of these times after the guest has started.
-fn moves(image: Vec<u8>, way: Way, options: &SendOptions, cuts: &[Duration]) -> Moved {
+/// Moves an image in post-copy, cutting the network each time it has carried so many bytes since the guest was started.
+fn moves(image: Vec<u8>, way: Way, options: &SendOptions, cuts: &[u64]) -> Moved {
     moves_between(&[Host::new(), Host::new()], None, image, way, options, cuts)
 }
 
-/// Moves an image from one host to another, whose stores are used if it is said what is kept there.
+/// Moves an image from one host to another, whose stores are used if it is said what is kept there. Each cut ends a session
+/// that fills the guest.
 fn moves_between(
     [a, b]: &[Host; 2],
     keep: Option<KeepWhat>,
     image: Vec<u8>,
     way: Way,
     options: &SendOptions,
-    cuts: &[Duration],
+    cuts: &[u64],
 ) -> Moved {
     let Way { background_limit, expected_touches, before, into } = way;
     fs::write(a.image(), &image).unwrap();
@@ -222,20 +237,19 @@ fn moves_between(
         let sending =
             scope.spawn(|| send_live(&a.image(), &name(), &to, options, (&live, Box::new(Still)), &mut NoObserver));
         // A network that breaks before the guest is there is another test's.
-        let begin = std::time::Instant::now();
+        let begin = Instant::now();
         while !cuts.is_empty() && !started.load(Ordering::SeqCst) && begin.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(1));
         }
-        for &cut in cuts {
-            std::thread::sleep(cut);
-            network.cut();
-        }
+        cuts.iter().for_each(|&bytes| network.cut_after(bytes));
         sending.join().unwrap()
     });
+    let sessions = usize::try_from(sent.report.faults.sessions).unwrap();
+    assert!(cuts.is_empty() || sessions > cuts.len(), "a cut came too late: {:?}", sent.report);
     // The sender is done before the receiver has taken its last word in.
     let is_last = |report: &Report| report.error.is_none() && (before || report.faults.seconds > 0.0);
     let ended = || reports.lock().unwrap().iter().any(is_last);
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     while !ended() && begin.elapsed() < Duration::from_secs(10) {
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -269,11 +283,11 @@ fn a_guest_runs_at_the_receiver_before_any_of_its_memory_is_there() {
 
 #[test]
 fn it_runs_to_the_right_end_though_the_network_is_cut_five_times() {
-    let cuts = [Duration::from_millis(300); 5];
+    // Half of the image, in all.
+    let cuts = [1 << 20; 5];
     let Moved { sent, ran, .. } = moves(image(), Way::default(), &SendOptions::default(), &cuts);
     assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
     let report = sent.into_result().unwrap();
-    assert!(report.faults.sessions >= 5, "{report:?}");
     assert_eq!((report.guest_at, report.faults.lacking), (GuestAt::Receiver.name(), 0));
 }
 
@@ -397,7 +411,7 @@ fn a_session_that_fills_a_guest_counts_as_one_and_keeps_nobody_out() {
 fn what_a_host_keeps_of_a_guest_is_put_in_from_there() {
     let hosts = [Host::new(), Host::new()];
     let (first, whole) = (image(), (PAGES * PAGE) as u64);
-    let moved = |image: &[u8], way: Way, cuts: &[Duration]| {
+    let moved = |image: &[u8], way: Way, cuts: &[u64]| {
         let keep = Some(KeepWhat::Visit);
         let moved = moves_between(&hosts, keep, image.to_vec(), way, &SendOptions::default(), cuts);
         let sent = moved.sent.into_result().unwrap();
@@ -424,7 +438,8 @@ fn what_a_host_keeps_of_a_guest_is_put_in_from_there() {
     // Away again in post-copy, over a network that breaks: it is there already.
     let mut again = changed.clone();
     (7..PAGES).step_by(20).for_each(|page| again[page * PAGE..][..PAGE].copy_from_slice(&noise(page as u64 + 5, 1)));
-    let cuts = [Duration::from_millis(60); 2];
+    // The digests of all pages are 96 KiB, and what has changed is 600 KiB.
+    let cuts = [128 << 10; 2];
     let (sent, received, touched_again) = moved(&again, Way::default(), &cuts);
     let zeros = (100..180).filter(|page| page % 20 != 0 && page % 20 != 7).count();
     assert!(received.faults.local > (PAGES - zeros) as u64 / 2, "{received:?}");
@@ -442,7 +457,7 @@ fn what_a_host_keeps_of_a_guest_is_put_in_from_there() {
 fn the_memory_of_a_guest_can_be_a_file_of_a_tmpfs() {
     let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return println!("SKIPPED: there is no /dev/shm") };
     let into = || Some(Into::PostCopyFolder { folder: dir.path().to_path_buf(), faults_of: FaultsOf::Everybody });
-    for (cuts, before) in [(&[][..], false), (&[Duration::from_millis(200)], false), (&[], true)] {
+    for (cuts, before) in [(&[][..], false), (&[1 << 20], false), (&[], true)] {
         fs::write(dir.path().join("vm"), "of an earlier guest").unwrap();
         let way = Way { into: into(), before, ..Way::default() };
         let Moved { sent, ran, .. } = moves(image(), way, &SendOptions::default(), cuts);
@@ -482,7 +497,7 @@ fn a_guest_can_run_in_huge_pages_before_they_are_there() {
     }
     let into = || Some(Into::PostCopy { backing: Backing::SharedHuge, faults_of: FaultsOf::Everybody });
     let options = SendOptions { install_size, ..SendOptions::default() };
-    for cuts in [&[][..], &[Duration::from_millis(300); 3]] {
+    for cuts in [&[][..], &[3 << 20; 3]] {
         let Moved { sent, ran, .. } = moves(image(), Way { into: into(), ..Way::default() }, &options, cuts);
         assert_eq!(ran.recv_timeout(Duration::from_secs(20)).unwrap(), Ok(()));
         assert_eq!(sent.into_result().unwrap().faults.lacking, 0);

@@ -86,3 +86,8 @@ pub const BLOB_PART_BYTES_MAX: u32 = 32 * 1024;
 pub const LACKING_BYTES_MAX: u32 = 32 * 1024;
 /// Pages named in FAULT frames, a page on average over the image, in a fill session.
 pub const FAULTS_A_PAGE_MAX: u64 = 4;
+/// Runs of pages named ahead that the sender of a fill session remembers, of some 50 bytes each: what a receiver names
+/// beyond comes with the rest.
+pub const AHEAD_RUNS_MAX: usize = 1 << 20;
+/// Pages that a store keeps of those a guest touched first: of 4 GiB, and more than any needs to get going.
+pub const FIRST_TOUCHES_MAX: usize = 1 << 20;

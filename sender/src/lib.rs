@@ -38,4 +38,5 @@ pub use error::{ErrorKind, SenderError};
 pub use lanes::{EncodeJob, EncodeOutput};
 pub use memory::{GuestMemory, Tracking};
 pub use report::{Counts, Decision, FillCounts, RoundReport};
+pub use reuse::STRAY_MAX;
 pub use trace::Trace;

@@ -21,8 +21,9 @@ const SAMPLE_EVERY: u64 = 256;
 const CHANGED_MIN: u64 = 256;
 /// And the share of the pages that they must be: looking costs an index over all of the base.
 const CHANGED_SHARE: u64 = 32;
-/// Changed pages in a row of which none was where the shift says, after which it is believed no more.
-const STRAY_MAX: u64 = 512;
+/// Changed pages in a row of which none was where the shift says, after which it is believed no more: they travel whole, as
+/// what lay there says nothing about them.
+pub const STRAY_MAX: u64 = 512;
 /// The share of a batch that has changed where much has.
 const BUSY_SHARE: u64 = 8;
 

@@ -2,8 +2,8 @@
 //!
 //! A visit is superseded when the same guest was kept again later: its pages changed on another host, and what did not
 //! change is in the newer visit. Those go first, oldest first; then whatever was used longest ago. A visit that somebody
-//! has open stays, and so does the one that was just kept, without its pages if those alone are too many. One domain's
-//! budget never looks at another domain.
+//! has open stays, and so does the one that was just kept, without its first touches and its pages if it alone is too
+//! much. One domain's budget never looks at another domain.
 
 use crate::dir::{Folder, Found, allocated, try_lock};
 use crate::error::StoreError;
@@ -81,9 +81,15 @@ pub(crate) fn to_budget(
 ) -> Result<Vec<VisitHead>, StoreError> {
     // STORE 5.3: all it looks at is in this one folder.
     let mut candidates = candidates(folder, domain)?;
-    for kept in candidates.iter_mut().filter(|candidate| Some(candidate.id) == just_kept && candidate.bytes > budget) {
-        folder.unlink(&image_name(kept.id))?;
-        kept.bytes = folder.open(&manifest_name(kept.id), false)?.file().map_or(0, |(_, info)| allocated(&info));
+    // STORE 5.2
+    for kept in candidates.iter_mut().filter(|candidate| Some(candidate.id) == just_kept) {
+        for beside in [touches_name(kept.id), image_name(kept.id)] {
+            let file = folder.open(&beside, false)?.file();
+            if let Some((_, info)) = file.filter(|_| kept.bytes > budget) {
+                folder.unlink(&beside)?;
+                kept.bytes = kept.bytes.saturating_sub(allocated(&info));
+            }
+        }
     }
     let mut total = candidates.iter().fold(0u64, |sum, candidate| sum.saturating_add(candidate.bytes));
     let mut evicted = Vec::new();

@@ -15,6 +15,7 @@
 
 use crate::dir::{Folder, Found, try_lock};
 use crate::error::StoreError;
+use crate::evict;
 use crate::manifest::VisitId;
 use crate::store::{Store, heads};
 use crate::visit::{VisitHead, manifest_name};
@@ -23,6 +24,7 @@ use pagewire_protocol::coding::{Reader, Writer};
 use pagewire_protocol::digest::Digest;
 use pagewire_protocol::domain::{DedupDomain, LineageId};
 use pagewire_protocol::error::DecodeError;
+use pagewire_protocol::limits::FIRST_TOUCHES_MAX;
 use pagewire_protocol::page::{Layout, Place};
 use std::ffi::OsString;
 use std::io::Read;
@@ -32,8 +34,6 @@ use thiserror::Error;
 pub const MAGIC: [u8; 8] = *b"PWTOUCH\0";
 /// The only version there is.
 pub const VERSION: u32 = 1;
-/// Pages that are kept of one guest: of 4 GiB, and more than any needs to get going.
-pub const FIRST_TOUCHES_MAX: usize = 1 << 20;
 const FIXED: usize = 32;
 const SEAL: usize = 32;
 /// Bytes of the longest.
@@ -135,7 +135,7 @@ pub(crate) fn read(folder: &Folder, head: &VisitHead, domain: &DedupDomain) -> R
 
 impl Store {
     /// Keeps what the guest of a visit touched first, in place of what was kept before; nothing leaves that as it is. Of
-    /// very many the first are kept.
+    /// very many the first are kept. Then evicts what is over the domain's budget, and keeps none if the visit alone is.
     ///
     /// # Errors
     /// The operating system refused; what was kept before is there still.
@@ -165,6 +165,9 @@ impl Store {
         if kept.is_err() {
             // What stays behind all the same is removed when the store is opened next.
             let _ = folder.unlink(&aside);
+        } else if let Some(budget) = self.budget {
+            // STORE 6.4; they are kept: what could not go today goes when the next one comes.
+            let _ = evict::to_budget(&folder, visit.domain, budget, Some(visit.id));
         }
         kept
     }

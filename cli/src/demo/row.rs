@@ -6,7 +6,7 @@ use super::place::Place;
 use super::postcopy::{self, PostCopyLeg};
 use super::{Plan, peak, say};
 use anyhow::{Context, Result, anyhow, ensure};
-use pagewire::{CancellationToken, Pages, Report};
+use pagewire::{CancellationToken, Pages, Report, Round};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -23,7 +23,7 @@ pub(super) struct Leg {
     pub(super) seconds: f64,
     /// Until everything that stays was kept, too.
     pub(super) seconds_until_kept: f64,
-    /// What the guests changed a second while they moved, when that was looked at last before they were paused.
+    /// What the guests changed a second while they moved, until they were paused.
     pub(super) dirty_pages_a_second: f64,
     /// Of the guest that had the fewest rounds, the last one counted, and of that which had the most.
     pub(super) rounds_min: usize,
@@ -51,17 +51,22 @@ impl Leg {
             // All begin at once: the slowest is the leg.
             seconds: reports.iter().map(|report| report.seconds).fold(0.0, f64::max),
             seconds_until_kept,
-            dirty_pages_a_second: reports
-                .iter()
-                .filter_map(|report| report.rounds.iter().nth_back(1))
-                .map(|round| round.dirty_rate)
-                .sum(),
+            dirty_pages_a_second: reports.iter().map(|report| dirty_rate(&report.rounds)).sum(),
             rounds_min: reports.iter().map(|report| report.rounds.len()).min().unwrap_or(0),
             rounds_max: reports.iter().map(|report| report.rounds.len()).max().unwrap_or(0),
             downtime_seconds_max: reports.iter().map(|report| report.downtime_seconds).fold(0.0, f64::max),
             pages_rewritten,
         }
     }
+}
+
+/// What a guest changed a second over all of its rounds, each for as long as it took: one that was short says little. In
+/// the last it stands still.
+fn dirty_rate(rounds: &[Round]) -> f64 {
+    let ran = rounds.split_last().map_or(&[][..], |(_, ran)| ran);
+    let seconds: f64 = ran.iter().map(|round| round.seconds).sum();
+    let changed: f64 = ran.iter().map(|round| round.dirty_rate * round.seconds).sum();
+    if seconds > 0.0 { changed / seconds } else { 0.0 }
 }
 
 /// A row of the table.
@@ -186,4 +191,17 @@ fn at_once<S: Copy + Send, T: Send>(
         let ends: Vec<Result<T>> = threads.into_iter().map(end).collect();
         ends.into_iter().collect()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_count_for_as_long_as_they_took_and_the_last_not_at_all() {
+        let round = |seconds, dirty_rate| Round { seconds, dirty_rate, ..Round::default() };
+        let rounds = [round(0.9, 1000.0), round(0.1, 500.0), round(0.5, 0.0)];
+        assert!((dirty_rate(&rounds) - 950.0).abs() < 1e-9);
+        assert_eq!((dirty_rate(&rounds[..1]), dirty_rate(&[])), (0.0, 0.0));
+    }
 }

@@ -95,7 +95,7 @@ pub(super) fn text(rows: &[Row]) -> String {
     };
     text + "\nmoved: bytes on the wire, both directions, uncompressed; back/out, pages: those that travelled with bytes\n\
             time: from connecting to the last guest started on the other host; what the stores still keep then is not in it\n\
-            rounds: with the last one, for which a guest stands still; changed: pages that all guests write while they move\n\
+            rounds: with the last one, for which a guest stands still; changed: pages that all guests write a second\n\
             downtime: of the guest that stood still for the longest, until it is the other host's\n"
         + &format!("memory peak: {peak}\n")
         + &followed

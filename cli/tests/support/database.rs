@@ -7,7 +7,7 @@ use std::ffi::{CStr, CString, c_char, c_int};
 use std::ptr;
 
 /// Bytes that the database may grow to.
-pub const BYTES: usize = 4 << 20;
+pub(crate) const BYTES: usize = 4 << 20;
 const ROWS: i64 = 20_000;
 const MAIN: *const c_char = c"main".as_ptr();
 
@@ -43,10 +43,14 @@ impl Database {
         let (result, row) = unsafe {
             let result = sqlite::sqlite3_step(prepared);
             let columns = if result == sqlite::SQLITE_ROW { sqlite::sqlite3_column_count(prepared) } else { 0 };
-            let text = |column| CStr::from_ptr(sqlite::sqlite3_column_text(prepared, column).cast()).to_string_lossy();
-            (result, (0..columns).map(|column| text(column).into_owned()).collect::<Vec<_>>().join(" "))
+            let text = |column| {
+                let text = sqlite::sqlite3_column_text(prepared, column);
+                let text = (!text.is_null()).then(|| CStr::from_ptr(text.cast()).to_string_lossy().into_owned());
+                text.ok_or_else(|| format!("{statement}: column {column} is null"))
+            };
+            (result, (0..columns).map(text).collect::<Result<Vec<_>, _>>())
         };
-        let said = self.check(result).map(|()| row);
+        let said = self.check(result).and(row).map(|columns| columns.join(" "));
         // SAFETY: nobody uses it any more.
         unsafe { sqlite::sqlite3_finalize(prepared) };
         said
@@ -72,7 +76,7 @@ fn value(row: i64) -> i64 {
 }
 
 /// The database as the guest leaves it, and the room behind it.
-pub fn image() -> Vec<u8> {
+pub(crate) fn image() -> Vec<u8> {
     let database = Database::open();
     let rows = format!(
         "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {ROWS} - 1) \
@@ -98,7 +102,7 @@ pub fn image() -> Vec<u8> {
 /// Reads the database that lies at `address`, changes it, sorts it into an index and reads it again.
 ///
 /// [`BYTES`] bytes from there have to be this process's memory, with what [`image`] made in it, and nobody else's.
-pub fn run(address: u64) -> Result<(), String> {
+pub(crate) fn run(address: u64) -> Result<(), String> {
     let database = Database::open();
     let memory: *mut u8 = ptr::with_exposed_provenance_mut(usize::try_from(address).unwrap());
     // The header says how many pages there are: SQLite takes it from there once it may use all of the room.

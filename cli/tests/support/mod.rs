@@ -3,11 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 #![allow(clippy::cast_possible_truncation, reason = "tests choose their numbers")]
 
-pub mod database;
 pub mod guest;
 pub mod network;
 pub mod proxy;
-pub mod workload;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};

@@ -18,9 +18,9 @@ const NOISE_PAGES: usize = 1200;
 const DATABASE_AT: u64 = TABLE_BYTES + NUMBERS_BYTES + (NOISE_PAGES * PAGE) as u64;
 
 /// All of it.
-pub const BYTES: u64 = DATABASE_AT + database::BYTES as u64;
+pub(crate) const BYTES: u64 = DATABASE_AT + database::BYTES as u64;
 /// What a hypervisor with two regions has in the first.
-pub const FIRST_BYTES: u64 = TABLE_BYTES + NUMBERS_BYTES / 2;
+pub(crate) const FIRST_BYTES: u64 = TABLE_BYTES + NUMBERS_BYTES / 2;
 
 fn mixed(number: u64) -> u64 {
     let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -85,7 +85,7 @@ fn insert(words: &mut impl Words, key: u64, value: u64) {
 }
 
 /// The memory as the guest leaves it.
-pub fn image() -> Vec<u8> {
+pub(crate) fn image() -> Vec<u8> {
     let mut image = vec![0; (TABLE_BYTES + NUMBERS_BYTES) as usize];
     (0..ENTRIES).for_each(|entry| insert(&mut image, key(entry), entry));
     (0..NUMBERS).for_each(|at| image.put(TABLE_BYTES + at * 8, number(at)));
@@ -163,7 +163,7 @@ fn query(memory: &PostcopyMemory) -> Result<(), String> {
 }
 
 /// Runs all of it at once, to the right answer.
-pub fn run(memory: &PostcopyMemory) -> Result<(), String> {
+pub(crate) fn run(memory: &PostcopyMemory) -> Result<(), String> {
     std::thread::scope(|scope| {
         let threads = [fill_table, sort, read, query].map(|work| scope.spawn(move || work(memory)));
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err("it panicked".to_owned())))

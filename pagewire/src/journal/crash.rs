@@ -3,9 +3,11 @@
 
 use super::disk::{Change, Watch};
 use super::tests::{LINEAGE, OTHER, handover, says};
-use super::{GuestJournal, Journal, JournalError};
+use super::{GuestJournal, Journal, JournalError, KEY, hex, key};
+use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::handover::{Handover, Input, Output, RecordKind, Word};
+use pagewire_store::Lineage;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -111,6 +113,9 @@ impl Host {
     }
 }
 
+/// What a session is digested with that leaves pages behind.
+const KEPT: Lineage = Lineage { id: LineageId([3; 16]), key: [4; 32] };
+
 /// What a host goes through, from one side of one hand-over.
 #[derive(Clone, Copy, Debug)]
 enum Story {
@@ -127,7 +132,9 @@ impl Story {
         let session = handover.session;
         let inputs = match self {
             Self::Sends(answer) => {
-                if guest.open(session) == Ok(handover.epoch) {
+                let begins = guest.open(session) == Ok(handover.epoch);
+                // Without its key a session that may leave pages behind does not begin.
+                if begins && (!handover.post_copy || guest.keep_key(session, &KEPT).is_ok()) {
                     guest.send(handover).unwrap();
                 }
                 vec![says(Word::Ready, handover), Input::Commit, Input::Connected(OTHER), says(answer, handover)]
@@ -167,6 +174,10 @@ fn check(dir: &Path, told: &[Output], what: &str) {
         records.find(|record| record.handover == *handover).map(|record| record.kind)
     };
     use RecordKind as R;
+    for record in guests.iter().flat_map(|guest| &guest.records) {
+        let serves = record.kind == R::Handed && record.handover.post_copy;
+        assert!(!serves || key_in(dir, &record.handover).as_ref() == Some(&KEPT), "{what}: pages can be brought");
+    }
     for output in told {
         let (record, covered): (_, &[Option<R>]) = match output {
             Output::Send(message) => (
@@ -187,6 +198,13 @@ fn check(dir: &Path, told: &[Output], what: &str) {
         };
         assert!(covered.contains(&record), "{what}: {output:?} with {record:?}");
     }
+}
+
+/// What the pages of a session are digested with, as the journal in `dir` says.
+fn key_in(dir: &Path, handover: &Handover) -> Option<Lineage> {
+    let journal = Journal::existing(dir).unwrap().unwrap();
+    let folder = journal.folder.folder(&hex(&handover.lineage.0)).unwrap().unwrap();
+    key::get(&folder, handover.session).unwrap()
 }
 
 fn home() -> tempfile::TempDir {
@@ -221,6 +239,8 @@ fn dies_everywhere(story: Story, last: RecordKind) {
             check(&at, &told, &what);
             let guests = Journal::open(&at).unwrap().guests().unwrap();
             assert_eq!(guests[0].records.last().map(|record| record.kind), Some(last), "{what}: it ends");
+            drop(Journal::open(&at).unwrap().guest(LINEAGE, None, true).unwrap());
+            assert!(!at.join(hex(&LINEAGE.0)).join(KEY).exists(), "{what}: the key goes with the need for it");
             assert_eq!(guests[0].name.as_ref().map(|name| name.as_str()), Some("web"), "{what}");
             deaths += 1;
             if second_finished {

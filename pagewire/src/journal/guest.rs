@@ -2,7 +2,7 @@
 //! is said or done.
 
 use super::disk::{ASIDE, Folder};
-use super::{FILES_MAX, JournalError, Living, NAME, file_of, judge, key, read_name};
+use super::{FILES_MAX, JournalError, KEY, Living, NAME, file_of, judge, key, read_name};
 use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::handover::{
@@ -29,6 +29,8 @@ pub struct GuestJournal {
     failure: Option<JournalError>,
     pause: Duration,
     living: Living,
+    /// There may be a key.
+    keyed: bool,
 }
 
 impl GuestJournal {
@@ -44,18 +46,19 @@ impl GuestJournal {
         // Whoever was here may have been killed between a rename and its sync. What is read is acted upon, so first it
         // has to be durable.
         folder.sync()?;
-        let mut records = Vec::new();
+        let (mut records, mut keyed) = (Vec::new(), false);
         for file in folder.names(FILES_MAX)? {
             if file.to_str().is_some_and(|file| file.ends_with(ASIDE)) {
                 folder.unlink(&file)?;
             }
+            keyed |= *file == *KEY;
             records.extend(judge(&folder, &file, host, lineage)?);
         }
         let path = folder.path().to_owned();
         let restored = Handovers::restore(host, lineage, &records, kept);
         let (handovers, outputs) = restored.map_err(|source| JournalError::Record { path, source })?;
         let living = Living::default();
-        let mut guest = Self { folder, name: None, handovers, owed: vec![], failure: None, pause, living };
+        let mut guest = Self { folder, name: None, handovers, owed: vec![], failure: None, pause, living, keyed };
         guest.carry_out(outputs);
         guest.call(name)?;
         Ok(guest)
@@ -100,6 +103,7 @@ impl GuestJournal {
     /// The session ends before it has handed the guest over.
     pub fn close(&mut self, session: [u8; 16]) {
         self.handovers.close(session);
+        self.drop_key();
     }
 
     /// The session has frozen the guest and stated all of it.
@@ -142,11 +146,13 @@ impl GuestJournal {
         sender.map(|sender| *sender.handover())
     }
 
-    /// Keeps what the pages of a session are digested with, which may leave some of them behind.
+    /// Keeps what the pages of a session are digested with, which was opened and may leave some of them behind, until the
+    /// memory is given up or the guest is this host's again.
     ///
     /// # Errors
     /// It cannot be made to last; the session must not begin.
-    pub(crate) fn keep_key(&self, session: [u8; 16], lineage: &Lineage) -> Result<(), JournalError> {
+    pub(crate) fn keep_key(&mut self, session: [u8; 16], lineage: &Lineage) -> Result<(), JournalError> {
+        self.keyed = true;
         key::put(&self.folder, session, lineage)
     }
 
@@ -192,7 +198,17 @@ impl GuestJournal {
                 output => told.push(output),
             }
         }
+        self.drop_key();
         told
+    }
+
+    /// Removes the key when nobody can need it any more: the record that says so is durable, or there never was one. What
+    /// stays is found, and removed, by the next one who restores.
+    fn drop_key(&mut self) {
+        let is_needed = self.handovers.is_sending() || self.handovers.outgoing().is_some();
+        if self.keyed && !is_needed {
+            self.keyed = self.folder.unlink(KEY.as_ref()).is_err();
+        }
     }
 
     /// Writes a record; what follows from it.

@@ -10,7 +10,7 @@
 //! | 16..20 | count | pages covered, 1 to 16384, of which at most 512 reference, inline or shifted |
 //! | 20..22 | runs | 1 to 1025 |
 //! | 22..24 | reserved | zero |
-//! | 24..56 | digest | the batch digest: over the digests of all pages covered, resolved as meant |
+//! | 24..56 | digest | the batch digest (SPEC 3.6): of all pages covered, resolved as meant |
 //! | 56..64 | shift | i64: how many pages further in the base the old bytes of a page lie; zero unless used |
 //! | 64.. | runs | 4 bytes each: entry kind u8 (1 zero, 2 base, 3 reference, 4 inline, 5 shifted, 6 skipped, 7 absent), reserved u8, count u16 |
 //! | .. | references | 32 bytes for each reference page, in page order |

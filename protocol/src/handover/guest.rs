@@ -238,6 +238,11 @@ impl Handovers {
         self.sending = self.sending.filter(|open| *open != session);
     }
 
+    /// Whether a session prepares to send the guest: it was [opened](Self::open), and has offered nothing yet.
+    pub fn is_sending(&self) -> bool {
+        self.sending.is_some()
+    }
+
     /// The session that was [opened](Self::open) has frozen the guest and stated all of it: READY may come.
     ///
     /// # Errors

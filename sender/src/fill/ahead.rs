@@ -5,6 +5,7 @@
 //! somewhere else when the guest waits for another.
 
 use pagewire_protocol::bitmap::PageBitmap;
+use pagewire_protocol::limits::AHEAD_RUNS_MAX;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -12,8 +13,6 @@ use std::ops::Range;
 /// than in large ones, and behind it.
 const BEFORE: usize = 64;
 const BEHIND: usize = 192;
-/// Runs that are remembered, of some 50 bytes each: what a receiver names beyond comes with the rest.
-const RUNS_MAX: usize = 1 << 20;
 
 /// Runs of pages in the order in which they will be touched, none of them twice.
 #[derive(Debug, Default)]
@@ -32,7 +31,7 @@ pub(super) struct Ahead {
 impl Ahead {
     /// These will be touched behind all others; nothing of them was said before.
     pub(super) fn push(&mut self, places: Range<u64>) {
-        if self.order.len() >= RUNS_MAX {
+        if self.order.len() >= AHEAD_RUNS_MAX {
             return;
         }
         self.at.insert(places.start, self.order.len());
@@ -151,9 +150,9 @@ mod tests {
     #[test]
     fn a_receiver_that_names_everything_is_remembered_in_part() {
         let mut ahead = Ahead::default();
-        (0..RUNS_MAX as u64 + 9).for_each(|run| ahead.push(run * 2..run * 2 + 1));
-        ahead.touch((RUNS_MAX as u64 + 3) * 2);
-        assert_eq!((ahead.order.len(), ahead.at.len(), ahead.near.len()), (RUNS_MAX, RUNS_MAX, 0));
+        (0..AHEAD_RUNS_MAX as u64 + 9).for_each(|run| ahead.push(run * 2..run * 2 + 1));
+        ahead.touch((AHEAD_RUNS_MAX as u64 + 3) * 2);
+        assert_eq!((ahead.order.len(), ahead.at.len(), ahead.near.len()), (AHEAD_RUNS_MAX, AHEAD_RUNS_MAX, 0));
     }
 
     #[test]

@@ -266,6 +266,7 @@ impl<M: GuestMemory> FillEngine<M> {
         Ok(())
     }
 
+    // SPEC 9.8
     /// When a receiver that was sent everything has been silent about it for too long.
     fn stalled_at(&self) -> Option<Time> {
         let sent = self.serving.as_ref().is_some_and(|serving| serving.is_sent());

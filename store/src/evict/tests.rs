@@ -3,6 +3,7 @@
 use super::*;
 use crate::sample::{Guest, Home};
 use crate::{Store, StoreOptions};
+use pagewire_protocol::page::Place;
 
 /// A home with a budget of so many visits of sixty pages each, and a half.
 fn home(visits: u64) -> Home {
@@ -57,6 +58,31 @@ fn what_is_open_stays_and_what_was_just_kept_stays() {
     let big = Guest::new(1, 4, 600).keep(&home.store);
     assert!(!big.pages_kept && ids(&home, 1).first() == Some(&big.id), "its digests stay, its pages are too many");
     assert!(big.bytes_on_disk > 0 && home.visit(&big).unwrap().trees(&Guest::new(1, 4, 600).hasher()).is_ok());
+}
+
+/// STORE 6.4: they come when their visit was kept, and may be what is too much.
+#[test]
+fn first_touches_evict_others_and_go_before_the_pages_of_their_own_visit() {
+    let touched = |pages: u32| (0..pages).map(Place).collect::<Vec<_>>();
+    // Half a visit is 130 KiB and more; so many touches are 256 KiB.
+    let many = touched(64 << 10);
+    let home = home(2);
+    let first = other_lineage(1, 1, 1).keep(&home.store);
+    let second = other_lineage(1, 2, 2).keep(&home.store);
+    assert_eq!(ids(&home, 1), [second.id, first.id]);
+    home.store.keep_touches(&second, &touched(2)).unwrap();
+    assert_eq!(ids(&home, 1), [second.id, first.id], "there is room for a few");
+    home.store.keep_touches(&second, &many).unwrap();
+    assert_eq!(ids(&home, 1), [second.id]);
+    assert!(home.path(&second, "touches").exists() && home.path(&second, "img").exists());
+    let alone = self::home(1);
+    let head = other_lineage(1, 1, 1).keep(&alone.store);
+    alone.store.keep_touches(&head, &many).unwrap();
+    assert!(!alone.path(&head, "touches").exists() && alone.path(&head, "img").exists(), "pages are worth more");
+    let tight = Store::open(alone.store.path(), StoreOptions { budget: Some(1), existing: true }).unwrap();
+    tight.keep_touches(&head, &touched(2)).unwrap();
+    assert!(!alone.path(&head, "touches").exists() && !alone.path(&head, "img").exists());
+    assert_eq!(ids(&alone, 1), [head.id]);
 }
 
 #[test]

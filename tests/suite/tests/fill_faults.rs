@@ -1,7 +1,7 @@
 //! What goes wrong while a guest runs and its memory follows, C27, C28 and C33 to C37 of the project's list of failures: the
 //! guest runs on what it has, nothing is installed twice, and the memory at the sender stays until all is there.
 //!
-//! C29 is in hostile_fill.rs, as are C34 and C35 for single frames; C30 to C32 are in receiver/tests/handler_death.rs.
+//! C29 is in hostile_fill, as are C34 and C35 for single frames; C30 to C32 are in receiver/tests/handler_death.rs.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -213,6 +213,28 @@ fn c36_a_receiver_does_not_wait_for_ever_for_gone() {
     next.begin(script.engine.into_incomplete().unwrap());
     assert!(matches!(next.last(FrameKind::LACK), Some(Frame::Lack(lack)) if lack.pages == 0));
     assert!(next.last(FrameKind::DONE).is_some());
+}
+
+/// SPEC 9.8, C36: nor does a sender wait for ever for DONE, whatever signs of life come; its memory stays.
+#[test]
+fn c36_a_sender_does_not_wait_for_ever_for_done() {
+    let image = image();
+    let mut script = AgainstFiller::filler(all_absent(&image, None).0);
+    script.begin(&image);
+    script.settle();
+    assert_eq!(script.engine.counts().inline, PAGES, "all has gone");
+    let began = script.now;
+    while !script.engine.is_over() && script.now < began + Span::from_secs(1000) {
+        script.wait(Span::from_secs(4));
+        for lane in [LaneId::CONTROL, LaneId::bulk(0), LaneId::URGENT] {
+            script.say(lane, &Frame::Ping(Ping { token: 1, answer: false }));
+        }
+        script.settle();
+    }
+    let waited = script.now.since(began);
+    assert!(waited >= STALL_SPAN_MAX && waited <= STALL_SPAN_MAX + Span::from_secs(4), "{waited:?}");
+    assert_eq!(script.fill_failure().0, CloseCode::TIMEOUT);
+    assert_eq!(script.engine.into_remainder().unwrap().pages(), PAGES, "it is kept");
 }
 
 /// C37: DONE is said when all lasts, and not when that fails; the next session has nothing to bring but that.

@@ -229,32 +229,37 @@ fn root_of_nothing(image: &Image) -> Digest {
 fn gives_nothing_up_for_a_done_that_is_not_true() {
     let image = image();
     let (root, nothing) = (image.root(&[0; 32]), root_of_nothing(&image));
-    for (pages, root) in [(PAGES, nothing), (PAGES, root), (PAGES, Digest([1; 32])), (PAGES + 1, root), (0, nothing)] {
+    let refused = |mut script: AgainstFiller, code| {
+        assert!(!script.is_filled());
+        assert_eq!(script.fill_failure().0, code);
+        script
+    };
+    let wrong = [(PAGES, root), (PAGES, Digest([1; 32])), (PAGES + 1, root), (0, nothing)];
+    let wrong = wrong.into_iter().map(|said| (said, CloseCode::DIGEST));
+    // The root is right, as nothing has been read.
+    for ((pages, root), code) in wrong.chain([((PAGES, nothing), CloseCode::VIOLATION)]) {
         let mut script = serving();
         script.done(pages, root);
-        assert!(!script.is_filled());
-        script.fill_failure();
+        let script = refused(script, code);
         assert_eq!(script.engine.into_remainder().unwrap().pages(), PAGES, "it is kept");
     }
-    // When nothing is told, and when all but one has gone.
+    // When nothing is told, and when all has gone.
     let mut script = greeted();
     let lack = script.honest_lack(PAGES);
     script.lack(lack);
     script.done(PAGES, nothing);
-    script.fill_failure();
-    assert!(!script.is_filled());
+    refused(script, CloseCode::DIGEST);
     let mut script = serving();
     script.settle();
     script.done(PAGES, Digest([1; 32]));
-    assert!(!script.is_filled());
-    script.fill_failure();
+    refused(script, CloseCode::DIGEST);
     let mut script = serving();
     script.settle();
     script.done(PAGES, root);
     assert!(script.is_filled());
     script.done(PAGES, root);
     assert!(!script.is_filled(), "once");
-    script.fill_failure();
+    assert_eq!(script.fill_failure().0, CloseCode::VIOLATION);
 }
 
 /// I4: whoever embeds the engine cannot say GONE before all is there.
