@@ -489,8 +489,13 @@ fn a_return_that_was_killed_resumes() {
         args.extend(["--store", &store, "--bandwidth-limit", "2MB"]);
         let killed = Running::start(&args);
         let partial = a.image(".pagewire/vm.partial");
-        wait_until("it has begun", || partial.exists());
-        std::thread::sleep(std::time::Duration::from_millis(1000));
+        let page_of = |path: &Path| {
+            let mut page = [0; PAGE];
+            let read = File::open(path).and_then(|file| file.read_exact_at(&mut page, (changed / 4 * 2) * PAGE as u64));
+            read.ok().map(|()| page)
+        };
+        let last = page_of(&image).unwrap();
+        wait_until("a quarter of what changed has come", || page_of(&partial) == Some(last));
         drop(killed);
         let (cut, _) = receiver.end();
         assert_eq!((&cut["outcome"], &cut["guest_at"]), (&"failed".into(), &"sender".into()));
