@@ -149,8 +149,8 @@ impl Landing {
         Err(LandingError::Busy { path: place.path })
     }
 
-    /// As [`start`](Self::start), over `base` instead of the old file of that name; but a partial that an earlier landing
-    /// left is gone on with. [`is_over`](Self::is_over) says which.
+    /// As [`start`](Self::start), with `base` for the old file of that name: where an earlier landing left a partial, it
+    /// supplies the rest. [`is_over`](Self::is_over) says whether it is all of the base.
     ///
     /// # Errors
     /// As for [`start`](Self::start).
@@ -162,9 +162,9 @@ impl Landing {
         options: LandingOptions,
     ) -> Result<Self, LandingError> {
         let options = LandingOptions { inplace: false, fresh: options.fresh };
-        Self::look(dir, name, len, options, |found| match found.origin {
-            Origin::Left => Found { old: found.old, over: false, ..found },
-            _ => Found { old: Some(base), over: true, ..found },
+        Self::look(dir, name, len, options, |found| {
+            let over = found.origin != Origin::Left;
+            Found { old: Some(base), over, ..found }
         })
     }
 

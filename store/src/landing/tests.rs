@@ -2,6 +2,7 @@
 
 use super::*;
 use std::fs as disk;
+use std::io::Write;
 
 const SIZE: usize = 300_000;
 
@@ -87,6 +88,28 @@ fn an_old_file_that_was_only_looked_at_goes_back() {
     scan(&mut landing);
     drop(landing);
     assert_eq!(leftovers(dir.path()), ["vm"]);
+}
+
+/// A guest that has moved away left no file of its name, only what is kept elsewhere.
+#[test]
+fn a_partial_over_a_base_that_is_kept_elsewhere_resumes_from_both() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut kept = tempfile::tempfile().unwrap();
+    kept.write_all(&noise(1)).unwrap();
+    let over = || {
+        let (name, options) = ("vm".as_ref(), LandingOptions::default());
+        Landing::start_over(dir.path(), name, SIZE as u64, kept.try_clone().unwrap(), options).unwrap()
+    };
+    let mut landing = over();
+    assert!(landing.is_over());
+    landing.read_base(0, &mut vec![0; 100_000]).unwrap();
+    landing.write(10, b"new").unwrap();
+    drop(landing);
+    let mut landing = over();
+    let mut expected = noise(1);
+    expected[10..13].copy_from_slice(b"new");
+    assert!(!landing.is_over() && !landing.base_stays());
+    assert_eq!(scan(&mut landing), expected);
 }
 
 #[test]
