@@ -1,7 +1,8 @@
 //! The Merkle tree over the page digests of one region.
 //!
 //! Leaves are page digests; every node covers 256 children, so a lowest node covers 1 MiB. A tree begins as the tree of
-//! an all-zero region: zero subtrees are precomputed and take no memory, so a sparse terabyte costs eight bytes a MiB.
+//! an all-zero region: zero subtrees are precomputed, so a sparse terabyte costs 48 bytes a MiB. Digests that are kept
+//! elsewhere, in a mapped file for instance, stay there until one of them changes.
 //! Changing a leaf only marks its lowest node; nodes are hashed when somebody asks, batch by batch while leaves are hot.
 
 use crate::batch::{BatchHasher, counts};
@@ -19,6 +20,23 @@ use core::ops::Range;
 /// The digests below a lowest node as they are stored: 32 zero bytes for that of a zero page.
 pub type Leaves = [[u8; CV_BYTES]; SUBTREE_PAGES];
 
+/// Digests of a region that lie outside of its tree, and do not change.
+pub trait KeptLeaves: core::fmt::Debug + Send + Sync {
+    /// Those below lowest node `index` as they are stored; `None` if they are not kept in one piece.
+    fn leaves(&self, index: u64) -> Option<&Leaves>;
+}
+
+/// Where the digests below a lowest node are.
+#[derive(Clone, Debug)]
+enum Slot {
+    /// They are of zero pages.
+    Zero,
+    /// Here.
+    Own(Arc<Leaves>),
+    /// With the tree's [`KeptLeaves`].
+    Kept,
+}
+
 /// Lowest nodes that are hashed at once: 256 KiB of digests.
 const SUBTREES_AT_ONCE: usize = 32;
 
@@ -33,7 +51,8 @@ pub struct DigestTree {
     hasher: PageHasher,
     zero: Digest,
     pages: u64,
-    leaves: Vec<Option<Arc<Leaves>>>,
+    slots: Vec<Slot>,
+    kept: Option<Arc<dyn KeptLeaves>>,
     nodes: Vec<Digest>,
     /// The lowest node over zero pages alone, once one was asked for.
     zero_node: Option<Digest>,
@@ -49,7 +68,8 @@ impl DigestTree {
             hasher: hasher.clone(),
             zero: hasher.zero(),
             pages,
-            leaves: vec![None; subtrees],
+            slots: vec![Slot::Zero; subtrees],
+            kept: None,
             nodes: vec![UNSET; subtrees],
             zero_node: None,
             absent: None,
@@ -62,8 +82,8 @@ impl DigestTree {
             return self;
         }
         let mut resized = Self::new(hasher, pages);
-        for (index, leaves) in (0u64..).zip(&self.leaves).take(resized.nodes.len()) {
-            if let Some(leaves) = leaves {
+        for index in 0..self.subtrees().min(resized.subtrees()) {
+            if let Some(leaves) = self.leaves(index) {
                 resized.set_leaves(index, leaves);
             }
         }
@@ -78,7 +98,7 @@ impl DigestTree {
     /// The digest of `page`; that of the zero page for one beyond the end.
     pub fn leaf(&self, page: u64) -> Digest {
         let (subtree, at) = split(page);
-        let found = self.leaves.get(subtree).and_then(Option::as_ref).and_then(|leaves| leaves.get(at));
+        let found = self.stored(subtree).and_then(|leaves| leaves.get(at));
         found.map_or(self.zero, |stored| self.shown(*stored))
     }
 
@@ -104,15 +124,13 @@ impl DigestTree {
             UNSET => ABSENT,
             digest => digest,
         };
-        let Some(leaves) = self.leaves.get_mut(subtree).filter(|_| page < self.pages) else { return };
-        if stored == UNSET && leaves.is_none() {
+        let known = self.stored(subtree).map_or(UNSET.0, |leaves| leaves.get(at).copied().unwrap_or_default());
+        if page >= self.pages || known == stored.0 {
             return;
         }
-        let leaves = leaves.get_or_insert_with(|| Arc::new([UNSET.0; SUBTREE_PAGES]));
-        let news = leaves.get(at).is_some_and(|leaf| *leaf != stored.0);
-        if let Some(node) = self.nodes.get_mut(subtree).filter(|_| news) {
+        if let (Some(node), Some(leaves)) = (self.nodes.get_mut(subtree), own(&mut self.slots, &self.kept, subtree)) {
             *node = UNSET;
-            Arc::make_mut(leaves).get_mut(at).into_iter().for_each(|leaf| *leaf = stored.0);
+            leaves.get_mut(at).into_iter().for_each(|leaf| *leaf = stored.0);
         }
     }
 
@@ -134,8 +152,8 @@ impl DigestTree {
                 (Arc::new([ABSENT.0; SUBTREE_PAGES]), self.hasher.domain().subtree.hash(shown))
             });
             let at = usize::try_from(subtree).unwrap_or(usize::MAX);
-            if let (Some(slot), Some(node)) = (self.leaves.get_mut(at), self.nodes.get_mut(at)) {
-                (*slot, *node) = (Some(Arc::clone(leaves)), *digest);
+            if let (Some(slot), Some(node)) = (self.slots.get_mut(at), self.nodes.get_mut(at)) {
+                (*slot, *node) = (Slot::Own(Arc::clone(leaves)), *digest);
             }
             page = all.end;
         }
@@ -143,30 +161,56 @@ impl DigestTree {
 
     /// The stored digests below lowest node `index`, thirty-two zero bytes for a zero page; `None` if all are zero.
     pub fn leaves(&self, index: u64) -> Option<&Leaves> {
-        self.leaves.get(usize::try_from(index).ok()?)?.as_deref()
+        self.stored(usize::try_from(index).ok()?)
+    }
+
+    fn stored(&self, subtree: usize) -> Option<&Leaves> {
+        stored_in(&self.slots, &self.kept, subtree)
     }
 
     /// Takes all digests below lowest node `index` as [`leaves`](Self::leaves) gives them; those beyond the end of the
     /// region must be zero bytes, and so are made to be.
     pub fn set_leaves(&mut self, index: u64, digests: &Leaves) {
+        let slot = self.slot_of(index, digests, || copied(digests).map_or(Slot::Zero, Slot::Own));
+        self.set_slot(index, slot);
+    }
+
+    /// From now on [`adopt`](Self::adopt) finds digests in `kept`; called once, before that.
+    pub fn keep(&mut self, kept: Arc<dyn KeptLeaves>) {
+        self.kept.get_or_insert(kept);
+    }
+
+    /// As [`set_leaves`](Self::set_leaves), of the digests that are [kept](Self::keep): they are not copied, unless they
+    /// are not such as a tree stores. Says whether there are any.
+    pub fn adopt(&mut self, index: u64) -> bool {
+        let Some(digests) = self.kept.as_ref().and_then(|kept| kept.leaves(index)) else { return false };
+        let slot = self.slot_of(index, digests, || Slot::Kept);
+        self.set_slot(index, slot);
+        true
+    }
+
+    /// What is stored for `digests`: `as_they_are`, unless they are all zero or have to be changed for that.
+    fn slot_of(&self, index: u64, digests: &Leaves, as_they_are: impl FnOnce() -> Slot) -> Slot {
         let pages = self.subtree_pages(index);
-        let at = usize::try_from(index).unwrap_or(usize::MAX);
-        let (Some(slot), Some(node)) = (self.leaves.get_mut(at), self.nodes.get_mut(at)) else { return };
         let count = usize::try_from(pages.end.saturating_sub(pages.start)).unwrap_or(0);
-        *node = UNSET;
-        *slot = None;
         let (used, beyond) = digests.split_at(count.min(SUBTREE_PAGES));
         if used.iter().all(|digest| *digest == UNSET.0) {
-            return;
+            return Slot::Zero;
         }
-        // Copied once, from where they are to where they stay.
-        let Ok(mut leaves) = Arc::<Leaves>::try_from(Arc::<[[u8; CV_BYTES]]>::from(digests.as_slice())) else { return };
-        if used.contains(&self.zero.0) || beyond.iter().any(|digest| *digest != UNSET.0) {
-            let leaves = Arc::make_mut(&mut leaves);
-            leaves.iter_mut().filter(|digest| **digest == self.zero.0).for_each(|digest| *digest = UNSET.0);
-            leaves.iter_mut().skip(count).for_each(|digest| *digest = UNSET.0);
+        if !used.contains(&self.zero.0) && beyond.iter().all(|digest| *digest == UNSET.0) {
+            return as_they_are();
         }
-        *slot = Some(leaves);
+        let mut leaves = *digests;
+        leaves.iter_mut().filter(|digest| **digest == self.zero.0).for_each(|digest| *digest = UNSET.0);
+        leaves.iter_mut().skip(count).for_each(|digest| *digest = UNSET.0);
+        Slot::Own(Arc::new(leaves))
+    }
+
+    fn set_slot(&mut self, index: u64, slot: Slot) {
+        let at = usize::try_from(index).unwrap_or(usize::MAX);
+        if let (Some(place), Some(node)) = (self.slots.get_mut(at), self.nodes.get_mut(at)) {
+            (*place, *node) = (slot, UNSET);
+        }
     }
 
     /// Appends the digests of `pages`, which must lie in the region.
@@ -177,8 +221,7 @@ impl DigestTree {
             let border = (page / SUBTREE_PAGES as u64).saturating_add(1).saturating_mul(SUBTREE_PAGES as u64);
             let next = pages.end.min(border);
             let count = usize::try_from(next.saturating_sub(page)).unwrap_or(0);
-            let leaves = self.leaves.get(subtree).and_then(Option::as_ref);
-            match leaves.and_then(|leaves| leaves.get(at..at.saturating_add(count))) {
+            match self.stored(subtree).and_then(|leaves| leaves.get(at..at.saturating_add(count))) {
                 Some(leaves) => out.extend(leaves.iter().map(|leaf| self.shown(*leaf))),
                 None => out.extend(core::iter::repeat_n(self.zero, count)),
             }
@@ -374,6 +417,32 @@ fn node_digest(domain: &DedupDomain, height: u8, children: &[Digest]) -> Digest 
     domain.node.hash([&[height][..], bytes.get(..used).unwrap_or(&bytes)])
 }
 
+/// The digests of a slot.
+fn stored_in<'a>(slots: &'a [Slot], kept: &'a Option<Arc<dyn KeptLeaves>>, subtree: usize) -> Option<&'a Leaves> {
+    match slots.get(subtree)? {
+        Slot::Zero => None,
+        Slot::Own(leaves) => Some(leaves),
+        Slot::Kept => kept.as_ref()?.leaves(subtree as u64),
+    }
+}
+
+/// The digests of a slot where they can be changed.
+fn own<'a>(slots: &'a mut [Slot], kept: &Option<Arc<dyn KeptLeaves>>, subtree: usize) -> Option<&'a mut Leaves> {
+    if !matches!(slots.get(subtree), Some(Slot::Own(_))) {
+        let leaves = stored_in(slots, kept, subtree).map_or_else(|| Some(Arc::new([UNSET.0; SUBTREE_PAGES])), copied);
+        *slots.get_mut(subtree)? = Slot::Own(leaves?);
+    }
+    match slots.get_mut(subtree)? {
+        Slot::Own(leaves) => Some(Arc::make_mut(leaves)),
+        Slot::Zero | Slot::Kept => None,
+    }
+}
+
+/// Copied once, from where they are to where they stay: an array by value would go by way of the stack.
+fn copied(digests: &Leaves) -> Option<Arc<Leaves>> {
+    Arc::<[[u8; CV_BYTES]]>::from(digests.as_slice()).try_into().ok()
+}
+
 fn split(page: u64) -> (usize, usize) {
     let subtree = usize::try_from(page / SUBTREE_PAGES as u64).unwrap_or(usize::MAX);
     (subtree, usize::try_from(page % SUBTREE_PAGES as u64).unwrap_or(0))
@@ -389,6 +458,34 @@ mod tests {
 
     fn hasher() -> PageHasher {
         PageHasher::new(&DedupDomain::public())
+    }
+
+    /// Digests that are kept elsewhere.
+    #[derive(Debug)]
+    struct Shelf(Vec<Option<Leaves>>);
+
+    impl KeptLeaves for Shelf {
+        fn leaves(&self, index: u64) -> Option<&Leaves> {
+            self.0.get(usize::try_from(index).ok()?)?.as_ref()
+        }
+    }
+
+    /// What is kept need not be as a tree stores it.
+    #[test]
+    fn kept_digests_of_zero_pages_and_beyond_the_end_are_put_right() {
+        let hasher = hasher();
+        let (zero, other) = (hasher.zero(), page_digest(hasher.domain(), &[3; 4096]));
+        let (mut written, mut long, none) = ([other.0; 256], [[0; 32]; 256], [[0; 32]; 256]);
+        written[7] = zero.0;
+        long[40] = other.0;
+        let mut tree = DigestTree::new(&hasher, 2 * 256 + 10);
+        assert!(!tree.adopt(0), "nothing is kept yet");
+        tree.keep(Arc::new(Shelf(vec![Some(written), Some(none), Some(long)])));
+        assert!((0..3).all(|index| tree.adopt(index)) && !tree.adopt(3));
+        assert!(tree.is_zero(7) && tree.leaf(8) == other && tree.leaves(1).is_none() && tree.leaves(2).is_none());
+        let mut twin = DigestTree::new(&hasher, 2 * 256 + 10);
+        (0..256).filter(|page| *page != 7).for_each(|page| twin.set(page, other));
+        assert_eq!(tree.root(), twin.root());
     }
 
     proptest! {
@@ -430,6 +527,18 @@ mod tests {
                 if let Some(leaves) = tree.leaves(index) { loaded.set_leaves(index, leaves); }
             }
             prop_assert_eq!(loaded.root(), expected);
+            let mut adopted = DigestTree::new(&hasher, pages);
+            adopted.keep(Arc::new(Shelf((0..tree.subtrees()).map(|index| tree.leaves(index).copied()).collect())));
+            for index in 0..tree.subtrees() {
+                prop_assert_eq!(adopted.adopt(index), tree.leaves(index).is_some());
+            }
+            prop_assert_eq!(adopted.root(), expected);
+            prop_assert!((0..pages).all(|page| adopted.leaf(page) == tree.leaf(page)));
+            let digest = page_digest(hasher.domain(), &[9; 4096]);
+            for page in (0..pages).step_by(300) { (adopted.set(page, digest), loaded.set(page, digest)); }
+            prop_assert_eq!(adopted.clone().root(), loaded.root(), "what is kept is copied before it is changed");
+            for page in 0..pages { (adopted.set(page, tree.leaf(page)), loaded.set(page, tree.leaf(page))); }
+            prop_assert_eq!((adopted.root(), loaded.root()), (expected, expected));
             let mut longer = loaded.resized(&hasher, pages + 700);
             prop_assert!((0..pages).all(|page| longer.leaf(page) == tree.leaf(page)));
             prop_assert_ne!(longer.root(), expected);

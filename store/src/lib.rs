@@ -4,7 +4,6 @@
 //! that were here ([`Store`]): a file under its final name is always whole. It never talks to a peer, and no name
 //! reaches it that `protocol` has not judged.
 
-#![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests choose their numbers"))]
 
 mod content;
@@ -15,6 +14,7 @@ mod index;
 mod keep;
 mod landing;
 pub mod manifest;
+mod mapped;
 mod moved;
 #[cfg(test)]
 mod sample;

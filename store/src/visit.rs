@@ -6,6 +6,7 @@
 use crate::dir::{Folder, Found, allocated, try_lock, unlock};
 use crate::error::StoreError;
 use crate::manifest::{BLOCK, DIGEST_BYTES, Manifest, ManifestError, VisitId, VisitKind};
+use crate::mapped::{Mapped, MappedDigests};
 use crate::touches::touches_name;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher, page_digest};
@@ -13,18 +14,19 @@ use pagewire_protocol::domain::{DomainId, LineageId};
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::limits::{PAGE_BYTES, SUBTREE_PAGES};
 use pagewire_protocol::page::{Layout, Place, RegionId};
-use pagewire_protocol::tree::{DigestTree, image_root};
+use pagewire_protocol::tree::{DigestTree, Leaves, image_root};
 use rustix::fs::{SeekFrom, Stat, Timespec, Timestamps, UTIME_NOW, fstat, futimens, seek};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Lowest nodes whose digests are read at once: 256 KiB of them, which stay in a core's cache until they have their place.
+/// Lowest nodes whose digests are taken at once: 256 KiB of them, which stay in a core's cache until they are hashed.
 const PIECE_SUBTREES: u64 = 32;
 const SUBTREE_DIGEST_BYTES: usize = SUBTREE_PAGES * 32;
 
@@ -172,7 +174,7 @@ impl Visit {
         StoreError::Damaged { path: self.folder.path().join(manifest_name(self.head.id)), why: why.into() }
     }
 
-    /// All its digests, proven against its root. Takes 32 bytes a page that is not zero.
+    /// All its digests, proven against its root. They stay in the file, mapped, where they can.
     ///
     /// # Errors
     /// They cannot be read, or do not lead to the root: then the visit is of no use and should be
@@ -183,9 +185,10 @@ impl Visit {
         }
         let mut trees = Vec::new();
         let mut start = 0u64;
+        let mapped = Mapped::new(&self.file).ok().map(Arc::new);
         for region in self.head.layout.regions() {
             let mut tree = DigestTree::new(hasher, region.pages());
-            self.load(&mut tree, start).map_err(|error| self.io("cannot be read", error))?;
+            self.load(&mut tree, start, mapped.as_ref()).map_err(|error| self.io("cannot be read", error))?;
             start = start.saturating_add(region.pages());
             trees.push(tree);
         }
@@ -196,10 +199,11 @@ impl Visit {
         Ok(trees)
     }
 
-    /// Reads the digests of a region whose first page is the image's page `start`.
-    fn load(&self, tree: &mut DigestTree, start: u64) -> io::Result<()> {
+    /// Takes the digests of a region whose first page is the image's page `start`.
+    fn load(&self, tree: &mut DigestTree, start: u64, mapped: Option<&Arc<Mapped>>) -> io::Result<()> {
         let base = self.manifest.digest_offset(start);
-        let mut bytes = Vec::new();
+        let first = usize::try_from(base).unwrap_or(usize::MAX);
+        mapped.into_iter().for_each(|file| tree.keep(Arc::new(MappedDigests { file: Arc::clone(file), first })));
         let mut subtree = 0;
         while subtree < tree.subtrees() {
             // Holes are digests of zero pages, which a tree has from the start.
@@ -210,16 +214,35 @@ impl Visit {
                 continue;
             }
             let end = subtree.saturating_add(PIECE_SUBTREES).min(tree.subtrees());
-            let pages = tree.subtree_pages(subtree).start..tree.subtree_pages(end.saturating_sub(1)).end;
-            let count = pages.end.saturating_sub(pages.start).saturating_mul(DIGEST_BYTES);
-            bytes.resize(usize::try_from(count).unwrap_or(usize::MAX), 0);
-            self.file.read_exact_at(&mut bytes, offset)?;
-            // The last one may be shorter.
-            bytes.resize(bytes.len().next_multiple_of(SUBTREE_DIGEST_BYTES), 0);
-            let parts = bytes.as_chunks::<32>().0.as_chunks::<SUBTREE_PAGES>().0;
-            (subtree..end).zip(parts).for_each(|(index, digests)| tree.set_leaves(index, digests));
+            let piece = offset..offset.saturating_add((end - subtree).saturating_mul(SUBTREE_DIGEST_BYTES as u64));
+            let is_mapped = mapped.is_some_and(|file| self.bring_in(file, piece));
+            for index in subtree..end {
+                if !is_mapped || !tree.adopt(index) {
+                    self.read_subtree(tree, index, base)?;
+                }
+            }
+            // While they are in a core's cache.
+            tree.hash_subtrees(subtree..end);
             subtree = end;
         }
+        Ok(())
+    }
+
+    /// Whether a piece of the manifest is there to be read from the mapping. A hole is not: on a tmpfs it would be filled.
+    fn bring_in(&self, mapped: &Mapped, piece: Range<u64>) -> bool {
+        let hole = seek(&self.file, SeekFrom::Hole(piece.start)).unwrap_or(0);
+        let bytes = usize::try_from(piece.start).ok().zip(usize::try_from(piece.end).ok());
+        hole >= piece.end && bytes.is_some_and(|(start, end)| mapped.populate(start..end).is_ok())
+    }
+
+    /// Reads the digests below a lowest node of the region whose digests begin at `base`.
+    fn read_subtree(&self, tree: &mut DigestTree, index: u64, base: u64) -> io::Result<()> {
+        let pages = tree.subtree_pages(index);
+        let mut digests: Leaves = [[0; 32]; SUBTREE_PAGES];
+        let count = usize::try_from(pages.end.saturating_sub(pages.start)).unwrap_or(0);
+        let used = digests.get_mut(..count).unwrap_or_default().as_flattened_mut();
+        self.file.read_exact_at(used, base.saturating_add(pages.start.saturating_mul(DIGEST_BYTES)))?;
+        tree.set_leaves(index, &digests);
         Ok(())
     }
 

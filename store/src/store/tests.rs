@@ -6,6 +6,7 @@ use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::domain::LineageId;
 use pagewire_protocol::frame::ImageName;
 use pagewire_protocol::page::{Layout, Place, Region, RegionId};
+use pagewire_protocol::tree::DigestTree;
 use proptest::prelude::*;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -69,6 +70,33 @@ fn pages_that_are_zero_or_not_worth_keeping_are_holes() {
     let head = home.store.keep(&order, &trees, None, Some(KeepImage::Pages(&mut nothing))).unwrap().head;
     assert!(head.bytes_on_disk < 1 << 20, "16 GiB of zeros take {} bytes", head.bytes_on_disk);
     assert!(home.visit(&head).unwrap().trees(&empty.hasher()).is_ok());
+}
+
+/// What a large visit's digests would take in memory a host may first have to find.
+#[test]
+fn digests_are_read_where_they_lie() {
+    let home = Home::new(None);
+    let guest = Guest::new(1, 7, 20_000);
+    let head = guest.keep(&home.store);
+    let manifest = home.path(&head, "manifest");
+    let lies_in_file = |address: usize| {
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        let of_file = maps.lines().filter(|line| line.contains(manifest.to_str().unwrap()));
+        let mut ranges = of_file.filter_map(|line| line.split_once(' ')?.0.split_once('-'));
+        let number = |hex: &str| usize::from_str_radix(hex, 16).unwrap();
+        ranges.any(|(start, end)| (number(start)..number(end)).contains(&address))
+    };
+    let mut trees = home.visit(&head).unwrap().trees(&guest.hasher()).unwrap();
+    let address = |tree: &DigestTree| tree.leaves(3).unwrap().as_ptr().addr();
+    assert!(lies_in_file(address(&trees[0])));
+    fs::remove_file(&manifest).unwrap();
+    let (pages, kept) = (trees[0].pages(), guest.trees());
+    assert!((0..pages).all(|page| trees[0].leaf(page) == kept[0].leaf(page)), "whatever becomes of its name");
+    trees[0].set(3 * 256 + 1, guest.hasher().zero());
+    let changed = address(&trees[0]);
+    assert!(!lies_in_file(changed), "nothing writes to a manifest");
+    drop(trees);
+    assert!(!fs::read_to_string("/proc/self/maps").unwrap().contains(manifest.to_str().unwrap()));
 }
 
 /// C14: whoever keeps an image of a guest that runs keeps no page under another page's digest.
