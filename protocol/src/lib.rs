@@ -25,6 +25,7 @@ pub mod error;
 pub mod frame;
 pub mod framing;
 pub mod handover;
+mod leaves;
 pub mod limits;
 pub mod page;
 pub mod page_buffer;

@@ -1,15 +1,17 @@
 //! The Merkle tree over the page digests of one region.
 //!
 //! Leaves are page digests; every node covers 256 children, so a lowest node covers 1 MiB. A tree begins as the tree of
-//! an all-zero region: zero subtrees are precomputed, so a sparse terabyte costs 48 bytes a MiB. Digests that are kept
-//! elsewhere, in a mapped file for instance, stay there until one of them changes.
-//! Changing a leaf only marks its lowest node; nodes are hashed when somebody asks, batch by batch while leaves are hot.
+//! an all-zero region: zero subtrees are precomputed, so a sparse terabyte costs 56 bytes a MiB. Where the others lie is
+//! `leaves`. Changing one only marks its lowest node; nodes are hashed when somebody asks, batch by batch while leaves are
+//! hot.
 
 use crate::batch::{BatchHasher, counts};
 use crate::blobs::Blobs;
 use crate::digest::{CV_BYTES, Digest, PageHasher, SubtreeBytes};
 use crate::domain::DedupDomain;
 use crate::frame::Run;
+pub use crate::leaves::{KeptLeaves, Leaves};
+use crate::leaves::{Leaf, Slot, Slots, ZERO_LEAF};
 use crate::limits::SUBTREE_PAGES;
 use crate::page::Layout;
 use alloc::sync::Arc;
@@ -17,31 +19,11 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-/// The digests below a lowest node as they are stored: 32 zero bytes for that of a zero page.
-pub type Leaves = [[u8; CV_BYTES]; SUBTREE_PAGES];
-
-/// Digests of a region that lie outside of its tree, and do not change.
-pub trait KeptLeaves: core::fmt::Debug + Send + Sync {
-    /// Those below lowest node `index` as they are stored; `None` if they are not kept in one piece.
-    fn leaves(&self, index: u64) -> Option<&Leaves>;
-}
-
-/// Where the digests below a lowest node are.
-#[derive(Clone, Debug)]
-enum Slot {
-    /// They are of zero pages.
-    Zero,
-    /// Here.
-    Own(Arc<Leaves>),
-    /// With the tree's [`KeptLeaves`].
-    Kept,
-}
-
 /// Lowest nodes that are hashed at once: 256 KiB of digests.
 const SUBTREES_AT_ONCE: usize = 32;
 
 /// Stored in place of the digest of the zero page, and of a node not computed. No page has it, short of a broken BLAKE3.
-const UNSET: Digest = Digest([0; CV_BYTES]);
+const UNSET: Digest = Digest(ZERO_LEAF);
 /// Stored in place of the digest of an absent page, which is 32 zero bytes. No page has it either.
 const ABSENT: Digest = Digest([0xFF; CV_BYTES]);
 
@@ -51,8 +33,7 @@ pub struct DigestTree {
     hasher: PageHasher,
     zero: Digest,
     pages: u64,
-    slots: Vec<Slot>,
-    kept: Option<Arc<dyn KeptLeaves>>,
+    slots: Slots,
     nodes: Vec<Digest>,
     /// The lowest node over zero pages alone, once one was asked for.
     zero_node: Option<Digest>,
@@ -68,8 +49,7 @@ impl DigestTree {
             hasher: hasher.clone(),
             zero: hasher.zero(),
             pages,
-            slots: vec![Slot::Zero; subtrees],
-            kept: None,
+            slots: Slots::new(subtrees),
             nodes: vec![UNSET; subtrees],
             zero_node: None,
             absent: None,
@@ -83,9 +63,8 @@ impl DigestTree {
         }
         let mut resized = Self::new(hasher, pages);
         for index in 0..self.subtrees().min(resized.subtrees()) {
-            if let Some(leaves) = self.leaves(index) {
-                resized.set_leaves(index, leaves);
-            }
+            let mut room = [ZERO_LEAF; SUBTREE_PAGES];
+            self.leaves(index, &mut room).into_iter().for_each(|leaves| resized.set_leaves(index, leaves));
         }
         resized
     }
@@ -98,12 +77,11 @@ impl DigestTree {
     /// The digest of `page`; that of the zero page for one beyond the end.
     pub fn leaf(&self, page: u64) -> Digest {
         let (subtree, at) = split(page);
-        let found = self.stored(subtree).and_then(|leaves| leaves.get(at));
-        found.map_or(self.zero, |stored| self.shown(*stored))
+        self.shown(self.slots.leaf(subtree, at))
     }
 
     /// The digest that is stored so.
-    fn shown(&self, stored: [u8; CV_BYTES]) -> Digest {
+    fn shown(&self, stored: Leaf) -> Digest {
         match Digest(stored) {
             UNSET => self.zero,
             ABSENT => Digest([0; CV_BYTES]),
@@ -124,13 +102,12 @@ impl DigestTree {
             UNSET => ABSENT,
             digest => digest,
         };
-        let known = self.stored(subtree).map_or(UNSET.0, |leaves| leaves.get(at).copied().unwrap_or_default());
-        if page >= self.pages || known == stored.0 {
+        if page >= self.pages || self.slots.leaf(subtree, at) == stored.0 {
             return;
         }
-        if let (Some(node), Some(leaves)) = (self.nodes.get_mut(subtree), own(&mut self.slots, &self.kept, subtree)) {
+        if let (Some(node), Ok(at)) = (self.nodes.get_mut(subtree), u8::try_from(at)) {
             *node = UNSET;
-            leaves.get_mut(at).into_iter().for_each(|leaf| *leaf = stored.0);
+            self.slots.set(subtree, at, stored.0);
         }
     }
 
@@ -152,39 +129,40 @@ impl DigestTree {
                 (Arc::new([ABSENT.0; SUBTREE_PAGES]), self.hasher.domain().subtree.hash(shown))
             });
             let at = usize::try_from(subtree).unwrap_or(usize::MAX);
-            if let (Some(slot), Some(node)) = (self.slots.get_mut(at), self.nodes.get_mut(at)) {
-                (*slot, *node) = (Slot::Own(Arc::clone(leaves)), *digest);
-            }
+            self.slots.put(at, Slot::Own(Arc::clone(leaves)));
+            self.nodes.get_mut(at).into_iter().for_each(|node| *node = *digest);
             page = all.end;
         }
     }
 
-    /// The stored digests below lowest node `index`, thirty-two zero bytes for a zero page; `None` if all are zero.
-    pub fn leaves(&self, index: u64) -> Option<&Leaves> {
-        self.stored(usize::try_from(index).ok()?)
+    /// The stored digests below lowest node `index`, thirty-two zero bytes for a zero page; `None` if all are zero. They
+    /// are put together in `room` where they are not in one piece.
+    pub fn leaves<'a>(&'a self, index: u64, room: &'a mut Leaves) -> Option<&'a Leaves> {
+        self.slots.get(at(index), room)
     }
 
-    fn stored(&self, subtree: usize) -> Option<&Leaves> {
-        stored_in(&self.slots, &self.kept, subtree)
+    /// Whether all pages below lowest node `index` are known to be zero, at a glance: a `false` may be wrong.
+    pub fn is_zero_subtree(&self, index: u64) -> bool {
+        self.slots.is_zero(at(index))
     }
 
     /// Takes all digests below lowest node `index` as [`leaves`](Self::leaves) gives them; those beyond the end of the
     /// region must be zero bytes, and so are made to be.
     pub fn set_leaves(&mut self, index: u64, digests: &Leaves) {
-        let slot = self.slot_of(index, digests, || copied(digests).map_or(Slot::Zero, Slot::Own));
+        let slot = self.slot_of(index, digests, || Slot::copy(digests));
         self.set_slot(index, slot);
     }
 
     /// From now on [`adopt`](Self::adopt) finds digests in `kept`; called once, before that.
     pub fn keep(&mut self, kept: Arc<dyn KeptLeaves>) {
-        self.kept.get_or_insert(kept);
+        self.slots.keep(kept);
     }
 
     /// As [`set_leaves`](Self::set_leaves), of the digests that are [kept](Self::keep): they are not copied, unless they
     /// are not such as a tree stores. Says whether there are any.
     pub fn adopt(&mut self, index: u64) -> bool {
-        let Some(digests) = self.kept.as_ref().and_then(|kept| kept.leaves(index)) else { return false };
-        let slot = self.slot_of(index, digests, || Slot::Kept);
+        let Some(digests) = self.slots.kept(usize::try_from(index).unwrap_or(usize::MAX)) else { return false };
+        let slot = self.slot_of(index, digests, || Slot::Kept(Vec::new()));
         self.set_slot(index, slot);
         true
     }
@@ -208,9 +186,8 @@ impl DigestTree {
 
     fn set_slot(&mut self, index: u64, slot: Slot) {
         let at = usize::try_from(index).unwrap_or(usize::MAX);
-        if let (Some(place), Some(node)) = (self.slots.get_mut(at), self.nodes.get_mut(at)) {
-            (*place, *node) = (slot, UNSET);
-        }
+        self.slots.put(at, slot);
+        self.nodes.get_mut(at).into_iter().for_each(|node| *node = UNSET);
     }
 
     /// Appends the digests of `pages`, which must lie in the region.
@@ -221,8 +198,16 @@ impl DigestTree {
             let border = (page / SUBTREE_PAGES as u64).saturating_add(1).saturating_mul(SUBTREE_PAGES as u64);
             let next = pages.end.min(border);
             let count = usize::try_from(next.saturating_sub(page)).unwrap_or(0);
-            match self.stored(subtree).and_then(|leaves| leaves.get(at..at.saturating_add(count))) {
-                Some(leaves) => out.extend(leaves.iter().map(|leaf| self.shown(*leaf))),
+            match self.slots.stored(subtree) {
+                Some((leaves, news)) => {
+                    let start = out.len();
+                    out.extend(leaves.iter().skip(at).take(count).map(|leaf| self.shown(*leaf)));
+                    for (place, leaf) in news {
+                        let slot = usize::from(*place).checked_sub(at).filter(|after| *after < count);
+                        let slot = slot.and_then(|after| out.get_mut(start.saturating_add(after)));
+                        slot.into_iter().for_each(|slot| *slot = self.shown(*leaf));
+                    }
+                }
                 None => out.extend(core::iter::repeat_n(self.zero, count)),
             }
             page = next;
@@ -263,42 +248,53 @@ impl DigestTree {
     /// Hashes these lowest nodes.
     fn hash_nodes(&mut self, mut stale: Vec<u64>) {
         stale.retain(|&index| !self.is_known_zero(index));
-        let (mut plain, mut digests) = (Vec::with_capacity(SUBTREES_AT_ONCE), Vec::with_capacity(SUBTREES_AT_ONCE));
+        let mut rooms = Vec::new();
         for batch in stale.chunks(SUBTREES_AT_ONCE) {
-            plain.clear();
-            for &index in batch {
-                if self.plain(index).is_some() {
-                    plain.push(index);
-                } else {
-                    let node = self.hash_shown(index);
-                    self.set_node(index, node);
-                }
-            }
-            digests.clear();
-            let bytes: Vec<&SubtreeBytes> = plain.iter().filter_map(|&index| self.plain(index)).collect();
-            self.hasher.digest_subtrees(&bytes, |digest| digests.push(digest));
-            plain.iter().zip(&digests).for_each(|(&index, &digest)| self.set_node(index, digest));
+            let found = self.hash_batch(batch, &mut rooms);
+            found.into_iter().for_each(|(index, node)| self.set_node(index, node));
         }
     }
 
-    /// The bytes below a whole lowest node, if they are what is stored: no page of it is zero or absent.
-    fn plain(&self, index: u64) -> Option<&SubtreeBytes> {
+    /// The digests of these lowest nodes, in any order. `rooms` is for digests that are not in one piece.
+    fn hash_batch(&self, batch: &[u64], rooms: &mut Vec<Leaves>) -> Vec<(u64, Digest)> {
+        let in_pieces = |index: &u64| self.slots.stored(at(*index)).is_some_and(|(_, news)| !news.is_empty());
+        rooms.resize(if batch.iter().any(in_pieces) { batch.len() } else { 0 }, [ZERO_LEAF; SUBTREE_PAGES]);
+        let (mut plain, mut found) = (Vec::with_capacity(batch.len()), Vec::with_capacity(batch.len()));
+        let rooms = rooms.iter_mut().map(Some).chain(core::iter::repeat_with(|| None));
+        for (&index, room) in batch.iter().zip(rooms) {
+            let leaves = match room {
+                Some(room) => self.slots.get(at(index), room),
+                None => self.slots.stored(at(index)).map(|(leaves, _)| leaves),
+            };
+            match leaves.and_then(|leaves| self.plain(index, leaves)) {
+                Some(bytes) => plain.push((index, bytes)),
+                None => found.push((index, self.hash_shown(index, leaves))),
+            }
+        }
+        let bytes: Vec<&SubtreeBytes> = plain.iter().map(|(_, bytes)| *bytes).collect();
+        let mut indices = plain.iter().map(|(index, _)| *index);
+        self.hasher.digest_subtrees(&bytes, |digest| found.extend(indices.next().map(|index| (index, digest))));
+        found
+    }
+
+    /// The bytes of `leaves`, if they are what a whole lowest node is hashed over: no page of it is zero or absent.
+    fn plain<'a>(&self, index: u64, leaves: &'a Leaves) -> Option<&'a SubtreeBytes> {
         let pages = self.subtree_pages(index);
-        let leaves = self.leaves(index).filter(|_| pages.end.saturating_sub(pages.start) == SUBTREE_PAGES as u64)?;
         // What begins like a value that stands for another is looked at like one.
-        let stands_for_itself = |leaf: &[u8; CV_BYTES]| {
+        let stands_for_itself = |leaf: &Leaf| {
             let (head, _) = leaf.as_chunks::<8>();
             !matches!(head.first().copied().map(u64::from_ne_bytes), Some(0 | u64::MAX) | None)
         };
-        leaves.iter().all(stands_for_itself).then(|| leaves.as_flattened().first_chunk()).flatten()
+        let is_whole = pages.end.saturating_sub(pages.start) == SUBTREE_PAGES as u64;
+        (is_whole && leaves.iter().all(stands_for_itself)).then(|| leaves.as_flattened().first_chunk()).flatten()
     }
 
     /// The digest of a lowest node over its digests as they are shown.
-    fn hash_shown(&self, index: u64) -> Digest {
+    fn hash_shown(&self, index: u64, leaves: Option<&Leaves>) -> Digest {
         let mut bytes: Leaves = [UNSET.0; SUBTREE_PAGES];
         let pages = self.subtree_pages(index);
         let count = usize::try_from(pages.end.saturating_sub(pages.start)).unwrap_or(SUBTREE_PAGES);
-        let leaves = self.leaves(index).map_or(&[][..], |leaves| leaves.as_slice());
+        let leaves = leaves.map_or(&[][..], |leaves| leaves.as_slice());
         let stored = leaves.iter().copied().chain(core::iter::repeat(UNSET.0));
         bytes.iter_mut().zip(stored).for_each(|(slot, leaf)| *slot = self.shown(leaf).0);
         self.hasher.domain().subtree.hash([bytes.get(..count).unwrap_or(&bytes).as_flattened()])
@@ -308,7 +304,7 @@ impl DigestTree {
     fn is_known_zero(&mut self, index: u64) -> bool {
         let pages = self.subtree_pages(index);
         let is_whole = pages.end.saturating_sub(pages.start) == SUBTREE_PAGES as u64;
-        if !is_whole || self.leaves(index).is_some() {
+        if !is_whole || !self.is_zero_subtree(index) {
             return false;
         }
         let zero = *self.zero_node.get_or_insert_with(|| {
@@ -417,30 +413,9 @@ fn node_digest(domain: &DedupDomain, height: u8, children: &[Digest]) -> Digest 
     domain.node.hash([&[height][..], bytes.get(..used).unwrap_or(&bytes)])
 }
 
-/// The digests of a slot.
-fn stored_in<'a>(slots: &'a [Slot], kept: &'a Option<Arc<dyn KeptLeaves>>, subtree: usize) -> Option<&'a Leaves> {
-    match slots.get(subtree)? {
-        Slot::Zero => None,
-        Slot::Own(leaves) => Some(leaves),
-        Slot::Kept => kept.as_ref()?.leaves(subtree as u64),
-    }
-}
-
-/// The digests of a slot where they can be changed.
-fn own<'a>(slots: &'a mut [Slot], kept: &Option<Arc<dyn KeptLeaves>>, subtree: usize) -> Option<&'a mut Leaves> {
-    if !matches!(slots.get(subtree), Some(Slot::Own(_))) {
-        let leaves = stored_in(slots, kept, subtree).map_or_else(|| Some(Arc::new([UNSET.0; SUBTREE_PAGES])), copied);
-        *slots.get_mut(subtree)? = Slot::Own(leaves?);
-    }
-    match slots.get_mut(subtree)? {
-        Slot::Own(leaves) => Some(Arc::make_mut(leaves)),
-        Slot::Zero | Slot::Kept => None,
-    }
-}
-
-/// Copied once, from where they are to where they stay: an array by value would go by way of the stack.
-fn copied(digests: &Leaves) -> Option<Arc<Leaves>> {
-    Arc::<[[u8; CV_BYTES]]>::from(digests.as_slice()).try_into().ok()
+/// Where lowest node `index` is in a list of them.
+fn at(index: u64) -> usize {
+    usize::try_from(index).unwrap_or(usize::MAX)
 }
 
 fn split(page: u64) -> (usize, usize) {
@@ -482,7 +457,7 @@ mod tests {
         assert!(!tree.adopt(0), "nothing is kept yet");
         tree.keep(Arc::new(Shelf(vec![Some(written), Some(none), Some(long)])));
         assert!((0..3).all(|index| tree.adopt(index)) && !tree.adopt(3));
-        assert!(tree.is_zero(7) && tree.leaf(8) == other && tree.leaves(1).is_none() && tree.leaves(2).is_none());
+        assert!(tree.is_zero(7) && tree.leaf(8) == other && tree.is_zero_subtree(1) && tree.is_zero_subtree(2));
         let mut twin = DigestTree::new(&hasher, 2 * 256 + 10);
         (0..256).filter(|page| *page != 7).for_each(|page| twin.set(page, other));
         assert_eq!(tree.root(), twin.root());
@@ -522,21 +497,31 @@ mod tests {
             let expected = level.first().copied().unwrap_or_else(|| lowest(&[]));
             prop_assert_eq!(tree.root(), expected);
             prop_assert_eq!(tree.hash_some(u64::MAX), 0, "the root needs every node");
-            let mut loaded = DigestTree::new(&hasher, pages);
+            let (mut loaded, mut room) = (DigestTree::new(&hasher, pages), [ZERO_LEAF; SUBTREE_PAGES]);
             for index in 0..tree.subtrees() {
-                if let Some(leaves) = tree.leaves(index) { loaded.set_leaves(index, leaves); }
+                if let Some(leaves) = tree.leaves(index, &mut room) { loaded.set_leaves(index, leaves); }
             }
             prop_assert_eq!(loaded.root(), expected);
             let mut adopted = DigestTree::new(&hasher, pages);
-            adopted.keep(Arc::new(Shelf((0..tree.subtrees()).map(|index| tree.leaves(index).copied()).collect())));
+            adopted.keep(Arc::new(Shelf((0..tree.subtrees()).map(|index| tree.leaves(index, &mut room).copied()).collect())));
             for index in 0..tree.subtrees() {
-                prop_assert_eq!(adopted.adopt(index), tree.leaves(index).is_some());
+                prop_assert_eq!(adopted.adopt(index), tree.leaves(index, &mut room).is_some());
             }
             prop_assert_eq!(adopted.root(), expected);
             prop_assert!((0..pages).all(|page| adopted.leaf(page) == tree.leaf(page)));
             let digest = page_digest(hasher.domain(), &[9; 4096]);
-            for page in (0..pages).step_by(300) { (adopted.set(page, digest), loaded.set(page, digest)); }
-            prop_assert_eq!(adopted.clone().root(), loaded.root(), "what is kept is copied before it is changed");
+            // Few changes of a lowest node, then more than are noted beside what is kept.
+            for step in [300, 9, 4] {
+                for page in (0..pages).step_by(step) { (adopted.set(page, digest), loaded.set(page, digest)); }
+                prop_assert_eq!(adopted.clone().root(), loaded.root());
+                prop_assert!((0..pages).all(|page| adopted.leaf(page) == loaded.leaf(page)));
+                let range = pages / 5..pages - pages / 7;
+                let (mut some, mut same) = (Vec::new(), Vec::new());
+                (adopted.copy_to(range.clone(), &mut some), loaded.copy_to(range, &mut same));
+                prop_assert_eq!(some, same);
+                let root = loaded.root();
+                prop_assert_eq!(adopted.clone().resized(&hasher, pages + 1).resized(&hasher, pages).root(), root);
+            }
             for page in 0..pages { (adopted.set(page, tree.leaf(page)), loaded.set(page, tree.leaf(page))); }
             prop_assert_eq!((adopted.root(), loaded.root()), (expected, expected));
             let mut longer = loaded.resized(&hasher, pages + 700);

@@ -145,8 +145,7 @@ fn next_run(tree: &DigestTree, pages: Range<u64>, max: u64) -> Option<Range<u64>
     let mut page = pages.start;
     while page < pages.end && tree.is_zero(page) {
         let subtree = page / SUBTREE_PAGES as u64;
-        let empty = tree.leaves(subtree).is_none();
-        page = if empty { tree.subtree_pages(subtree).end } else { page.saturating_add(1) };
+        page = if tree.is_zero_subtree(subtree) { tree.subtree_pages(subtree).end } else { page.saturating_add(1) };
     }
     let first = page.min(pages.end);
     let end = pages.end.min(first.saturating_add(max));
@@ -250,10 +249,10 @@ impl<'a> Writing<'a> {
         self.manifest.set_len(manifest.file_len())?;
         self.manifest.write(BLOCK as u64, present)?;
         let mut pieces = Pieces { draft: &self.manifest, offset: 0, bytes: Vec::with_capacity(PIECE_BYTES) };
-        let mut start = 0u64;
+        let (mut start, mut room) = (0u64, [[0; 32]; SUBTREE_PAGES]);
         for tree in trees {
             for index in 0..tree.subtrees() {
-                let Some(leaves) = tree.leaves(index) else { continue };
+                let Some(leaves) = tree.leaves(index, &mut room) else { continue };
                 let pages = tree.subtree_pages(index);
                 let count = usize::try_from(pages.end.saturating_sub(pages.start)).unwrap_or(0);
                 let offset = manifest.digest_offset(start.saturating_add(pages.start));

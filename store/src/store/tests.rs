@@ -87,7 +87,7 @@ fn digests_are_read_where_they_lie() {
         ranges.any(|(start, end)| (number(start)..number(end)).contains(&address))
     };
     let mut trees = home.visit(&head).unwrap().trees(&guest.hasher()).unwrap();
-    let address = |tree: &DigestTree| tree.leaves(3).unwrap().as_ptr().addr();
+    let address = |tree: &DigestTree| tree.leaves(3, &mut [[0; 32]; 256]).unwrap().as_ptr().addr();
     assert!(lies_in_file(address(&trees[0])));
     fs::remove_file(&manifest).unwrap();
     let (pages, kept) = (trees[0].pages(), guest.trees());
