@@ -512,17 +512,24 @@ mod tests {
             let digest = page_digest(hasher.domain(), &[9; 4096]);
             // Few changes of a lowest node, then more than are noted beside what is kept.
             for step in [300, 9, 4] {
-                for page in (0..pages).step_by(step) { (adopted.set(page, digest), loaded.set(page, digest)); }
+                for page in (0..pages).step_by(step) {
+                    for tree in [&mut adopted, &mut loaded] { tree.set(page, digest); }
+                }
                 prop_assert_eq!(adopted.clone().root(), loaded.root());
                 prop_assert!((0..pages).all(|page| adopted.leaf(page) == loaded.leaf(page)));
                 let range = pages / 5..pages - pages / 7;
-                let (mut some, mut same) = (Vec::new(), Vec::new());
-                (adopted.copy_to(range.clone(), &mut some), loaded.copy_to(range, &mut same));
+                let [some, same] = [&adopted, &loaded].map(|tree| {
+                    let mut digests = Vec::new();
+                    tree.copy_to(range.clone(), &mut digests);
+                    digests
+                });
                 prop_assert_eq!(some, same);
                 let root = loaded.root();
                 prop_assert_eq!(adopted.clone().resized(&hasher, pages + 1).resized(&hasher, pages).root(), root);
             }
-            for page in 0..pages { (adopted.set(page, tree.leaf(page)), loaded.set(page, tree.leaf(page))); }
+            for page in 0..pages {
+                for other in [&mut adopted, &mut loaded] { other.set(page, tree.leaf(page)); }
+            }
             prop_assert_eq!((adopted.root(), loaded.root()), (expected, expected));
             let mut longer = loaded.resized(&hasher, pages + 700);
             prop_assert!((0..pages).all(|page| longer.leaf(page) == tree.leaf(page)));
