@@ -128,9 +128,9 @@ impl DigestTree {
                 let shown = core::iter::repeat_n([0; CV_BYTES].as_slice(), SUBTREE_PAGES);
                 (Arc::new([ABSENT.0; SUBTREE_PAGES]), self.hasher.domain().subtree.hash(shown))
             });
-            let at = usize::try_from(subtree).unwrap_or(usize::MAX);
-            self.slots.put(at, Slot::Own(Arc::clone(leaves)));
-            self.nodes.get_mut(at).into_iter().for_each(|node| *node = *digest);
+            let (own, node) = (Slot::Own(Arc::clone(leaves)), *digest);
+            self.slots.put(at(subtree), own);
+            self.set_node(subtree, node);
             page = all.end;
         }
     }
@@ -161,7 +161,7 @@ impl DigestTree {
     /// As [`set_leaves`](Self::set_leaves), of the digests that are [kept](Self::keep): they are not copied, unless they
     /// are not such as a tree stores. Says whether there are any.
     pub fn adopt(&mut self, index: u64) -> bool {
-        let Some(digests) = self.slots.kept(usize::try_from(index).unwrap_or(usize::MAX)) else { return false };
+        let Some(digests) = self.slots.kept(at(index)) else { return false };
         let slot = self.slot_of(index, digests, || Slot::Kept(Vec::new()));
         self.set_slot(index, slot);
         true
@@ -185,9 +185,8 @@ impl DigestTree {
     }
 
     fn set_slot(&mut self, index: u64, slot: Slot) {
-        let at = usize::try_from(index).unwrap_or(usize::MAX);
-        self.slots.put(at, slot);
-        self.nodes.get_mut(at).into_iter().for_each(|node| *node = UNSET);
+        self.slots.put(at(index), slot);
+        self.set_node(index, UNSET);
     }
 
     /// Appends the digests of `pages`, which must lie in the region.
@@ -227,20 +226,17 @@ impl DigestTree {
 
     /// The digest of lowest node `index`.
     pub fn subtree(&mut self, index: u64) -> Digest {
-        let at = usize::try_from(index).unwrap_or(usize::MAX);
-        let known = self.nodes.get(at).copied().unwrap_or(UNSET);
+        let known = self.nodes.get(at(index)).copied().unwrap_or(UNSET);
         if known != UNSET {
             return known;
         }
         self.hash_subtrees(index..index.saturating_add(1));
-        self.nodes.get(at).copied().unwrap_or(UNSET)
+        self.nodes.get(at(index)).copied().unwrap_or(UNSET)
     }
 
     /// Hashes those of these lowest nodes that are not known, many at once.
     pub fn hash_subtrees(&mut self, subtrees: Range<u64>) {
-        let stale = |index: &u64| {
-            usize::try_from(*index).ok().and_then(|at| self.nodes.get(at)).is_some_and(|node| *node == UNSET)
-        };
+        let stale = |index: &u64| self.nodes.get(at(*index)).is_some_and(|node| *node == UNSET);
         let stale = subtrees.filter(stale).collect();
         self.hash_nodes(stale);
     }
@@ -326,7 +322,7 @@ impl DigestTree {
     }
 
     fn set_node(&mut self, index: u64, digest: Digest) {
-        if let Some(node) = usize::try_from(index).ok().and_then(|at| self.nodes.get_mut(at)) {
+        if let Some(node) = self.nodes.get_mut(at(index)) {
             *node = digest;
         }
     }
