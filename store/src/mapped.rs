@@ -12,7 +12,6 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use rustix::param::page_size;
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
@@ -37,19 +36,19 @@ impl Mapped {
         Ok(Self { start, bytes })
     }
 
-    /// Brings a range in, so that an error of the disk is one here, and no signal later.
+    /// Brings `bytes` bytes from `offset` in, so that an error of the disk is one here, and no signal later.
     ///
     /// # Errors
-    /// The disk's; and the kernel cannot do that before Linux 5.14.
-    pub(crate) fn populate(&self, range: Range<usize>) -> io::Result<()> {
-        let from = range.start - range.start % page_size();
-        if range.start > range.end || range.end > self.bytes {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
+    /// The disk's; they are not in the file; and the kernel cannot do that before Linux 5.14.
+    pub(crate) fn populate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let end = offset.checked_add(bytes).and_then(|end| usize::try_from(end).ok());
+        let end = end.filter(|end| *end <= self.bytes).ok_or(io::ErrorKind::InvalidInput)?;
+        let offset = usize::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let from = offset - offset % page_size();
         // SAFETY: inside the mapping, which keeps its bytes.
         let start = unsafe { self.start.as_ptr().add(from) };
         // SAFETY: as above.
-        unsafe { madvise(start.cast(), range.end - from, Advice::LinuxPopulateRead) }?;
+        unsafe { madvise(start.cast(), end - from, Advice::LinuxPopulateRead) }?;
         Ok(())
     }
 
@@ -104,9 +103,10 @@ mod tests {
             }
             assert!(digests.leaves(u64::MAX).is_none());
         }
-        for range in [0..bytes.len() + 1, bytes.len() + 1..bytes.len() + 1] {
-            assert!(mapped.populate(range).is_err());
+        for (offset, more) in [(0, bytes.len() as u64 + 1), (bytes.len() as u64, 1), (u64::MAX, 1)] {
+            assert!(mapped.populate(offset, more).is_err());
         }
+        assert!(mapped.populate(5000, bytes.len() as u64 - 5000).is_ok());
     }
 
     /// A file that was cut short behind the store's back: an error where it is brought in, not a signal.
@@ -116,6 +116,7 @@ mod tests {
         file.write_all(&vec![7; 10 * page_size()]).unwrap();
         let mapped = Mapped::new(&file).unwrap();
         file.set_len(page_size() as u64).unwrap();
-        assert!(mapped.populate(5 * page_size()..6 * page_size()).is_err());
+        let page = page_size() as u64;
+        assert!(mapped.populate(0, page).is_ok() && mapped.populate(5 * page, page).is_err());
     }
 }

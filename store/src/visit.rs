@@ -20,7 +20,6 @@ use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -213,9 +212,12 @@ impl Visit {
                 subtree = subtree.saturating_add(skipped);
                 continue;
             }
-            let end = subtree.saturating_add(PIECE_SUBTREES).min(tree.subtrees());
-            let piece = offset..offset.saturating_add((end - subtree).saturating_mul(SUBTREE_DIGEST_BYTES as u64));
-            let is_mapped = mapped.is_some_and(|file| self.bring_in(file, piece));
+            // Up to the next hole: it is not read from the mapping, as on a tmpfs it would be filled.
+            let hole = seek(&self.file, SeekFrom::Hole(offset)).unwrap_or(offset);
+            let whole = hole.saturating_sub(offset) / SUBTREE_DIGEST_BYTES as u64;
+            let end = subtree.saturating_add(whole.clamp(1, PIECE_SUBTREES)).min(tree.subtrees());
+            let bytes = (end - subtree).saturating_mul(SUBTREE_DIGEST_BYTES as u64);
+            let is_mapped = whole > 0 && mapped.is_some_and(|file| file.populate(offset, bytes).is_ok());
             for index in subtree..end {
                 if !is_mapped || !tree.adopt(index) {
                     self.read_subtree(tree, index, base)?;
@@ -226,13 +228,6 @@ impl Visit {
             subtree = end;
         }
         Ok(())
-    }
-
-    /// Whether a piece of the manifest is there to be read from the mapping. A hole is not: on a tmpfs it would be filled.
-    fn bring_in(&self, mapped: &Mapped, piece: Range<u64>) -> bool {
-        let hole = seek(&self.file, SeekFrom::Hole(piece.start)).unwrap_or(0);
-        let bytes = usize::try_from(piece.start).ok().zip(usize::try_from(piece.end).ok());
-        hole >= piece.end && bytes.is_some_and(|(start, end)| mapped.populate(start..end).is_ok())
     }
 
     /// Reads the digests below a lowest node of the region whose digests begin at `base`.

@@ -76,9 +76,12 @@ fn pages_that_are_zero_or_not_worth_keeping_are_holes() {
 #[test]
 fn digests_are_read_where_they_lie() {
     let home = Home::new(None);
-    let guest = Guest::new(1, 7, 20_000);
+    let mut guest = Guest::new(1, 7, 20_000);
+    // A hole in the manifest, which is no digest that a mapping should bring in.
+    guest.bytes[10 << 20..20 << 20].fill(0);
     let head = guest.keep(&home.store);
     let manifest = home.path(&head, "manifest");
+    let blocks = fs::metadata(&manifest).unwrap().blocks();
     let lies_in_file = |address: usize| {
         let maps = fs::read_to_string("/proc/self/maps").unwrap();
         let of_file = maps.lines().filter(|line| line.contains(manifest.to_str().unwrap()));
@@ -87,13 +90,14 @@ fn digests_are_read_where_they_lie() {
         ranges.any(|(start, end)| (number(start)..number(end)).contains(&address))
     };
     let mut trees = home.visit(&head).unwrap().trees(&guest.hasher()).unwrap();
-    let address = |tree: &DigestTree| tree.leaves(3, &mut [[0; 32]; 256]).unwrap().as_ptr().addr();
-    assert!(lies_in_file(address(&trees[0])));
+    let address = |tree: &DigestTree, index| tree.leaves(index, &mut [[0; 32]; 256]).unwrap().as_ptr().addr();
+    assert!(trees[0].is_zero_subtree(15) && [3, 9, 20, 40].iter().all(|&at| lies_in_file(address(&trees[0], at))));
+    assert_eq!(fs::metadata(&manifest).unwrap().blocks(), blocks);
     fs::remove_file(&manifest).unwrap();
     let (pages, kept) = (trees[0].pages(), guest.trees());
     assert!((0..pages).all(|page| trees[0].leaf(page) == kept[0].leaf(page)), "whatever becomes of its name");
     trees[0].set(3 * 256 + 1, guest.hasher().zero());
-    let changed = address(&trees[0]);
+    let changed = address(&trees[0], 3);
     assert!(!lies_in_file(changed), "nothing writes to a manifest");
     drop(trees);
     assert!(!fs::read_to_string("/proc/self/maps").unwrap().contains(manifest.to_str().unwrap()));
