@@ -33,3 +33,4 @@ pub mod session;
 pub mod time;
 pub mod trace;
 pub mod tree;
+pub mod words;

@@ -228,6 +228,39 @@ pub fn shifted(run: Range<u64>, shift: i64, held: u64) -> Range<u64> {
     at(run.start)..at(run.end)
 }
 
+/// Fills `space` with the old bytes of `runs` of pages, one after the other: `read` brings those from a page on that lie in
+/// the first `held` pages of the region, `shift` pages further; all others are zero.
+///
+/// # Errors
+/// Those of `read`; `space` has anything in it then.
+// SPEC 5.14
+pub fn fill_old<E>(
+    runs: impl Iterator<Item = Range<u64>>,
+    (shift, held): (i64, u64),
+    space: &mut [u8],
+    mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let bytes = |pages: u64| usize::try_from(pages).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES);
+    let mut rest = space;
+    for run in runs {
+        let pages = run.end.saturating_sub(run.start);
+        let source = shifted(run.clone(), shift, held);
+        // Before the region's first page there is nothing.
+        let before = shift.min(0).unsigned_abs().saturating_sub(run.start).min(pages);
+        let (space, behind) = rest.split_at_mut_checked(bytes(pages)).unwrap_or_default();
+        let (front, space) = space.split_at_mut_checked(bytes(before)).unwrap_or_default();
+        let (held, beyond) =
+            space.split_at_mut_checked(bytes(source.end.saturating_sub(source.start))).unwrap_or_default();
+        front.fill(0);
+        beyond.fill(0);
+        if !held.is_empty() {
+            read(source.start, held)?;
+        }
+        rest = behind;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -237,6 +270,30 @@ mod tests {
         let small = Region { bytes: 10_000, install_size: InstallSize::KIB_4 };
         let big = Region { bytes: 3 << 20, install_size: InstallSize::MIB_2 };
         Layout::new(vec![small, big]).unwrap()
+    }
+
+    /// SPEC 5.14
+    #[test]
+    fn old_bytes_are_zero_where_the_base_has_none() {
+        let page = |page: u64| u8::try_from(page + 1).unwrap();
+        for (shift, held) in [(0, 9), (0, 4), (0, 0), (3, 9), (-3, 9), (-3, 2), (-20, 9), (20, 9), (i64::MIN, 9)] {
+            let runs = [1..3u64, 5..6, 7..9];
+            let mut space = vec![0xff; 5 * PAGE_BYTES];
+            let read = |first: u64, space: &mut [u8]| {
+                assert!(first + (space.len() / PAGE_BYTES) as u64 <= held && !space.is_empty());
+                let pages = space.chunks_mut(PAGE_BYTES).zip(first..);
+                pages.for_each(|(space, number)| space.fill(page(number)));
+                Ok::<(), ()>(())
+            };
+            fill_old(runs.clone().into_iter(), (shift, held), &mut space, read).unwrap();
+            for (number, bytes) in runs.into_iter().flatten().zip(space.chunks(PAGE_BYTES)) {
+                let source = number.checked_add_signed(shift).filter(|source| *source < held);
+                let expected = source.map_or(0, page);
+                assert!(bytes.iter().all(|byte| *byte == expected), "page {number}, shift {shift} of {held}");
+            }
+        }
+        let fails = |_: u64, _: &mut [u8]| Err(7);
+        assert_eq!(fill_old(core::iter::once(1..3), (0, 9), &mut [0; 2 * PAGE_BYTES], fails), Err(7));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use pagewire_protocol::digest::{Digest, PageBytes, PageHasher, is_zero};
 use pagewire_protocol::error::{DecodeError, PeerError, Violation};
 use pagewire_protocol::frame::{Codec, EntryKind, FrameKind, Pages};
 use pagewire_protocol::limits::PAGE_BYTES;
-use pagewire_protocol::page::{Layout, PageRange, RegionId, shifted};
+use pagewire_protocol::page::{Layout, PageRange, RegionId, fill_old, shifted};
 use pagewire_protocol::page_buffer::PageBuffer;
 use std::ops::Range;
 
@@ -54,7 +54,7 @@ struct Bytes<'a> {
 pub(crate) struct Resolver {
     decompressor: Decompressor,
     payload: PageBuffer,
-    /// Pages of the base that a frame builds on: the prefix of its delta, then those that have moved.
+    /// Pages of the base that a frame builds on: the old ones of its delta, then those that have moved.
     old: PageBuffer,
     digests: Vec<Digest>,
     pub(crate) bringer: Bringer,
@@ -113,7 +113,7 @@ impl Resolver {
         let result = self.unpack(range, pages, &mut payload, &mut old, to).and_then(|bytes| {
             let Some(inline) = bytes else { return Ok(Resolved::Disbelieved) };
             let bytes = Bytes { inline, shifted: read_shifted(range, pages, &mut old, to)? };
-            let delta = if pages.head.codec == Codec::DELTA { Belief::Base } else { Belief::None };
+            let delta = if pages.head.codec.is_delta() { Belief::Base } else { Belief::None };
             let belief = self.digest_entries(range, pages, bytes, to)?.max(delta);
             // SPEC 6.7, 6.8
             let (domain, agreed) = (to.hasher.domain(), to.base.agreed);
@@ -151,12 +151,23 @@ impl Resolver {
             buffer.resize(size);
         }
         let space = buffer.get_mut(..size).unwrap_or_default();
-        if pages.head.codec == Codec::DELTA {
-            let prefix = read_prefix(range, pages, old, to)?;
-            return Ok(decompress_delta(pages.payload, prefix, space).is_ok().then_some(space.as_chunks().0));
-        }
-        let malformed = |source| PeerError::Decode { kind: FrameKind::PAGES, source };
-        self.decompressor.decompress(pages.payload, space).map_err(malformed)?;
+        let decompressed = match pages.head.codec {
+            Codec::DELTA => {
+                old.resize(size);
+                read_old(range, pages, old, to)?;
+                // SPEC 6.8
+                if decompress_delta(pages.payload, old, space).is_err() {
+                    return Ok(None);
+                }
+                Ok(())
+            }
+            Codec::WORDS => {
+                read_old(range, pages, space, to)?;
+                self.decompressor.decompress_words(pages.payload, space)
+            }
+            _ => self.decompressor.decompress(pages.payload, space),
+        };
+        decompressed.map_err(|source| PeerError::Decode { kind: FrameKind::PAGES, source })?;
         Ok(Some(space.as_chunks().0))
     }
 
@@ -248,7 +259,7 @@ impl Resolver {
                 }
                 _ => continue,
             }
-            let delta = kind == EntryKind::INLINE && pages.head.codec == Codec::DELTA;
+            let delta = kind == EntryKind::INLINE && pages.head.codec.is_delta();
             count_present(kind, delta, region, run, to);
         }
         self.place_references(range, pages, &mut missing, to)?;
@@ -327,34 +338,25 @@ impl Resolver {
     }
 }
 
-/// What the inline pages of a frame were in the base, one after the other; a page beyond the base has none.
+/// Fills `space` with what the inline pages of a frame were in the base.
 // SPEC 5.14
-fn read_prefix<'b, S: GuestSink>(
+fn read_old<S: GuestSink>(
     range: PageRange,
     pages: &Pages<'_>,
-    old: &'b mut PageBuffer,
+    space: &mut [u8],
     to: &mut Target<'_, S>,
-) -> Result<&'b [u8], ErrorKind> {
+) -> Result<(), ErrorKind> {
     let (shift, region) = (pages.head.shift, range.region);
     if !to.base.agreed || (shift != 0 && !to.base.stays) {
         let what = "a delta against a base that is not agreed or does not stay";
         return Err(Violation::Entry { what, region: region.0, first: range.first.0 }.into());
     }
-    old.resize(pages.inline_pages().saturating_mul(PAGE_BYTES));
-    let held = to.scan.held(region);
-    let mut filled = 0usize;
-    for (_, run) in runs(pages).filter(|(kind, _)| *kind == EntryKind::INLINE) {
-        let Range { start, end } = shifted(run, shift, held);
-        let bytes = usize::try_from(end.saturating_sub(start)).unwrap_or(0).saturating_mul(PAGE_BYTES);
-        let Some(space) = old.get_mut(filled..filled.saturating_add(bytes)).filter(|space| !space.is_empty()) else {
-            continue;
-        };
-        let read =
-            if to.base.stays { to.sink.read_old(region, start, space) } else { to.sink.read(region, start, space) };
-        read.map_err(failed("cannot be read"))?;
-        filled = filled.saturating_add(bytes);
-    }
-    Ok(old.get(..filled).unwrap_or_default())
+    let inline = runs(pages).filter(|(kind, _)| *kind == EntryKind::INLINE).map(|(_, run)| run);
+    let (stays, sink) = (to.base.stays, &mut *to.sink);
+    let read = |first, space: &mut [u8]| {
+        if stays { sink.read_old(region, first, space) } else { sink.read(region, first, space) }
+    };
+    fill_old(inline, (shift, to.scan.held(region)), space, read).map_err(failed("cannot be read"))
 }
 
 /// The bytes of all shifted pages of a frame, from the base as it was.

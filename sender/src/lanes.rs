@@ -8,7 +8,7 @@ use crate::pace::Pace;
 use crate::switch::Way;
 use pagewire_protocol::challenge::PageProof;
 use pagewire_protocol::compress::{Compressor, compress_delta};
-use pagewire_protocol::digest::Digest;
+use pagewire_protocol::digest::{Digest, PageBytes};
 use pagewire_protocol::error::Violation;
 use pagewire_protocol::frame::{Ack, Codec, EntryKind, Frame, FrameKind, HEADER_BYTES, LaneId, PagesHead, Run, seal};
 use pagewire_protocol::limits::PAGE_BYTES;
@@ -33,7 +33,7 @@ pub(crate) struct Batch {
     pub(crate) payload: Payload,
     /// Pages that were announced and may be wanted.
     pub(crate) announced: u32,
-    /// What the inline pages were in the base, if they may travel as a delta.
+    /// What the inline pages were in the base, if they may travel as a delta, and as much room behind it.
     pub(crate) old: Option<PageBuffer>,
 }
 
@@ -43,6 +43,8 @@ pub struct EncodeJob {
     lane: LaneId,
     batch: Batch,
     way: Way,
+    /// The codecs that were agreed, as bits.
+    codecs: u32,
     compressor: Compressor,
     out: Vec<u8>,
 }
@@ -66,24 +68,25 @@ impl Job for EncodeJob {
     type Output = EncodeOutput;
 
     fn run(self) -> EncodeOutput {
-        let Self { lane, mut batch, way, mut compressor, mut out } = self;
-        let raw = gather(&mut batch.payload);
-        out.clear();
-        let pages = batch.payload.buffer.get(..raw).unwrap_or_default();
-        let codec = if way == Way::Delta { Codec::DELTA } else { Codec::ZSTD };
-        let smaller = match way {
-            Way::Level(level) => compressor.compress(pages, level, &mut out),
-            Way::Delta => compress_delta(pages, batch.old.as_deref().unwrap_or_default(), raw, &mut out),
+        let Self { lane, mut batch, way, codecs, mut compressor, mut out } = self;
+        let raw = batch.payload.len();
+        let codec = match way {
+            Way::Level(level) => {
+                gather(&mut batch.payload);
+                let pages = batch.payload.buffer.get(..raw).unwrap_or_default();
+                compressor.compress(pages, level, &mut out).then_some(Codec::ZSTD)
+            }
+            Way::Delta => delta(&mut batch, codecs, &mut compressor, &mut out),
         };
-        let compressed = if smaller { out.len() } else { raw };
+        let compressed = if codec.is_some() { out.len() } else { raw };
         let mut spare = PageBuffer::from(out);
-        if smaller {
+        if let Some(codec) = codec {
             batch.head.codec = codec;
             std::mem::swap(&mut spare, &mut batch.payload.buffer);
             batch.payload.ranges = std::iter::once(0..compressed).collect();
         }
         let pages = inline_pages(batch.head.first, &batch.runs).into_iter();
-        let deltas = pages.filter(|_| batch.head.codec == Codec::DELTA);
+        let deltas = pages.filter(|_| batch.head.codec.is_delta());
         let deltas = deltas.map(|pages| (RegionId(batch.head.region), pages)).collect();
         let old = batch.old.take();
         let planned = Planned::new(batch, lane);
@@ -105,8 +108,25 @@ pub(crate) fn inline_pages(first: u64, runs: &[Run]) -> Vec<Range<u64>> {
     inline
 }
 
-/// Moves the parts of a payload together at the front of its buffer; returns how long they are.
-fn gather(payload: &mut Payload) -> usize {
+/// Makes `out` what differs in a batch from its old pages: in words where few have changed.
+fn delta(batch: &mut Batch, codecs: u32, compressor: &mut Compressor, out: &mut Vec<u8>) -> Option<Codec> {
+    let both = batch.old.as_deref_mut()?;
+    let (old, room) = both.split_at_mut(both.len() / 2);
+    let parts = batch.payload.ranges.iter().filter_map(|range| batch.payload.buffer.get(range.clone()));
+    let pages = parts.flat_map(|part| part.as_chunks().0);
+    let speaks = |codec: Codec| codecs & codec.bit() != 0;
+    if speaks(Codec::WORDS) && compressor.compress_words(pages.clone(), old, out) {
+        return Some(Codec::WORDS);
+    }
+    if !speaks(Codec::DELTA) {
+        return None;
+    }
+    room.as_chunks_mut().0.iter_mut().zip(pages).for_each(|(space, page): (&mut PageBytes, _)| *space = *page);
+    compress_delta(room, old, out).then_some(Codec::DELTA)
+}
+
+/// Moves the parts of a payload together at the front of its buffer.
+fn gather(payload: &mut Payload) {
     let mut end = 0usize;
     for range in &payload.ranges {
         if range.start != end {
@@ -115,7 +135,6 @@ fn gather(payload: &mut Payload) -> usize {
         end = end.saturating_add(range.len());
     }
     payload.ranges = std::iter::once(0..end).collect();
-    end
 }
 
 /// A frame that is ready, and what its acknowledgement will say something about.
@@ -132,7 +151,7 @@ struct Planned {
 impl Planned {
     fn new(batch: Batch, lane: LaneId) -> Self {
         let Batch { mut head, runs, references, proofs, payload, announced, .. } = batch;
-        if head.codec != Codec::DELTA && runs.iter().all(|run| run.kind != EntryKind::SHIFTED) {
+        if !head.codec.is_delta() && runs.iter().all(|run| run.kind != EntryKind::SHIFTED) {
             head.shift = 0;
         }
         let inline = runs.iter().filter(|run| run.kind == EntryKind::INLINE).map(|run| u64::from(run.count));
@@ -180,6 +199,8 @@ pub(crate) struct Lanes {
     window: u64,
     batches_max: usize,
     pace: Option<Pace>,
+    /// The codecs that were agreed, as bits.
+    codecs: u32,
     jobs: VecDeque<EncodeJob>,
     compressors: Vec<Compressor>,
     buffers: Vec<PageBuffer>,
@@ -197,6 +218,7 @@ impl Lanes {
             window,
             batches_max: READY_BATCHES_MAX.saturating_add(workers),
             pace: rate.map(Pace::new),
+            codecs: Codec::NONE.bit(),
             jobs: VecDeque::new(),
             compressors: Vec::new(),
             buffers: Vec::new(),
@@ -209,6 +231,12 @@ impl Lanes {
     #[must_use]
     pub(crate) fn beside_receiver(self, shares_host: bool) -> Self {
         Self { goodput: Goodput::new(shares_host), ..self }
+    }
+
+    /// The same, with these codecs for deltas, as bits.
+    #[must_use]
+    pub(crate) fn speaking(self, codecs: u32) -> Self {
+        Self { codecs, ..self }
     }
 
     /// The lane of a page group.
@@ -282,12 +310,13 @@ impl Lanes {
         let way = way.filter(|_| !batch.payload.is_empty());
         let compressor = way.and_then(|_| self.compressors.pop().or_else(|| Compressor::new().ok()));
         let out = compressor.as_ref().and_then(|_| self.outs.pop()).unwrap_or_default();
+        let codecs = self.codecs;
         let Some(state) = self.lane_mut(lane) else { return };
         state.planned = state.planned.saturating_add(1);
         match (way, compressor) {
             (Some(way), Some(compressor)) => {
                 state.slots.push_back(None);
-                self.jobs.push_back(EncodeJob { lane, batch, way, compressor, out });
+                self.jobs.push_back(EncodeJob { lane, batch, way, codecs, compressor, out });
             }
             _ => state.slots.push_back(Some(Planned::new(batch, lane))),
         }
@@ -393,5 +422,67 @@ impl Lanes {
 
     fn lane_mut(&mut self, lane: LaneId) -> Option<&mut Lane> {
         self.lanes.get_mut(usize::from(lane.bulk_index()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A batch of pages of which one byte in `every` changed, and the codec that it goes under with these agreed.
+    fn codec(every: usize, codecs: &[Codec]) -> Codec {
+        let mut rng = 1u64;
+        let mut noise = || {
+            rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            rng.to_le_bytes()[7]
+        };
+        let bytes = 8 * PAGE_BYTES;
+        let old: Vec<u8> = (0..bytes).map(|_| noise()).collect();
+        let mut new = old.clone();
+        new.chunks_mut(every).for_each(|part| part[0] ^= 1);
+        let mut both = PageBuffer::new(2 * bytes);
+        both[..bytes].copy_from_slice(&old);
+        // The pages lie apart in their buffer.
+        let mut buffer = PageBuffer::new(2 * bytes);
+        let ranges: Vec<Range<usize>> = (0..8).map(|page| 2 * page * PAGE_BYTES..(2 * page + 1) * PAGE_BYTES).collect();
+        for (range, page) in ranges.iter().zip(new.chunks(PAGE_BYTES)) {
+            buffer[range.clone()].copy_from_slice(page);
+        }
+        let head = PagesHead {
+            round: 0,
+            region: 0,
+            codec: Codec::NONE,
+            first: 0,
+            count: 8,
+            digest: Digest::default(),
+            shift: 0,
+        };
+        let runs = vec![Run { kind: EntryKind::INLINE, count: 8 }];
+        let payload = Payload { buffer, ranges };
+        let (references, proofs) = Default::default();
+        let batch = Batch { head, runs, references, proofs, payload, announced: 0, old: Some(both) };
+        let bits = codecs.iter().fold(0, |bits, codec| bits | codec.bit());
+        let mut lanes = Lanes::new(1, 1 << 20, None, 1).speaking(bits);
+        lanes.plan(LaneId::bulk(0), batch, Some(Way::Delta));
+        let output = lanes.poll_job().map(Job::run).unwrap();
+        let sent = output.planned.outgoing;
+        let body = [&sent.head[HEADER_BYTES..], &sent.payload.buffer[sent.payload.ranges[0].clone()]].concat();
+        assert_eq!(output.deltas.is_empty(), output.compressed == output.raw);
+        if sent.payload.ranges.len() > 1 {
+            return Codec::NONE;
+        }
+        let pages = pagewire_protocol::frame::Pages::decode(&body).unwrap();
+        assert_eq!(pages.payload.len(), output.compressed);
+        pages.head.codec
+    }
+
+    #[test]
+    fn a_delta_is_in_words_where_few_changed_and_never_under_a_codec_that_was_not_agreed() {
+        let (few, many, all) = (400, 30, 2);
+        let both = [Codec::WORDS, Codec::DELTA];
+        assert_eq!([few, many, all].map(|every| codec(every, &both)), [Codec::WORDS, Codec::DELTA, Codec::NONE]);
+        assert_eq!([few, many].map(|every| codec(every, &[Codec::DELTA])), [Codec::DELTA; 2]);
+        assert_eq!([few, many].map(|every| codec(every, &[Codec::WORDS])), [Codec::WORDS, Codec::NONE]);
+        assert_eq!(codec(few, &[]), Codec::NONE);
     }
 }

@@ -8,9 +8,8 @@ use crate::base::Base;
 use pagewire_protocol::bitmap::PageBitmap;
 use pagewire_protocol::digest::{Digest, PageHasher};
 use pagewire_protocol::frame::EntryKind;
-use pagewire_protocol::limits::{BATCH_PAGES_MAX, COVER_PAGES_MAX, PAGE_BYTES};
-use pagewire_protocol::page::{Layout, PageRange, RegionId, common_pages, shifted};
-use pagewire_protocol::page_buffer::PageBuffer;
+use pagewire_protocol::limits::{BATCH_PAGES_MAX, COVER_PAGES_MAX};
+use pagewire_protocol::page::{Layout, PageRange, RegionId, common_pages, fill_old};
 use pagewire_protocol::tree::DigestTree;
 use pagewire_store::MovedPages;
 use std::ops::Range;
@@ -201,30 +200,14 @@ impl Reuse {
         self.deltas
     }
 
-    /// What pages were in the base, one after the other, for runs of them; `None` if not all of them are here.
+    /// Fills `space` with what runs of pages were in the base; false if not all of that is here.
     // SPEC 5.14
-    pub(crate) fn old_pages(
-        &mut self,
-        region: RegionId,
-        runs: &[Range<u64>],
-        shift: i64,
-        mut buffer: PageBuffer,
-    ) -> Option<PageBuffer> {
-        let held = self.held(region);
-        let parts: Vec<Range<u64>> = runs.iter().map(|run| shifted(run.clone(), shift, held)).collect();
-        let bytes = |part: &Range<u64>| {
-            usize::try_from(part.end.saturating_sub(part.start)).unwrap_or(0).saturating_mul(PAGE_BYTES)
-        };
-        buffer.resize(parts.iter().map(bytes).sum());
-        let mut at = 0usize;
-        for part in parts.iter().filter(|part| !part.is_empty()) {
-            let end = at.saturating_add(bytes(part));
-            if let Err(error) = self.base.read(region, part.start, buffer.get_mut(at..end)?) {
-                self.deltas &= error.kind() == std::io::ErrorKind::NotFound;
-                return None;
-            }
-            at = end;
+    pub(crate) fn old_pages(&mut self, region: RegionId, runs: &[Range<u64>], shift: i64, space: &mut [u8]) -> bool {
+        let of = (shift, self.held(region));
+        let filled = fill_old(runs.iter().cloned(), of, space, |first, space| self.base.read(region, first, space));
+        if let Err(error) = &filled {
+            self.deltas &= error.kind() == std::io::ErrorKind::NotFound;
         }
-        Some(buffer)
+        filled.is_ok()
     }
 }

@@ -123,7 +123,8 @@ impl<M: GuestMemory> Sending<M> {
         let reuse = agreed.and_then(|AgreedBase { mut base, ahead }| {
             let of_base = ahead.or_else(|| base.trees(&hasher).ok())?.into_iter();
             trees = of_base.zip(layout.regions()).map(|(tree, region)| tree.resized(&hasher, region.pages())).collect();
-            let mut reuse = Reuse::new(base, &layout, accept.base_stays, codecs & Codec::DELTA.bit() != 0, config.seed);
+            let deltas = codecs & (Codec::DELTA.bit() | Codec::WORDS.bit()) != 0;
+            let mut reuse = Reuse::new(base, &layout, accept.base_stays, deltas, config.seed);
             let (root, session) = reuse.identity();
             reuse.hint(memory.unchanged_since(&root, &session).filter(|hint| hint.len() == layout.pages()));
             Some(reuse)
@@ -140,7 +141,8 @@ impl<M: GuestMemory> Sending<M> {
             challenge: accept.challenge.map(|random| Challenge::new(&random, &config.session, &config.domain_key)),
             sent: SentPages::new(&layout, config.dedup.then_some(config.seed), !is_agreed),
             lanes: Lanes::new(accept.lanes, accept.window, config.bandwidth_limit, config.workers)
-                .beside_receiver(config.shares_host),
+                .beside_receiver(config.shares_host)
+                .speaking(codecs),
             compress: CompressSwitch::new(config.compress && zstd, config.workers),
             announce: layout.regions().iter().map(|_| AnnounceSwitch::default()).collect(),
             wants: PageBitmap::new(layout.pages()),
@@ -468,7 +470,7 @@ impl<M: GuestMemory> Sending<M> {
             0 => None,
             _ => self.compress.choose(delta, &self.lanes.goodput, now, &mut self.decisions),
         };
-        let old = if way == Some(Way::Delta) { self.old_pages(range, &runs, how.shift) } else { None };
+        let old = way.filter(|way| *way == Way::Delta).and_then(|_| self.old_pages(range, &runs, how.shift));
         let way = way.filter(|way| *way != Way::Delta || old.is_some());
         self.counts.inline_bytes = self.counts.inline_bytes.saturating_add(bytes as u64);
         if way.is_none() {
@@ -477,11 +479,17 @@ impl<M: GuestMemory> Sending<M> {
         self.lanes.plan(lane, Batch { head, runs, references, proofs, payload, announced, old }, way);
     }
 
-    /// What the inline pages of a batch were in the base.
+    /// What the inline pages of a batch were in the base, with room behind it for what they are.
     fn old_pages(&mut self, range: PageRange, runs: &[Run], shift: i64) -> Option<PageBuffer> {
         let inline = inline_pages(range.first.0, runs);
-        let buffer = self.lanes.buffer(0);
-        self.reuse.as_mut()?.old_pages(range.region, &inline, shift, buffer)
+        let pages = inline.iter().fold(0u64, |sum, run| sum.saturating_add(run.end.saturating_sub(run.start)));
+        let bytes = usize::try_from(pages).ok()?.saturating_mul(PAGE_BYTES);
+        let mut buffer = self.lanes.buffer(bytes.saturating_mul(2));
+        if self.reuse.as_mut()?.old_pages(range.region, &inline, shift, buffer.get_mut(..bytes)?) {
+            return Some(buffer);
+        }
+        self.lanes.recycle(buffer);
+        None
     }
 
     /// Adds pages that need no look to the run of them that is under way.

@@ -18,12 +18,19 @@ impl Codec {
     pub const ZSTD: Self = Self(1);
     /// One zstd frame whose prefix is the old bytes of the pages: what they have in common with them costs nothing.
     pub const DELTA: Self = Self(2);
+    /// One zstd frame of the words in which the pages differ from their old bytes.
+    pub const WORDS: Self = Self(3);
     /// The bits of HELLO for all of them.
-    pub const ALL_BITS: u32 = 0b111;
+    pub const ALL_BITS: u32 = 0b1111;
 
     /// The bit of HELLO.
     pub const fn bit(self) -> u32 {
         1 << self.0
+    }
+
+    /// Whether it rests on old bytes of the pages.
+    pub fn is_delta(self) -> bool {
+        self == Self::DELTA || self == Self::WORDS
     }
 }
 

@@ -64,8 +64,8 @@ pub struct PagesHead {
     pub count: u32,
     /// The batch digest.
     pub digest: Digest,
-    /// How many pages further in the base lie the old bytes of a page that is shifted, or inline under
-    /// [`Codec::DELTA`]; zero if there is none.
+    /// How many pages further in the base lie the old bytes of a page that is shifted, or inline under a delta codec;
+    /// zero if there is none.
     pub shift: i64,
 }
 
@@ -115,7 +115,7 @@ impl<'a> Pages<'a> {
         let mut reader = Reader::new(body);
         let (round, region) = (reader.u32("round")?, reader.u16("region")?);
         let codec = match reader.u8("codec")? {
-            value @ 0..=2 => Codec(value),
+            value @ 0..=3 => Codec(value),
             value => return Err(DecodeError::Unknown { field: "codec", value: u64::from(value) }),
         };
         let flags = reader.u8("flags")?;
@@ -129,7 +129,7 @@ impl<'a> Pages<'a> {
         let shift = reader.u64("shift")?.cast_signed();
         let runs = reader.bytes("runs", usize::from(run_count).saturating_mul(4))?.as_chunks().0;
         let (references, inline, shifted) = tally(runs, count)?;
-        if shift != 0 && shifted == 0 && codec != Codec::DELTA {
+        if shift != 0 && shifted == 0 && !codec.is_delta() {
             return Err(DecodeError::Unknown { field: "shift that nothing uses", value: shift.cast_unsigned() });
         }
         let references = reader.bytes("references", references.saturating_mul(32))?.as_chunks().0;

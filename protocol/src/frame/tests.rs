@@ -172,16 +172,45 @@ fn every_frame_round_trips_and_is_refused_when_cut_or_too_long() {
     }
 }
 
+/// Two pages by their changed words, those of SPEC 5.15's example, in a zstd frame of one block as it is.
+fn words_body() -> Vec<u8> {
+    let head = PagesHead { codec: Codec::WORDS, shift: -5, ..pages_head(2) };
+    let mut content = vec![0; 128];
+    (content[0], content[127]) = (0b110, 0x80);
+    content.extend(1u64.to_le_bytes().into_iter().chain(*b"pagewire").chain([0, 0, 0, 0, 0, 0, 0, 2]));
+    let mut body = Vec::new();
+    head.encode(&[Run { kind: EntryKind::INLINE, count: 2 }], &[], &[], &mut body);
+    // Magic, one segment of one block, its size of 152 bytes, and again with "last" and "raw" in front.
+    body.extend([0x28, 0xb5, 0x2f, 0xfd, 0x20, 152, (152 << 3 | 1) as u8, (152 << 3 >> 8) as u8, 0]);
+    body.extend(content);
+    body
+}
+
+#[cfg(feature = "zstd")]
+#[test]
+fn the_vector_of_changed_words_is_the_example_of_the_specification() {
+    let body = words_body();
+    let pages = Pages::decode(&body).unwrap();
+    let (mut bytes, mut expected) = (vec![0; 8192], vec![0; 8192]);
+    let mut decompressor = crate::compress::Decompressor::new().unwrap();
+    decompressor.decompress_words(pages.payload, &mut bytes).unwrap();
+    expected[8] = 1;
+    expected[16..24].copy_from_slice(b"pagewire");
+    expected[8191] = 2;
+    assert!(bytes == expected);
+}
+
 #[test]
 fn golden_vectors_decode_and_encode_to_the_same_bytes() {
     let (pages, proven) = (pages_body(&[]), pages_body(&[PageProof([10; 16])]));
     let named = samples(&pages).into_iter().map(|frame| (frame.kind().name().to_lowercase(), frame));
     let challenge = Accept { challenge: Some([3; 32]), ..accept() };
-    let absent = absent_body();
+    let (absent, words) = (absent_body(), words_body());
     let more = [
         ("accept-challenge", Frame::Accept(challenge)),
         ("pages-proofs", Frame::Pages(Pages::decode(&proven).unwrap())),
         ("pages-absent", Frame::Pages(Pages::decode(&absent).unwrap())),
+        ("pages-words", Frame::Pages(Pages::decode(&words).unwrap())),
     ];
     for (name, frame) in named.chain(more.map(|(name, frame)| (name.to_string(), frame))) {
         let mut bytes = Vec::new();
@@ -267,8 +296,11 @@ fn rejects_pages_whose_counts_disagree() {
     assert!(inline(513, Codec::NONE, 513 * PAGE_BYTES).is_err());
     assert!(inline(1, Codec::NONE, PAGE_BYTES - 1).is_err());
     assert!(inline(1, Codec::ZSTD, PAGE_BYTES - 1).is_ok());
-    assert!(inline(1, Codec::DELTA, PAGE_BYTES - 1).is_ok());
-    assert!(inline(1, Codec::DELTA, PAGE_BYTES).is_err());
+    for codec in [Codec::DELTA, Codec::WORDS] {
+        assert!(inline(1, codec, PAGE_BYTES - 1).is_ok());
+        assert!(inline(1, codec, PAGE_BYTES).is_err());
+        assert!(inline(1, codec, 0).is_err());
+    }
     assert!(pages_with(&[zero(1)], 1, Codec::DELTA, 0, 1).is_err());
     assert!(inline(1, Codec::ZSTD, PAGE_BYTES).is_err());
     assert!(inline(1, Codec::ZSTD, 0).is_err());

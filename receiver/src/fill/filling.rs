@@ -206,7 +206,7 @@ impl<S: GuestSink> Filling<S> {
         let layout = self.guest.map.layout();
         let range = layout.range(head.region, head.first, head.count).map_err(malformed)?;
         let entry = |what| Violation::Entry { what, region: head.region, first: head.first };
-        if head.round != 0 || head.codec == Codec::DELTA || pages.proofs().next().is_some() {
+        if head.round != 0 || head.codec.is_delta() || pages.proofs().next().is_some() {
             return Err(entry("a round, a delta or proofs, for a guest that runs").into());
         }
         if self.codecs & head.codec.bit() == 0 {

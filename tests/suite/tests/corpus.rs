@@ -10,10 +10,12 @@
     reason = "test code: a failed expectation is a failed test"
 )]
 
+use pagewire_protocol::compress::Compressor;
 use pagewire_protocol::frame::{FrameKind, HEADER_BYTES};
 use pagewire_protocol::handover::{Handover, Record, RecordKind};
 use pagewire_protocol::page::Place;
 use pagewire_protocol::trace::TraceParser;
+use pagewire_protocol::words::differ;
 use pagewire_test_support::fuzz::{TARGETS, fill, first_touches, hand_over, serve, take_over};
 use pagewire_test_support::host::Host;
 use pagewire_test_support::image::{Image, Mix};
@@ -285,8 +287,21 @@ fn record_traces() {
 fn record_operations() {
     let mut compressed = Vec::new();
     let text = [7u8; 8192];
-    assert!(pagewire_protocol::compress::Compressor::new().unwrap().compress(&text, 1, &mut compressed));
+    assert!(Compressor::new().unwrap().compress(&text, 1, &mut compressed));
     keep("decompress", "two-pages", &[&[1], compressed.as_slice()].concat());
+    let (old, mut new): (Vec<u8>, Vec<u8>) = ((0..8192).map(|at| (at / 8) as u8).collect(), Vec::new());
+    new.clone_from(&old);
+    new[4090..4110].fill(9);
+    let (mut words, mut content) = (Vec::new(), Vec::new());
+    let pairs = new.as_chunks().0.iter().zip(old.as_chunks().0);
+    assert!(differ(pairs, 100, &mut words, &mut content));
+    assert!(Compressor::new().unwrap().compress_words(new.as_chunks().0.iter(), &old, &mut compressed));
+    keep("decompress", "words", &[&[17], compressed.as_slice()].concat());
+    keep("decompress", "words-of-more-pages", &[&[18], compressed.as_slice()].concat());
+    keep("decompress", "words-bare", &[&[33], content.as_slice()].concat());
+    keep("decompress", "words-cut", &[&[33], &content[..content.len() - 1]].concat());
+    content[3] = 1;
+    keep("decompress", "words-fewer-than-bits", &[&[33], content.as_slice()].concat());
     // A receiver that is told everything in two frames, the round, the root; a sender that is acknowledged and done.
     let mut whole = vec![0u8, 13, 0, 0, 0, 9];
     whole.extend([0; 11]);

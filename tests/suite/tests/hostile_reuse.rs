@@ -7,6 +7,7 @@
 )]
 
 use pagewire_protocol::challenge::{Challenge, PageProof};
+use pagewire_protocol::compress::Compressor;
 use pagewire_protocol::digest::{Digest, page_digest};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::CloseCode;
@@ -116,15 +117,41 @@ fn deltas_need_an_agreed_base_and_shifts_one_that_stays() {
     let statement = Statement::at(0, 3).inline(&page);
     let text = "a delta against a base that is not agreed or does not stay";
     let shifted = Statement { shift: 1, ..statement.clone() };
-    refuses(&base, false, &shifted.encoded(Codec::DELTA, &[1; 50]), CloseCode::VIOLATION, text);
-    let mut script = AgainstReceiver::receiver(1);
-    script.enter(Phase::Receiving, &base, &ImageSink::holding(base.clone()));
-    script.settle();
-    script.raw(BULK, FrameKind::PAGES, &statement.delta(base.page(0, 3)));
-    assert_eq!(script.failure().0, CloseCode::VIOLATION);
-    let (mut script, sink) = receiving(&base, false);
-    script.raw(BULK, FrameKind::PAGES, &statement.delta(base.page(0, 3)));
-    assert_eq!(sink.state().image.page(0, 3), page);
+    for codec in [Codec::DELTA, Codec::WORDS] {
+        refuses(&base, false, &shifted.encoded(codec, &[1; 50]), CloseCode::VIOLATION, text);
+    }
+    for delta in [statement.delta(base.page(0, 3)), statement.words(base.page(0, 3))] {
+        let mut script = AgainstReceiver::receiver(1);
+        script.enter(Phase::Receiving, &base, &ImageSink::holding(base.clone()));
+        script.settle();
+        script.raw(BULK, FrameKind::PAGES, &delta);
+        assert_eq!(script.failure().0, CloseCode::VIOLATION);
+        let (mut script, sink) = receiving(&base, false);
+        script.raw(BULK, FrameKind::PAGES, &delta);
+        assert_eq!(sink.state().image.page(0, 3), page);
+    }
+}
+
+/// SPEC 5.5, 5.15: what is no content of changed words whatever the old bytes are is malformed, and installs nothing.
+#[test]
+fn words_that_are_none_end_the_session() {
+    let base = image(10);
+    let mut page = *base.page(0, 3).first_chunk().unwrap();
+    page[7] ^= 1;
+    let statement = Statement::at(0, 3).inline(&page);
+    let two = statement.clone().inline(base.page(0, 4).first_chunk().unwrap());
+    let (mut compressor, mut right, mut whole) = (Compressor::new().unwrap(), Vec::new(), Vec::new());
+    assert!(compressor.compress_words([page].iter(), base.page(0, 3), &mut right));
+    assert!(compressor.compress(&[7; 4096], 1, &mut whole));
+    let trailing = [right.as_slice(), &[0]].concat();
+    for (statement, payload, text) in [
+        (&two, right, "bytes of masks and changed words"),
+        (&statement, whole, "content of changed words: 4096 > 4095"),
+        (&statement, trailing, "not one whole zstd frame"),
+        (&statement, vec![7; 100], "not one whole zstd frame"),
+    ] {
+        refuses(&base, true, &statement.encoded(Codec::WORDS, &payload), CloseCode::MALFORMED, text);
+    }
 }
 
 /// SPEC 6.8: a delta against other bytes, and one that is no zstd frame, install nothing and are wanted.
@@ -134,7 +161,8 @@ fn deltas_that_do_not_fit_are_wanted() {
     let mut page = *base.page(0, 3).first_chunk().unwrap();
     page[7] ^= 1;
     let statement = Statement::at(0, 3).inline(&page);
-    for body in [statement.delta(base.page(0, 3)), statement.encoded(Codec::DELTA, &[7; 100])] {
+    let old = base.page(0, 3);
+    for body in [statement.delta(old), statement.words(old), statement.encoded(Codec::DELTA, &[7; 100])] {
         let mut rotten = base.clone();
         rotten.page_mut(0, 3)[100] ^= 1;
         let sink = ImageSink::claiming(&base, PUBLIC, rotten.clone(), true);

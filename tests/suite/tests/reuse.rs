@@ -43,12 +43,18 @@ fn frames(outcome: &Outcome, kind: FrameKind) -> usize {
     outcome.frames.iter().filter(|(_, of, _)| *of == kind).count()
 }
 
+/// The codecs of all PAGES frames, as bits.
+fn codecs_of(outcome: &Outcome) -> u32 {
+    let pages = outcome.recording.iter().filter(|(_, bytes)| bytes[4] == FrameKind::PAGES.0);
+    pages.fold(0, |bits, (_, bytes)| bits | Pages::decode(&bytes[HEADER_BYTES..]).unwrap().head.codec.bit())
+}
+
 /// SPEC 6.11: no frame that states a page of an image at rest again, which is an answer, rests on the base.
 fn check_answers(outcome: &Outcome) {
     let mut stated = BTreeSet::new();
     for (_, bytes) in outcome.recording.iter().filter(|(_, bytes)| bytes[4] == FrameKind::PAGES.0) {
         let pages = Pages::decode(&bytes[HEADER_BYTES..]).unwrap();
-        let (mut answers, mut rests, mut next) = (false, pages.head.codec == Codec::DELTA, pages.head.first);
+        let (mut answers, mut rests, mut next) = (false, pages.head.codec.is_delta(), pages.head.first);
         for run in pages.runs() {
             rests |= matches!(run.kind, EntryKind::BASE | EntryKind::SHIFTED);
             for page in next..next + u64::from(run.count) {
@@ -110,12 +116,16 @@ proptest! {
         let mut base = ImageBase::whole(&before, KEY);
         base.bytes = bytes.then(|| rotten(ours));
         base.lost = lost == 0;
+        // SPEC 5.6: one delta codec, the other, both or none.
+        let codecs = u32::try_from(seed % 4).unwrap() << 2 | Codec::ZSTD.bit() | Codec::NONE.bit();
         let outcome = run(&image, &sink, vec![base], |config| {
             config.sender.lanes = lanes;
+            config.receiver_policy.codecs = codecs;
             config.record = true;
         });
         check_success(&outcome, &image, &sink);
         check_answers(&outcome);
+        prop_assert_eq!(codecs_of(&outcome) & !codecs, 0);
         prop_assert_eq!(frames(&outcome, FrameKind::HAVE), 0);
     }
 

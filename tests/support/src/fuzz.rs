@@ -14,7 +14,7 @@ use crate::memory::{ImageBase, ImageSink, Neighbour};
 use crate::peer::{AgainstReceiver, AgainstSender, CHALLENGE, SECRET, SESSION, Script, Statement, digests};
 use crate::rng::Rng;
 use pagewire_protocol::challenge::{Challenge, PageProof};
-use pagewire_protocol::compress::{Decompressor, compress_delta};
+use pagewire_protocol::compress::{Compressor, Decompressor, compress_delta};
 use pagewire_protocol::digest::{Digest, join_proof, page_digest, record_check, trace_check};
 use pagewire_protocol::domain::DedupDomain;
 use pagewire_protocol::error::PeerError;
@@ -28,6 +28,7 @@ use pagewire_protocol::page::{InstallSize, Place, Region};
 use pagewire_protocol::session::{Job, Machine, Phase};
 use pagewire_protocol::time::Span;
 use pagewire_protocol::trace::{TraceParser, encode_header};
+use pagewire_protocol::words::{differ, patch};
 use pagewire_receiver::OtherPages;
 use pagewire_sender::{Base, SenderConfig};
 use pagewire_store::manifest::{self, BLOCK, Manifest, ManifestError, VisitId};
@@ -120,11 +121,28 @@ pub fn pages(data: &[u8]) {
     assert_eq!(bytes, data);
 }
 
-/// Any payload into a buffer of up to sixteen pages: filled exactly, or an error.
+/// Any payload into a buffer of up to sixteen pages: filled exactly, or an error. From 16 on it is what differs from these
+/// pages, from 32 on without the zstd frame around it: what that makes has one shortest form, and it leads there as well.
 pub fn decompress(data: &[u8]) {
-    let Some((&pages, payload)) = data.split_first() else { return };
-    let mut out = vec![0; (usize::from(pages) % 16 + 1) * PAGE_BYTES];
-    let _ = Decompressor::new().unwrap().decompress(payload, &mut out);
+    let Some((&way, payload)) = data.split_first() else { return };
+    let old: Vec<u8> = (0..(usize::from(way) % 16 + 1) * PAGE_BYTES).map(|at| (at / 8) as u8).collect();
+    let mut pages = old.clone();
+    match way / 16 {
+        0 => drop(Decompressor::new().unwrap().decompress(payload, &mut pages)),
+        1 => {
+            if Decompressor::new().unwrap().decompress_words(payload, &mut pages).is_err() {
+                assert!(pages == old, "a payload that is refused changes nothing");
+            }
+        }
+        _ if patch(payload, &mut pages).is_ok() => {
+            let (mut words, mut content, mut again) = (Vec::new(), Vec::new(), old.clone());
+            assert!(differ(pages.as_chunks().0.iter().zip(old.as_chunks().0), pages.len(), &mut words, &mut content));
+            assert!(content.len() <= payload.len());
+            patch(&content, &mut again).unwrap();
+            assert!(again == pages);
+        }
+        _ => assert!(pages == old, "content that is refused changes nothing"),
+    }
 }
 
 /// A manifest's header: as it is (first byte even), or a body that is sealed here, for the fuzzer cannot. What decodes has
@@ -397,8 +415,13 @@ fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
         170..200 if !statement.payload.is_empty() => {
             let old = &older(image).bytes[usize::from(region)];
             let mut payload = Vec::new();
-            compress_delta(&statement.payload, old, statement.payload.len(), &mut payload);
-            statement.encoded(Codec::DELTA, &payload)
+            if flags & 16 == 0 {
+                compress_delta(&statement.payload, old, &mut payload);
+                return statement.encoded(Codec::DELTA, &payload);
+            }
+            let old = old.get(..statement.payload.len()).unwrap_or_default();
+            Compressor::new().unwrap().compress_words(statement.payload.as_chunks().0.iter(), old, &mut payload);
+            statement.encoded(Codec::WORDS, &payload)
         }
         170..200 => statement.body(),
         200..230 if statement.payload.chunks(64).all(|chunk| chunk == &statement.payload[..64]) => statement.body(),

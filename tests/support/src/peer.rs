@@ -229,8 +229,18 @@ impl Statement {
     /// The body with its payload as a delta against `old`.
     pub fn delta(&self, old: &[u8]) -> Vec<u8> {
         let mut payload = Vec::new();
-        assert!(compress_delta(&self.payload, old, self.payload.len(), &mut payload), "shrinks");
+        assert!(compress_delta(&self.payload, old, &mut payload), "shrinks");
         self.encoded(Codec::DELTA, &payload)
+    }
+
+    /// The body with its payload as the words that differ from `old`.
+    pub fn words(&self, old: &[u8]) -> Vec<u8> {
+        let mut payload = Vec::new();
+        assert!(
+            Compressor::new().unwrap().compress_words(self.payload.as_chunks().0.iter(), old, &mut payload),
+            "few differ"
+        );
+        self.encoded(Codec::WORDS, &payload)
     }
 
     /// The next page has this digest.
