@@ -87,6 +87,7 @@ impl<M: GuestMemory> Sending<M> {
         let lane = self.lanes.lane_of(self.layout.group(range.region, range.first.0));
         self.flush_cover();
         let mut next = range.first.0;
+        self.sent.fetch(found);
         for (slot, (page, &digest)) in parts.iter().cloned().flatten().zip(found).enumerate() {
             if !self.restate(range.region, page, digest) {
                 continue;

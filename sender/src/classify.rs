@@ -47,6 +47,13 @@ impl SentPages {
         }
     }
 
+    /// Called with digests that are asked for next.
+    pub(crate) fn fetch(&self, digests: &[Digest]) {
+        if let Some(index) = &self.index {
+            index.fetch(digests);
+        }
+    }
+
     /// Whether the content `digest` has gone so that a frame on `lane` may refer to it; if not, it goes at `place` now.
     pub(crate) fn has_gone(
         &mut self,

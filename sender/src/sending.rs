@@ -423,6 +423,7 @@ impl<M: GuestMemory> Sending<M> {
             // The frame under construction comes behind it: frame numbers taken below count on that.
             self.flush_cover();
         }
+        self.sent.fetch(&self.digests);
         for (at, (page, &digest)) in range.numbers().zip(&self.digests).enumerate() {
             let place = self.layout.place(range.region, page);
             let kind = if digest == self.hasher.zero() {

@@ -34,6 +34,15 @@ impl DigestIndex {
         found.map(|&place| Place(place))
     }
 
+    /// Has the processor fetch where these digests lie, before they are looked for: side by side, and not each when the one
+    /// before it is done with. Of a large index none is in cache, and remembering a page takes a third of the time.
+    pub fn fetch(&self, digests: &[Digest]) {
+        // No page has the last number, but only who looks knows that none is found.
+        let none = |&place: &u32| place == u32::MAX;
+        let found = digests.iter().filter(|digest| self.table.find(fold(self.seed, digest), none).is_some()).count();
+        std::hint::black_box(found);
+    }
+
     /// Remembers that `place` has `digest`, unless a page with it is known; returns the one that is.
     pub fn insert(&mut self, digest: &Digest, place: Place, digest_of: impl Fn(Place) -> Digest) -> Option<Place> {
         self.insert_hashed(fold(self.seed, digest), place, |known| digest_of(known) == *digest, &digest_of)
@@ -167,6 +176,7 @@ mod tests {
                 let digest = Digest([content; 32]);
                 pages.insert(place, digest);
                 let of = |place: Place| pages.get(&place.0).copied().unwrap_or_default();
+                index.fetch(&[digest]);
                 index.insert(&digest, Place(place), of);
                 let found = index.find(&digest, of).unwrap();
                 prop_assert_eq!(pages.get(&found.0), Some(&digest));
