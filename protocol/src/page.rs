@@ -249,12 +249,12 @@ pub fn fill_old<E>(
         let before = shift.min(0).unsigned_abs().saturating_sub(run.start).min(pages);
         let (space, behind) = rest.split_at_mut_checked(bytes(pages)).unwrap_or_default();
         let (front, space) = space.split_at_mut_checked(bytes(before)).unwrap_or_default();
-        let (held, beyond) =
+        let (old, beyond) =
             space.split_at_mut_checked(bytes(source.end.saturating_sub(source.start))).unwrap_or_default();
         front.fill(0);
         beyond.fill(0);
-        if !held.is_empty() {
-            read(source.start, held)?;
+        if !old.is_empty() {
+            read(source.start, old)?;
         }
         rest = behind;
     }

@@ -104,7 +104,7 @@ impl Listener {
         let accepted = match &self.kind {
             Kind::Tcp(listener) => listener.accept().and_then(|(stream, peer)| {
                 stream.set_nonblocking(false)?;
-                tune(&stream)?;
+                tune(&stream, peer.ip())?;
                 Ok((Socket::Tcp(stream), peer.to_string()))
             }),
             Kind::Unix(listener, path, _) => listener.accept().and_then(|(stream, _)| {

@@ -3,7 +3,7 @@
 use crate::address::Address;
 use pagewire_protocol::limits::{HANDSHAKE_SPAN_MAX, SILENCE_MAX};
 use std::io;
-use std::net::TcpStream;
+use std::net::{IpAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -41,7 +41,7 @@ impl Socket {
         for address in address.resolve().map_err(|error| io::Error::other(error.to_string()))? {
             match TcpStream::connect_timeout(&address, Duration::from_nanos(HANDSHAKE_SPAN_MAX.as_nanos())) {
                 Ok(stream) => {
-                    tune(&stream)?;
+                    tune(&stream, address.ip())?;
                     return Ok(Self::Tcp(stream));
                 }
                 Err(error) => last = error,
@@ -102,11 +102,11 @@ impl io::Read for Socket {
 const PAIR_BUFFER: usize = 512 * 1024;
 
 /// What every TCP connection of a session needs: no waiting for more, little unsent, a bounded wait for a dead peer.
-pub(crate) fn tune(stream: &TcpStream) -> io::Result<()> {
+pub(crate) fn tune(stream: &TcpStream, peer: IpAddr) -> io::Result<()> {
     let socket = socket2::SockRef::from(stream);
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_notsent_lowat(UNSENT_MAX)?;
-    if stream.peer_addr()?.ip().to_canonical().is_loopback() {
+    if peer.to_canonical().is_loopback() {
         // A system that does not allow it goes on with what it has.
         let _ = socket.set_tcp_congestion(LOOPBACK_CONGESTION);
     }
@@ -122,11 +122,23 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = Address::Tcp(listener.local_addr().unwrap().to_string());
         let Socket::Tcp(stream) = Socket::connect(&address).unwrap() else { panic!("TCP") };
-        let (taken, _) = listener.accept().unwrap();
-        tune(&taken).unwrap();
+        let (taken, from) = listener.accept().unwrap();
+        tune(&taken, from.ip()).unwrap();
         for stream in [stream, taken] {
             let name = socket2::SockRef::from(&stream).tcp_congestion().unwrap();
             assert!(name.starts_with(LOOPBACK_CONGESTION), "{}", String::from_utf8_lossy(&name));
         }
+    }
+
+    /// It is the stranger's end alone, and the listener goes on.
+    #[test]
+    fn a_connection_that_is_reset_before_it_is_taken_is_no_error() {
+        let listener = crate::listener::Listener::bind(&Address::Tcp("127.0.0.1:0".to_owned())).unwrap();
+        let Address::Tcp(at) = listener.address().unwrap() else { panic!("TCP") };
+        let stream = TcpStream::connect(&at).unwrap();
+        socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(stream);
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(listener.accept(Duration::from_millis(200)).unwrap().is_some());
     }
 }
