@@ -164,14 +164,14 @@ impl Decompressor {
         let limit = pages.len().saturating_sub(1);
         let expected = usize::try_from(size).ok().filter(|&size| size <= limit);
         let expected = expected.ok_or(DecodeError::limit("content of changed words", size, limit as u64))?;
-        self.content.clear();
-        self.content.reserve(expected);
+        self.content.resize(expected.max(self.content.len()), 0);
+        let content = self.content.get_mut(..expected).unwrap_or_default();
         let written = self
             .context
-            .decompress_to_buffer(payload, &mut self.content)
+            .decompress_to_buffer(payload, content)
             .map_err(|error| DecodeError::Compressed(error.to_string()))?;
         exactly(written, expected)?;
-        patch(&self.content, pages)
+        patch(content, pages)
     }
 }
 
@@ -282,7 +282,13 @@ mod tests {
         context.compress2(&mut unsized_frame, &[0; 128]).unwrap();
         for payload in [compressed(&alloc::vec![0; 64 << 20]), compressed(&[0; 8192]), unsized_frame, Vec::new()] {
             assert!(decompressor.decompress_words(&payload, &mut pages).is_err());
-            assert!(decompressor.content.capacity() < 8192, "nothing was made room for");
+            assert!(decompressor.content.is_empty(), "nothing was made room for");
+        }
+        // Content of 128 bytes in one block as it is, in a frame that says so, or one more or less.
+        for stated in [127, 128, 129] {
+            let mut lying = alloc::vec![0x28, 0xb5, 0x2f, 0xfd, 0x20, stated, 0x01, 0x04, 0x00];
+            lying.resize(lying.len() + 128, 0);
+            assert_eq!(decompressor.decompress_words(&lying, &mut pages).is_ok(), stated == 128, "{stated}");
         }
         assert_eq!(decompressor.decompress_words(&compressed(&[0; 128]), &mut pages), Ok(()));
         assert_eq!(pages, [7; 8192], "no word differs");

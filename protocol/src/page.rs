@@ -258,6 +258,7 @@ pub fn fill_old<E>(
         }
         rest = behind;
     }
+    debug_assert!(rest.is_empty(), "space for these runs alone");
     Ok(())
 }
 
@@ -276,7 +277,23 @@ mod tests {
     #[test]
     fn old_bytes_are_zero_where_the_base_has_none() {
         let page = |page: u64| u8::try_from(page + 1).unwrap();
-        for (shift, held) in [(0, 9), (0, 4), (0, 0), (3, 9), (-3, 9), (-3, 2), (-20, 9), (20, 9), (i64::MIN, 9)] {
+        for (shift, held) in [
+            (0, 9),
+            (0, 8),
+            (0, 4),
+            (0, 2),
+            (0, 0),
+            (3, 9),
+            (-2, 9),
+            (-8, 9),
+            (-2, 6),
+            (1, 9),
+            (-3, 9),
+            (-3, 2),
+            (-20, 9),
+            (20, 9),
+            (i64::MIN, 9),
+        ] {
             let runs = [1..3u64, 5..6, 7..9];
             let mut space = vec![0xff; 5 * PAGE_BYTES];
             let read = |first: u64, space: &mut [u8]| {

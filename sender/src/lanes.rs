@@ -233,7 +233,7 @@ impl Lanes {
         Self { goodput: Goodput::new(shares_host), ..self }
     }
 
-    /// The same, with these codecs for deltas, as bits.
+    /// The same, with these codecs agreed, as bits.
     #[must_use]
     pub(crate) fn speaking(self, codecs: u32) -> Self {
         Self { codecs, ..self }
@@ -428,6 +428,7 @@ impl Lanes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pagewire_protocol::compress::{Decompressor, decompress_delta};
 
     /// A batch of pages of which one byte in `every` changed, and the codec that it goes under with these agreed.
     fn codec(every: usize, codecs: &[Codec]) -> Codec {
@@ -473,6 +474,12 @@ mod tests {
         }
         let pages = pagewire_protocol::frame::Pages::decode(&body).unwrap();
         assert_eq!(pages.payload.len(), output.compressed);
+        let mut back = old.clone();
+        match pages.head.codec {
+            Codec::WORDS => Decompressor::new().unwrap().decompress_words(pages.payload, &mut back).unwrap(),
+            _ => decompress_delta(pages.payload, &old, &mut back).unwrap(),
+        }
+        assert!(back == new);
         pages.head.codec
     }
 

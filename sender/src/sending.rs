@@ -422,8 +422,8 @@ impl<M: GuestMemory> Sending<M> {
         if !all_zero {
             // The frame under construction comes behind it: frame numbers taken below count on that.
             self.flush_cover();
+            self.sent.fetch(&self.digests);
         }
-        self.sent.fetch(&self.digests);
         for (at, (page, &digest)) in range.numbers().zip(&self.digests).enumerate() {
             let place = self.layout.place(range.region, page);
             let kind = if digest == self.hasher.zero() {

@@ -4,7 +4,7 @@
 //! with little time and a buffer of a few KiB; whoever runs the listener limits how many there are.
 
 use crate::address::{Address, AddressError};
-use crate::socket::{Socket, tune};
+use crate::socket::{Socket, do_not_pace, tune};
 use pagewire_protocol::frame::{Frame, FrameKind, Join, LaneId};
 use pagewire_protocol::framing::Framer;
 use pagewire_protocol::limits::{HANDSHAKE_SPAN_MAX, JOIN_SPAN_MAX};
@@ -78,6 +78,8 @@ impl Listener {
             Address::Tcp(_) => {
                 let addresses = address.resolve().map_err(|error: AddressError| io::Error::other(error.to_string()))?;
                 let listener = TcpListener::bind(addresses.as_slice())?;
+                // Whoever is taken from it has it, too.
+                do_not_pace(&listener, listener.local_addr()?.ip());
                 listener.set_nonblocking(true)?;
                 Kind::Tcp(listener)
             }
@@ -104,7 +106,7 @@ impl Listener {
         let accepted = match &self.kind {
             Kind::Tcp(listener) => listener.accept().and_then(|(stream, peer)| {
                 stream.set_nonblocking(false)?;
-                tune(&stream, peer.ip())?;
+                tune(&stream)?;
                 Ok((Socket::Tcp(stream), peer.to_string()))
             }),
             Kind::Unix(listener, path, _) => listener.accept().and_then(|(stream, _)| {

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 0..4 | round | |
 //! | 4..6 | region | |
-//! | 6 | codec | 0 none, 1 zstd, 2 delta; 0 unless there is an inline page |
+//! | 6 | codec | 0 none, 1 zstd, 2 prefix, 3 words; 0 unless there is an inline page |
 //! | 7 | flags | bit 0: every reference has a proof; the others zero |
 //! | 8..16 | first | the first page |
 //! | 16..20 | count | pages covered, 1 to 16384, of which at most 512 reference, inline or shifted |

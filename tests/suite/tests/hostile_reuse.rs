@@ -150,7 +150,12 @@ fn words_that_are_none_end_the_session() {
         (&statement, trailing, "not one whole zstd frame"),
         (&statement, vec![7; 100], "not one whole zstd frame"),
     ] {
-        refuses(&base, true, &statement.encoded(Codec::WORDS, &payload), CloseCode::MALFORMED, text);
+        let (mut script, sink) = receiving(&base, true);
+        script.raw(BULK, FrameKind::PAGES, &statement.encoded(Codec::WORDS, &payload));
+        let (code, reason) = script.failure();
+        assert_eq!(code, CloseCode::MALFORMED);
+        assert!(reason.contains(text), "{reason}");
+        assert_eq!(sink.state().image, base);
     }
 }
 

@@ -381,7 +381,11 @@ fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
     let first = input.number();
     let count = u64::from(input.byte() % 20) + 1;
     let mut statement = Statement { round: u32::from(flags / 64), ..Statement::at(u16::from(region), first) };
-    let known = [digests(image), digests(&older(image))].concat();
+    let base = older(image);
+    let held = base.regions[usize::from(region)].pages();
+    let known = [digests(image), digests(&base)].concat();
+    // What its inline pages were.
+    let mut was = Vec::new();
     for page in first..first.saturating_add(count) {
         let inside = page < image.regions[usize::from(region)].pages();
         let at = if inside { page } else { 0 };
@@ -395,8 +399,7 @@ fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
             220..230 => {
                 statement.shift = (input.number() % 7).cast_signed() - 3;
                 let from = page.saturating_add_signed(statement.shift);
-                let base = older(image);
-                let from = if from < base.regions[usize::from(region)].pages() { from } else { 0 };
+                let from = if from < held { from } else { 0 };
                 let page = base.page(usize::from(region), from).first_chunk().unwrap();
                 statement.shifted(page_digest(&DedupDomain::public(), page))
             }
@@ -406,6 +409,9 @@ fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
                 statement.inline(&bytes)
             }
         };
+        if statement.payload.len() > was.len() {
+            was.extend_from_slice(if at < held { base.page(usize::from(region), at) } else { &[0; PAGE_BYTES] });
+        }
     }
     if flags & 12 != 0 {
         statement.proofs = proofs(image, &statement.references, flags & 12);
@@ -413,14 +419,14 @@ fn statement(image: &Image, input: &mut Input<'_>) -> Vec<u8> {
     match input.byte() {
         0..170 => statement.body(),
         170..200 if !statement.payload.is_empty() => {
-            let old = &older(image).bytes[usize::from(region)];
             let mut payload = Vec::new();
             if flags & 16 == 0 {
-                compress_delta(&statement.payload, old, &mut payload);
+                compress_delta(&statement.payload, &was, &mut payload);
                 return statement.encoded(Codec::DELTA, &payload);
             }
-            let old = old.get(..statement.payload.len()).unwrap_or_default();
-            Compressor::new().unwrap().compress_words(statement.payload.as_chunks().0.iter(), old, &mut payload);
+            if !Compressor::new().unwrap().compress_words(statement.payload.as_chunks().0.iter(), &was, &mut payload) {
+                return statement.body();
+            }
             statement.encoded(Codec::WORDS, &payload)
         }
         170..200 => statement.body(),
