@@ -11,11 +11,11 @@ use alloc::string::ToString;
 use alloc::vec::Vec;
 use zstd::zstd_safe::{CCtx, CParameter, DCtx, get_error_name, get_frame_content_size};
 
-/// Compresses batches; keeps its context and buffers.
+/// Compresses batches; keeps its context and buffer.
 pub struct Compressor {
     context: zstd::bulk::Compressor<'static>,
     level: i32,
-    words: Vec<u8>,
+    /// Changed words before they are compressed.
     content: Vec<u8>,
 }
 
@@ -25,8 +25,7 @@ impl Compressor {
     /// # Errors
     /// zstd cannot allocate its context.
     pub fn new() -> std::io::Result<Self> {
-        let (words, content) = Default::default();
-        Ok(Self { context: zstd::bulk::Compressor::new(1)?, level: 1, words, content })
+        Ok(Self { context: zstd::bulk::Compressor::new(1)?, level: 1, content: Vec::new() })
     }
 
     /// Makes `out` the zstd frame of `pages`; false, with anything in it, if it would not be smaller.
@@ -40,11 +39,10 @@ impl Compressor {
     pub fn compress_words<'a>(
         &mut self,
         pages: impl Iterator<Item = &'a PageBytes>,
-        old: &'a [u8],
+        old: &[u8],
         out: &mut Vec<u8>,
     ) -> bool {
-        let pairs = pages.zip(old.as_chunks().0);
-        differ(pairs, old.len() / WORDS_SHARE, &mut self.words, &mut self.content)
+        differ(pages, old, old.len() / WORDS_SHARE, &mut self.content)
             && self.set_level(DELTA_LEVEL)
             && shrinks(old.len(), out, |out| self.context.compress_to_buffer(&self.content, out).ok())
     }

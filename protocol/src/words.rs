@@ -14,33 +14,28 @@ const WORD_BYTES: usize = 8;
 /// The bits of a page's words.
 const MASK_BYTES: usize = PAGE_BYTES / WORD_BYTES / 8;
 
-/// Writes to `content` what makes the new page of each pair of the old one behind it: the masks of all of them, then the
-/// words that changed, which `words` is there to collect. False, with anything in both, if these words are more than
-/// `most` bytes.
+/// Writes to `content` what makes `pages` of `old`, as many pages one after the other: the masks of all of them, then the
+/// words that changed. False, with anything in it, if these words are more than `most` bytes.
 // SPEC 5.15
-pub fn differ<'a>(
-    pairs: impl Iterator<Item = (&'a PageBytes, &'a PageBytes)>,
-    most: usize,
-    words: &mut Vec<u8>,
-    content: &mut Vec<u8>,
-) -> bool {
+pub fn differ<'a>(pages: impl Iterator<Item = &'a PageBytes>, old: &[u8], most: usize, content: &mut Vec<u8>) -> bool {
+    let masks = old.as_chunks::<PAGE_BYTES>().0.len().saturating_mul(MASK_BYTES);
     content.clear();
-    words.clear();
-    for (new, old) in pairs {
-        // As many words as a mask of 64 bits has.
-        for (new, old) in new.as_chunks().0.iter().zip(old.as_chunks().0) {
-            let mask = changed_words(new, old);
-            content.extend_from_slice(&mask.to_le_bytes());
-            for (first, count) in ones(mask) {
-                let end = first.saturating_add(count);
-                words.extend_from_slice(new.get(first * WORD_BYTES..end * WORD_BYTES).unwrap_or_default());
-            }
+    content.resize(masks, 0);
+    // As many words at a time as a mask of 64 bits has.
+    let parts = pages.flat_map(|page| page.as_chunks().0).zip(old.as_chunks().0);
+    for (at, (new, old)) in parts.enumerate() {
+        let mask = changed_words(new, old);
+        if let Some(space) = content.as_chunks_mut().0.get_mut(at) {
+            *space = mask.to_le_bytes();
         }
-        if words.len() > most {
+        for (first, count) in ones(mask) {
+            let end = first.saturating_add(count);
+            content.extend_from_slice(new.get(first * WORD_BYTES..end * WORD_BYTES).unwrap_or_default());
+        }
+        if content.len().saturating_sub(masks) > most {
             return false;
         }
     }
-    content.extend_from_slice(words);
     true
 }
 
@@ -102,13 +97,9 @@ mod tests {
     use alloc::vec;
     use proptest::prelude::*;
 
-    fn pairs<'a>(new: &'a [u8], old: &'a [u8]) -> impl Iterator<Item = (&'a PageBytes, &'a PageBytes)> {
-        new.as_chunks().0.iter().zip(old.as_chunks().0)
-    }
-
     fn content(new: &[u8], old: &[u8]) -> Vec<u8> {
-        let (mut words, mut content) = (vec![1], vec![2]);
-        assert!(differ(pairs(new, old), new.len(), &mut words, &mut content));
+        let mut content = vec![1];
+        assert!(differ(new.as_chunks().0.iter(), old, new.len(), &mut content));
         content
     }
 
@@ -151,14 +142,14 @@ mod tests {
 
     #[test]
     fn is_given_up_when_too_much_differs() {
-        let (mut words, mut content) = (Vec::new(), Vec::new());
+        let mut content = Vec::new();
         let mut new = vec![0; 2 * PAGE_BYTES];
         let old = new.clone();
         new[..80].fill(1);
         for (most, is_enough) in [(79, false), (80, true)] {
-            assert_eq!(differ(pairs(&new, &old), most, &mut words, &mut content), is_enough, "{most}");
+            assert_eq!(differ(new.as_chunks().0.iter(), &old, most, &mut content), is_enough, "{most}");
         }
-        assert!(differ(pairs(&old, &old), 0, &mut words, &mut content));
+        assert!(differ(old.as_chunks().0.iter(), &old, 0, &mut content));
         assert_eq!(content, [0; 2 * MASK_BYTES]);
     }
 

@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 const UNSENT_MAX: u32 = 256 * 1024;
 
 /// What decides how fast bytes go to a peer on this host. There is no link to share: BBR, which some systems have for all
-/// connections, would set a timer for each piece, and takes a fifth more of the time. Every Linux has this one.
+/// connections, would set a timer for each piece, and take a quarter more time. Every Linux has this one.
 const LOOPBACK_CONGESTION: &[u8] = b"reno";
 
 /// An ordered byte stream in both directions.
@@ -131,7 +131,7 @@ pub(crate) fn tune(stream: &TcpStream) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// The name alone says little, as BBR's pacing would stay; but it is set where it counts, or the taken one had it not.
+    /// The taken one has it from the listener. That the other had it before it was connected shows nowhere but in its speed.
     #[test]
     fn connections_over_loopback_have_their_own_congestion_control() {
         for local in ["127.0.0.1:0", "[::1]:0"] {

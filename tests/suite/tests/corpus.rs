@@ -289,12 +289,11 @@ fn record_operations() {
     let text = [7u8; 8192];
     assert!(Compressor::new().unwrap().compress(&text, 1, &mut compressed));
     keep("decompress", "two-pages", &[&[1], compressed.as_slice()].concat());
-    let (old, mut new): (Vec<u8>, Vec<u8>) = ((0..8192).map(|at| (at / 8) as u8).collect(), Vec::new());
-    new.clone_from(&old);
+    let old: Vec<u8> = (0..8192).map(|at| (at / 8) as u8).collect();
+    let mut new = old.clone();
     new[4090..4110].fill(9);
-    let (mut words, mut content) = (Vec::new(), Vec::new());
-    let pairs = new.as_chunks().0.iter().zip(old.as_chunks().0);
-    assert!(differ(pairs, 100, &mut words, &mut content));
+    let mut content = Vec::new();
+    assert!(differ(new.as_chunks().0.iter(), &old, 100, &mut content));
     assert!(Compressor::new().unwrap().compress_words(new.as_chunks().0.iter(), &old, &mut compressed));
     keep("decompress", "words", &[&[17], compressed.as_slice()].concat());
     keep("decompress", "words-of-more-pages", &[&[18], compressed.as_slice()].concat());

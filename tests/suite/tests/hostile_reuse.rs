@@ -47,6 +47,13 @@ fn refuses(base: &Image, stays: bool, body: &[u8], code: CloseCode, text: &str) 
     assert!(reason.contains(text), "{reason}");
 }
 
+/// Page 3 with a byte that is not the base's, and the statement of it.
+fn changed(base: &Image) -> ([u8; 4096], Statement) {
+    let mut page = *base.page(0, 3).first_chunk().unwrap();
+    page[7] ^= 1;
+    (page, Statement::at(0, 3).inline(&page))
+}
+
 /// SPEC 6.24
 #[test]
 fn shifted_entries_need_a_held_source_in_a_base_that_stays() {
@@ -112,9 +119,7 @@ fn base_pages_of_an_agreed_base_count_once() {
 #[test]
 fn deltas_need_an_agreed_base_and_shifts_one_that_stays() {
     let base = image(10);
-    let mut page = *base.page(0, 3).first_chunk().unwrap();
-    page[7] ^= 1;
-    let statement = Statement::at(0, 3).inline(&page);
+    let (page, statement) = changed(&base);
     let text = "a delta against a base that is not agreed or does not stay";
     let shifted = Statement { shift: 1, ..statement.clone() };
     for codec in [Codec::DELTA, Codec::WORDS] {
@@ -136,9 +141,7 @@ fn deltas_need_an_agreed_base_and_shifts_one_that_stays() {
 #[test]
 fn words_that_are_none_end_the_session() {
     let base = image(10);
-    let mut page = *base.page(0, 3).first_chunk().unwrap();
-    page[7] ^= 1;
-    let statement = Statement::at(0, 3).inline(&page);
+    let (page, statement) = changed(&base);
     let two = statement.clone().inline(base.page(0, 4).first_chunk().unwrap());
     let (mut compressor, mut right, mut whole) = (Compressor::new().unwrap(), Vec::new(), Vec::new());
     assert!(compressor.compress_words([page].iter(), base.page(0, 3), &mut right));
@@ -163,9 +166,7 @@ fn words_that_are_none_end_the_session() {
 #[test]
 fn deltas_that_do_not_fit_are_wanted() {
     let base = image(10);
-    let mut page = *base.page(0, 3).first_chunk().unwrap();
-    page[7] ^= 1;
-    let statement = Statement::at(0, 3).inline(&page);
+    let (_, statement) = changed(&base);
     let old = base.page(0, 3);
     for body in [statement.delta(old), statement.words(old), statement.encoded(Codec::DELTA, &[7; 100])] {
         let mut rotten = base.clone();

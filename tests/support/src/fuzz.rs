@@ -135,8 +135,8 @@ pub fn decompress(data: &[u8]) {
             }
         }
         _ if patch(payload, &mut pages).is_ok() => {
-            let (mut words, mut content, mut again) = (Vec::new(), Vec::new(), old.clone());
-            assert!(differ(pages.as_chunks().0.iter().zip(old.as_chunks().0), pages.len(), &mut words, &mut content));
+            let (mut content, mut again) = (Vec::new(), old.clone());
+            assert!(differ(pages.as_chunks().0.iter(), &old, pages.len(), &mut content));
             assert!(content.len() <= payload.len());
             patch(&content, &mut again).unwrap();
             assert!(again == pages);
